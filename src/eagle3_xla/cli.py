@@ -1,0 +1,140 @@
+"""The command line: eagle3-xla VERB [--config RECIPE] [--section.key=value ...]. One verb is one function elsewhere.
+
+Exit codes: 0 done; 1 a failure that the message explains; 2 bad usage or bad input.
+"""
+
+import argparse
+import contextlib
+import json
+import os
+import sys
+from pathlib import Path
+
+from eagle3_xla import __version__
+from eagle3_xla.config import UserError, load_recipe, recipe_names
+
+
+def main(arguments: list[str] | None = None) -> int:
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")  # XLA's C++ side logs compiler chatter as errors
+    arguments = sys.argv[1:] if arguments is None else arguments
+    parser = _parser()
+    options, rest = parser.parse_known_args(arguments)
+    try:
+        overrides = _overrides(rest, options)
+        # Everything a library prints goes to stderr: stdout carries the result alone.
+        with contextlib.redirect_stdout(sys.stderr):
+            result = VERBS[options.verb](options, overrides)
+    except UserError as error:
+        print(f"eagle3-xla {options.verb}: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print(f"eagle3-xla {options.verb}: interrupted; start it again to continue", file=sys.stderr)
+        return 1
+    except OSError as error:
+        print(f"eagle3-xla {options.verb}: {error}", file=sys.stderr)
+        return 1
+    if options.json:
+        print(json.dumps({key: value for key, value in result.items() if key != "screen"}))
+    else:
+        print(result["screen"] if "screen" in result else _table(result))
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    common = argparse.ArgumentParser(add_help=False)
+    common.add_argument("--json", action="store_true", help="print one JSON object on stdout")
+    recipe = argparse.ArgumentParser(add_help=False, parents=[common])
+    recipe.add_argument("--config", metavar="RECIPE", help=f"a YAML file or one of: {', '.join(recipe_names())}")
+    parser = argparse.ArgumentParser(
+        prog="eagle3-xla",
+        description="EAGLE3 draft heads, trained with PyTorch/XLA and carried into the engines that serve them.",
+        epilog="Verbs that take a recipe also take --section.key=value for every setting in it.",
+    )
+    parser.add_argument("--version", action="version", version=f"eagle3-xla {__version__}")
+    verbs = parser.add_subparsers(dest="verb", required=True, metavar="VERB")
+
+    verb = verbs.add_parser("quickstart", parents=[common], help="the whole pipeline on this machine, with a small target")
+    verb.add_argument("--out", default="quickstart", help="folder for everything (default: quickstart)")
+    verb.add_argument("--minutes", type=float, default=None, help="train about so long (default: what fits 20 minutes in all)")
+
+    verbs.add_parser("prepare", parents=[recipe], help="chats -> packed rows and the draft vocabulary")
+    verb = verbs.add_parser("train", parents=[recipe], help="train a head; continues by itself")
+    verb.add_argument("--max-steps", type=int, default=0, help="save and stop after so many further micro-steps")
+
+    verb = verbs.add_parser("export", parents=[common], help="a checkpoint -> the directory that engines load")
+    verb.add_argument("--checkpoint", required=True, help="a checkpoint folder, or a run's folder (its newest)")
+    verb.add_argument("--out", required=True)
+    verb.add_argument("--dtype", default="bfloat16", help="bfloat16 (default), float16 or float32")
+
+    verb = verbs.add_parser("eval", parents=[common], help="acceptance of a head, from real decoding")
+    verb.add_argument("--target", required=True)
+    verb.add_argument("--draft", required=True, help="an exported head")
+    verb.add_argument("--prompts", required=True, help="JSONL; the first user turn of each row is asked")
+    verb.add_argument("--limit", type=int, default=0, help="only the first prompts")
+    verb.add_argument("--max-new-tokens", type=int, default=128)
+    verb.add_argument("--draft-tokens", type=int, default=5, help="length of the draft chain (default: 5)")
+    verb.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
+    return parser
+
+
+def _overrides(rest: list[str], options) -> list[str]:
+    """`--section.key=value` arguments as OmegaConf reads them. Anything else is bad usage."""
+    takes_recipe = hasattr(options, "config")
+    overrides = []
+    for argument in rest:
+        name, equals, value = argument.removeprefix("--").partition("=")
+        if not (takes_recipe and argument.startswith("--") and "." in name and equals):
+            form = "; settings are given as --section.key=value" if takes_recipe else ""
+            raise UserError(f"unknown argument {argument}{form}")
+        overrides.append(f"{name}={value}")
+    return overrides
+
+
+def _table(result: dict) -> str:
+    width = max(len(key) for key in result)
+    return "\n".join(f"{key:<{width}}  {_show(value)}" for key, value in result.items())
+
+
+def _show(value) -> str:
+    if isinstance(value, float):
+        return f"{value:.4g}"
+    if isinstance(value, list):
+        return " ".join(_show(item) for item in value)
+    return json.dumps(value) if isinstance(value, dict) else str(value)
+
+
+# The modules are imported by the verb that needs them: `--help` and a typing error answer at once.
+def _quickstart(options, overrides) -> dict:
+    from eagle3_xla.quickstart import quickstart
+
+    return quickstart(Path(options.out), options.minutes)
+
+
+def _prepare(options, overrides) -> dict:
+    from eagle3_xla.data.prepare import prepare
+
+    return prepare(load_recipe(options.config, overrides))
+
+
+def _train(options, overrides) -> dict:
+    recipe = load_recipe(options.config, overrides)
+    from eagle3_xla.train.loop import train
+
+    return train(recipe, options.max_steps)
+
+
+def _export(options, overrides) -> dict:
+    from eagle3_xla.export import export
+
+    return export(Path(options.checkpoint), Path(options.out), options.dtype)
+
+
+def _eval(options, overrides) -> dict:
+    from eagle3_xla.evaluate.run import EvalOptions, evaluate
+
+    settings = EvalOptions(options.limit, options.max_new_tokens, options.draft_tokens, options.device)
+    return evaluate(options.target, options.draft, options.prompts, settings)
+
+
+VERBS = {"quickstart": _quickstart, "prepare": _prepare, "train": _train, "export": _export, "eval": _eval}

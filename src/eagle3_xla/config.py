@@ -1,0 +1,205 @@
+"""Every setting of a run: dataclasses with defaults, YAML recipes over them, --section.key=value over those.
+
+An unknown key is an error that names the nearest known one. `run.yaml` beside every output holds the resolved recipe.
+"""
+
+import difflib
+from dataclasses import dataclass, field
+from importlib import resources
+from pathlib import Path
+
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+RUN_FILE = "run.yaml"
+
+
+class UserError(ValueError):
+    """A user's mistake: the command line prints the message as one line and exits with 2."""
+
+
+@dataclass
+class TargetConfig:
+    path: str = ""  # folder or hub id of a Hugging Face causal LM
+    dtype: str = "bfloat16"  # float32 | bfloat16
+
+
+@dataclass
+class DataConfig:
+    train: list[str] = field(default_factory=list)  # JSONL files of chats
+    heldout: list[str] = field(default_factory=list)
+    prepared: str = ""  # folder that `prepare` writes and `train` reads
+    row_length: int = 1024  # tokens in a packed row
+    draft_vocab_size: int = 32000
+    max_tokens: int = 0  # stop after so many training tokens (in a seeded order of the chats); 0: all
+    seed: int = 0
+
+
+@dataclass
+class LossConfig:
+    ttt_length: int = 7
+    decay: float = 0.8  # step k weighs decay**k
+    objective: str = "kl"  # kl | lk_alpha | lk_lambda
+    rows: str = "serving"  # serving: the rows an engine drafts at | specforge: row t counts by the mask of token t
+    mean_over: str = "rows"  # rows: rows that count | all: all B*T rows, as SpecForge
+
+
+@dataclass
+class XlaConfig:
+    device: str = "xla"  # xla | cpu | cuda
+    dp: int = 1  # data-parallel replicas; dp * tp = devices
+    tp: int = 1  # tensor-parallel devices in a replica
+    autocast: bool = True  # bf16 matmuls over fp32 master weights
+
+
+@dataclass
+class TrainConfig:
+    out: str = ""  # folder of checkpoints, metrics.jsonl, tracker logs
+    epochs: int = 3
+    batch_size: int = 4  # rows per data-parallel replica in a micro-step
+    gradient_accumulation: int = 1
+    lr: float = 8e-4
+    warmup: float = 0.03  # share of the optimizer steps
+    beta1: float = 0.9
+    beta2: float = 0.95
+    weight_decay: float = 0.0
+    max_grad_norm: float = 0.5
+    init: str = "target"  # random | target: lm_head and norm are the target's | least_squares (draft/initialise.py)
+    init_rows: int = 64  # rows whose target states shape the start
+    reuse_states: bool = False  # run the target once over the data and keep its states on disk
+    seed: int = 0
+    log_every: int = 10
+    save_every: int = 500  # optimizer steps
+    heldout_rows: int = 64  # rows of the evaluation after each epoch; 0: none
+    keep: int = 2  # checkpoints
+    tracker: str = "tensorboard"  # tensorboard | wandb | none
+
+
+@dataclass
+class Recipe:
+    target: TargetConfig = field(default_factory=TargetConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    loss: LossConfig = field(default_factory=LossConfig)
+    xla: XlaConfig = field(default_factory=XlaConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+
+
+CHOICES = {
+    "target.dtype": ("float32", "bfloat16"),
+    "loss.objective": ("kl", "lk_alpha", "lk_lambda"),
+    "loss.rows": ("serving", "specforge"),
+    "loss.mean_over": ("rows", "all"),
+    "xla.device": ("xla", "cpu", "cuda"),
+    "train.init": ("random", "target", "least_squares"),
+    "train.tracker": ("tensorboard", "wandb", "none"),
+}
+AT_LEAST = {
+    "data.row_length": 8,
+    "data.draft_vocab_size": 1,
+    "data.max_tokens": 0,
+    "loss.ttt_length": 1,
+    "xla.dp": 1,
+    "xla.tp": 1,
+    "train.epochs": 1,
+    "train.batch_size": 1,
+    "train.gradient_accumulation": 1,
+    "train.heldout_rows": 0,
+    "train.init_rows": 1,
+    "train.log_every": 1,
+    "train.save_every": 1,
+    "train.keep": 1,
+}
+
+
+def recipe_names() -> list[str]:
+    return sorted(file.name[:-5] for file in resources.files("eagle3_xla.recipes").iterdir() if file.name.endswith(".yaml"))
+
+
+def load_recipe(name: str | None, overrides: list[str]) -> Recipe:
+    """The recipe `name` (one that ships, or a YAML file) with `section.key=value` overrides.
+
+    Raises UserError on an unknown recipe, an unknown key, a value of the wrong type or outside its range.
+    """
+    schema = OmegaConf.structured(Recipe)
+    try:
+        given = _read(name) if name else OmegaConf.create({})
+        if not isinstance(given, DictConfig):
+            raise UserError(f"{name}: a recipe is a mapping of sections")
+        changes = OmegaConf.from_dotlist(overrides)
+        for layer in (given, changes):
+            _check_keys(layer, schema, "")
+        merged = OmegaConf.merge(schema, given, changes)
+        recipe = OmegaConf.to_object(merged)
+    except OmegaConfBaseException as error:
+        key = getattr(error, "full_key", None)
+        message = str(error).splitlines()[0]
+        raise UserError(f"setting {key}: {message}" if key else f"{name or 'command line'}: {message}") from None
+    _check_values(recipe)
+    return recipe
+
+
+def write_run_file(recipe: Recipe, out: Path) -> None:
+    OmegaConf.save(OmegaConf.structured(recipe), Path(out) / RUN_FILE)
+
+
+def claim_output(out: Path) -> Path:
+    """Make the output folder. Raises UserError when it holds something that this program did not write."""
+    out = Path(out)
+    if out.exists() and not out.is_dir():
+        raise UserError(f"{out} is a file; an output folder is expected")
+    if out.is_dir() and any(out.iterdir()) and not (out / RUN_FILE).exists():
+        raise UserError(f"{out} is not empty and has no {RUN_FILE}, so it is not ours; choose another folder")
+    out.mkdir(parents=True, exist_ok=True)
+    return out
+
+
+def _read(name: str) -> DictConfig:
+    import yaml
+
+    path = Path(name)
+    if not path.suffix and name in recipe_names():
+        path = Path(str(resources.files("eagle3_xla.recipes") / f"{name}.yaml"))
+    if not path.is_file():
+        raise UserError(f"no recipe {name!r}; a YAML file or one of: {', '.join(recipe_names())}")
+    try:
+        return OmegaConf.load(path)
+    except yaml.YAMLError as error:
+        raise UserError(f"{path}: not valid YAML ({' '.join(str(error).split())})") from None
+
+
+def _check_keys(given: DictConfig, schema: DictConfig, prefix: str) -> None:
+    for key in given:
+        full = f"{prefix}{key}"
+        if key not in schema:
+            known = {name.split(".")[-1]: name for name in _leaves(schema, prefix)} if prefix else {}
+            pool = list(schema) if not isinstance(schema, DictConfig) else [str(name) for name in schema]
+            near = difflib.get_close_matches(str(key), pool, n=1, cutoff=0.0)
+            nearest = f"{prefix}{near[0]}" if near else ", ".join(known.values())
+            raise UserError(f"unknown setting {full}; the nearest known one is {nearest}")
+        if isinstance(schema[key], DictConfig):
+            if not isinstance(given[key], DictConfig):
+                raise UserError(f"setting {full} is a section; give one of {', '.join(_leaves(schema[key], full + '.'))}")
+            _check_keys(given[key], schema[key], f"{full}.")
+
+
+def _leaves(schema: DictConfig, prefix: str) -> list[str]:
+    return [f"{prefix}{key}" for key in schema]
+
+
+def _check_values(recipe: Recipe) -> None:
+    def value(name: str):
+        section, key = name.split(".")
+        return getattr(getattr(recipe, section), key)
+
+    for name, choices in CHOICES.items():
+        if value(name) not in choices:
+            raise UserError(f"setting {name} is {value(name)!r}; choose one of {', '.join(choices)}")
+    for name, least in AT_LEAST.items():
+        if value(name) < least:
+            raise UserError(f"setting {name} is {value(name)}; it must be at least {least}")
+    if not 0 < recipe.loss.decay <= 1:
+        raise UserError(f"setting loss.decay is {recipe.loss.decay}; it must be in (0, 1]")
+    if not recipe.train.lr > 0:
+        raise UserError(f"setting train.lr is {recipe.train.lr}; it must be positive")
+    if not 0 <= recipe.train.warmup < 1:
+        raise UserError(f"setting train.warmup is {recipe.train.warmup}; it is a share of the steps in [0, 1)")

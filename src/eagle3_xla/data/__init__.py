@@ -1,0 +1,1 @@
+"""Chats to fixed-shape rows of token ids: reading, chat template, assistant mask, draft vocabulary, packing."""

@@ -1,0 +1,1 @@
+"""The EAGLE3 head: plain torch.nn, nothing of XLA."""

@@ -1,0 +1,121 @@
+"""The EAGLE3 head, LlamaForCausalLMEagle3 as SGLang and vLLM load it; parameter names are the exported ones."""
+
+import torch
+from torch import nn
+from transformers import LlamaConfig
+from transformers.models.llama.modeling_llama import (
+    LlamaMLP,
+    LlamaRMSNorm,
+    LlamaRotaryEmbedding,
+    apply_rotary_pos_emb,
+)
+
+from eagle3_xla.draft.attention import ttt_attention
+
+
+def draft_config(target_config, draft_vocab_size: int) -> LlamaConfig:
+    """A one-layer Llama config with the target's sizes, RoPE and context length."""
+    heads = target_config.num_attention_heads
+    return LlamaConfig(
+        hidden_size=target_config.hidden_size,
+        intermediate_size=target_config.intermediate_size,
+        num_hidden_layers=1,
+        num_attention_heads=heads,
+        num_key_value_heads=target_config.num_key_value_heads,
+        head_dim=getattr(target_config, "head_dim", None) or target_config.hidden_size // heads,
+        vocab_size=target_config.vocab_size,
+        draft_vocab_size=draft_vocab_size,
+        max_position_embeddings=target_config.max_position_embeddings,
+        rms_norm_eps=target_config.rms_norm_eps,
+        rope_theta=target_config.rope_theta,
+        rope_scaling=target_config.rope_scaling,
+        bos_token_id=target_config.bos_token_id,
+        eos_token_id=target_config.eos_token_id,
+        tie_word_embeddings=False,
+    )
+
+
+class Attention(nn.Module):
+    """q, k, v from concat(embedding, hidden) [.., 2H] without bias."""
+
+    def __init__(self, config: LlamaConfig):
+        super().__init__()
+        self.head_dim = config.head_dim
+        self.q_proj = nn.Linear(2 * config.hidden_size, config.num_attention_heads * config.head_dim, bias=False)
+        self.k_proj = nn.Linear(2 * config.hidden_size, config.num_key_value_heads * config.head_dim, bias=False)
+        self.v_proj = nn.Linear(2 * config.hidden_size, config.num_key_value_heads * config.head_dim, bias=False)
+        self.o_proj = nn.Linear(config.num_attention_heads * config.head_dim, config.hidden_size, bias=False)
+
+    def project(self, x: torch.Tensor, rope: tuple[torch.Tensor, torch.Tensor]) -> tuple[torch.Tensor, ...]:
+        """x [B, T, 2H] -> query [B, T, heads, D], key and value [B, T, kv_heads, D], rotated."""
+        shape = (*x.shape[:-1], -1, self.head_dim)
+        query, key, value = (proj(x).view(shape) for proj in (self.q_proj, self.k_proj, self.v_proj))
+        query, key = apply_rotary_pos_emb(query, key, *rope, unsqueeze_dim=2)
+        return query, key, value
+
+
+class MidLayer(nn.Module):
+    """The head's decoder layer; its attention reads the embedding of the next token beside the hidden state."""
+
+    def __init__(self, config: LlamaConfig):
+        super().__init__()
+        self.input_layernorm = LlamaRMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.hidden_norm = LlamaRMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.self_attn = Attention(config)
+        self.post_attention_layernorm = LlamaRMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.mlp = LlamaMLP(config)
+
+    def forward(self, embeds, hidden, rope, attend) -> torch.Tensor:
+        """embeds, hidden [B, T, H] -> hidden [B, T, H], pre-norm.
+
+        attend(query, key, value) -> [B, T, heads, D] is the caller's attention: TTT in training, a KV cache in
+        decoding.
+        """
+        x = torch.cat([self.input_layernorm(embeds), self.hidden_norm(hidden)], dim=-1)  # embedding first
+        attended = attend(*self.self_attn.project(x, rope)).flatten(-2)
+        hidden = hidden + self.self_attn.o_proj(attended)
+        return hidden + self.mlp(self.post_attention_layernorm(hidden))
+
+
+class Eagle3Head(nn.Module):
+    """fc [3H -> H], one MidLayer, final norm, lm_head to the draft vocabulary. The embedding is the target's.
+
+    fc_norm: RMSNorm on each of the three aux states before fc (a SpecForge option).
+    """
+
+    def __init__(self, config: LlamaConfig, fc_norm: bool = False):
+        super().__init__()
+        self.config = config
+        size = config.hidden_size
+        if fc_norm:
+            self.fc_norm = nn.ModuleList([LlamaRMSNorm(size, config.rms_norm_eps) for _ in range(3)])
+        self.fc = nn.Linear(3 * size, size, bias=False)
+        self.midlayer = MidLayer(config)
+        self.norm = LlamaRMSNorm(size, config.rms_norm_eps)
+        self.lm_head = nn.Linear(size, config.draft_vocab_size, bias=False)
+        self.rotary = LlamaRotaryEmbedding(config)
+
+    def features(self, aux: torch.Tensor) -> torch.Tensor:
+        """aux [.., 3H] -> the hidden state of step 0 [.., H]."""
+        if hasattr(self, "fc_norm"):
+            thirds = aux.chunk(3, dim=-1)
+            aux = torch.cat([norm(third) for norm, third in zip(self.fc_norm, thirds)], dim=-1)
+        return self.fc(aux)
+
+    def rope(self, hidden: torch.Tensor, position_ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """cos and sin [B, T, D] for positions [B, T]."""
+        return self.rotary(hidden, position_ids)
+
+    def ttt_step(self, embeds, hidden, position_ids, keys: list, values: list, mask) -> torch.Tensor:
+        """One step of the unroll: appends this step's key and value, returns hidden [B, T, H], pre-norm."""
+
+        def attend(query, key, value):
+            keys.append(key)
+            values.append(value)
+            return ttt_attention(query, keys, values, mask)
+
+        return self.midlayer(embeds, hidden, self.rope(hidden, position_ids), attend)
+
+    def logits(self, hidden: torch.Tensor) -> torch.Tensor:
+        """hidden [.., H], pre-norm -> logits over the draft vocabulary [.., D]."""
+        return self.lm_head(self.norm(hidden))

@@ -1,0 +1,1 @@
+"""Measuring a head: real draft-and-verify decoding, and the report."""

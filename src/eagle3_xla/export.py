@@ -1,0 +1,100 @@
+"""`export`: a checkpoint into the one directory that SGLang, sglang-jax and vLLM load.
+
+    config.json         LlamaForCausalLMEagle3, as the engines' readers expect it
+    model.safetensors   fc, midlayer, norm, lm_head, d2t (int64 offsets), t2d (bool); the embedding is the target's
+"""
+
+import json
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file, save_file
+
+from eagle3_xla import checkpoint as checkpoints
+from eagle3_xla.config import UserError, claim_output
+from eagle3_xla.draft.model import Eagle3Head
+
+DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
+EXPORTED = "model.safetensors"
+
+
+def export(checkpoint: Path, out: Path, dtype: str = "bfloat16") -> dict:
+    """Write the head of a checkpoint folder (or of the newest one in a run's folder) to `out`.
+
+    Aux layer ids are left out: the head reads the layers that every engine takes by default. `norm_output` is never
+    written (it means two different things in two engines).
+    """
+    if dtype not in DTYPES:
+        raise UserError(f"--dtype {dtype}: choose one of {', '.join(DTYPES)}")
+    checkpoint, out = Path(checkpoint), Path(out)
+    if (checkpoint / "checkpoints").is_dir():
+        saved = checkpoints.load_latest(checkpoint / "checkpoints", warn=print)
+        if saved is None:
+            raise UserError(f"{checkpoint} has no checkpoint yet")
+    else:
+        saved = checkpoints.load(checkpoint)
+    if out.exists() and any(out.iterdir()) and not (out / EXPORTED).exists():
+        raise UserError(f"{out} is not empty and holds no exported head, so it is not ours; choose another folder")
+    out.mkdir(parents=True, exist_ok=True)
+    config = serving_config(saved.draft_config, len(saved.d2t), dtype)
+    tensors = {name: value.to(DTYPES[dtype]).contiguous() for name, value in saved.head.items()}
+    save_file({**tensors, "d2t": saved.d2t, "t2d": saved.t2d}, out / EXPORTED, metadata={"format": "pt"})
+    (out / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+    return {"out": str(out), "micro_step": saved.micro_step, "dtype": dtype}
+
+
+def serving_config(draft: dict, draft_vocab_size: int, dtype: str) -> dict:
+    """config.json of the head. draft: the head's LlamaConfig as a dict."""
+    keys = (
+        "vocab_size",
+        "hidden_size",
+        "intermediate_size",
+        "num_attention_heads",
+        "num_key_value_heads",
+        "head_dim",
+        "rms_norm_eps",
+        "max_position_embeddings",  # missing means 2048 to the engines: acceptance collapses past it
+        "bos_token_id",
+        "eos_token_id",
+    )
+    rope = {"rope_theta": draft["rope_theta"], "rope_scaling": draft["rope_scaling"]}
+    scaling = draft["rope_scaling"] or {"rope_type": "default"}
+    return {
+        "architectures": ["LlamaForCausalLMEagle3"],
+        "model_type": "llama",
+        "num_hidden_layers": 1,
+        **{key: draft[key] for key in keys},
+        "draft_vocab_size": draft_vocab_size,
+        # Old readers take rope_theta and rope_scaling, new ones rope_parameters.
+        **rope,
+        "rope_parameters": {"rope_theta": draft["rope_theta"], **scaling},
+        "hidden_act": "silu",
+        "attention_bias": False,
+        "mlp_bias": False,
+        "tie_word_embeddings": False,
+        "torch_dtype": dtype,
+    }
+
+
+def load_head(folder: Path) -> tuple[Eagle3Head, torch.Tensor]:
+    """An exported head (float32) and its d2t. Raises UserError when the folder is not a head or misses tensors."""
+    from transformers import LlamaConfig
+
+    folder = Path(folder)
+    if not (folder / "config.json").is_file() or not (folder / EXPORTED).is_file():
+        raise UserError(f"no head at {folder} (config.json and {EXPORTED} are expected)")
+    settings = json.loads((folder / "config.json").read_text())
+    if settings.get("architectures") != ["LlamaForCausalLMEagle3"]:
+        raise UserError(f"{folder}: architectures is {settings.get('architectures')}, not LlamaForCausalLMEagle3")
+    settings.pop("rope_parameters", None)  # what rope_theta and rope_scaling say already
+    tensors = load_file(folder / EXPORTED)
+    if "d2t" not in tensors:
+        raise UserError(f"{folder}: d2t is missing, so draft tokens can't be mapped to the target's vocabulary")
+    d2t, _ = tensors.pop("d2t"), tensors.pop("t2d", None)
+    tensors.pop("embed_tokens.weight", None)
+    head = Eagle3Head(LlamaConfig(**settings), fc_norm="fc_norm.0.weight" in tensors)
+    difference = set(head.state_dict()) ^ set(tensors)
+    if difference:
+        raise UserError(f"{folder}: missing or unknown tensors: {', '.join(sorted(difference))}")
+    head.load_state_dict({name: value.float() for name, value in tensors.items()})
+    return head.eval().requires_grad_(False), d2t

@@ -1,0 +1,1 @@
+"""The TTT unroll with its alignment, the objectives, and acceptance as the engines define it."""

@@ -1,0 +1,145 @@
+"""Any Hugging Face causal LM as the frozen target of an EAGLE3 head."""
+
+from typing import NamedTuple
+
+import torch
+from torch import nn
+
+from eagle3_xla.config import UserError
+from eagle3_xla.data.packing import PADDING
+from eagle3_xla.data.tokenizer import first_line, load_config
+
+MIN_LAYERS = 8
+VOCABULARY_CHUNK_ROWS = 128  # rows of a sequence whose full-vocabulary logits exist at one time
+
+
+class TargetStates(NamedTuple):
+    """What a head needs from the target at every position t; all of it is without gradient.
+
+    aux [B, T, 3H]: outputs of the aux layers, low to high; hidden [B, T, H]: after the final norm, before lm_head;
+    argmax [B, T] int64 and logsumexp [B, T] float32: of the logits over the full vocabulary, p(x_{t+1} | x_{<=t}).
+    """
+
+    aux: torch.Tensor
+    hidden: torch.Tensor
+    argmax: torch.Tensor
+    logsumexp: torch.Tensor
+
+
+class Teacher(NamedTuple):
+    """The target's next-token distribution p(x_{t+1} | x_{<=t}) seen through the draft vocabulary.
+
+    logits [B, T, D] float32: rows of the draft vocabulary; logsumexp [B, T] float32 and argmax [B, T] int64: over the
+    full vocabulary. softmax(logits) is the renormalised distribution, exp(logits - logsumexp) the real one.
+    """
+
+    logits: torch.Tensor
+    logsumexp: torch.Tensor
+    argmax: torch.Tensor
+
+
+def aux_layers(num_layers: int) -> tuple[int, int, int]:
+    """0-based decoder layers whose outputs feed the head: {1, L//2-1, L-4}, as every engine takes by default.
+
+    Hugging Face's `hidden_states` index of layer i is i + 1. Raises UserError when the three are not distinct.
+    """
+    if num_layers < MIN_LAYERS:
+        raise UserError(
+            f"the target has {num_layers} decoder layers; EAGLE3 takes hidden states of three distinct ones "
+            f"and needs at least {MIN_LAYERS}"
+        )
+    return (1, num_layers // 2 - 1, num_layers - 4)
+
+
+def load_target(path: str, dtype: torch.dtype):
+    """The frozen causal LM on the CPU, in eval mode, without gradients. Raises UserError when it can't be a target."""
+    from transformers import AutoModelForCausalLM
+
+    aux_layers(load_config(path).num_hidden_layers)
+    try:
+        model = AutoModelForCausalLM.from_pretrained(path, dtype=dtype, attn_implementation="sdpa")
+    except (OSError, ValueError) as error:
+        raise UserError(f"the weights of target {path!r} don't load: {first_line(error)}") from None
+    return model.eval().requires_grad_(False)
+
+
+class Target(nn.Module):
+    """The frozen target with its aux hidden states and its teacher on the draft vocabulary.
+
+    draft_ids [D] int64: target ids of the draft vocabulary, ascending.
+    """
+
+    def __init__(self, model, draft_ids: torch.Tensor):
+        super().__init__()
+        self.model = model
+        self.layers = aux_layers(model.config.num_hidden_layers)
+        self._captured: dict[int, torch.Tensor] = {}
+        for layer in self.layers:
+            model.model.layers[layer].register_forward_hook(self._capture(layer))
+        weight = model.get_output_embeddings().weight
+        self.register_buffer("draft_rows", weight[draft_ids].clone(), persistent=False)  # [D, H]
+
+    def _capture(self, layer: int):
+        def hook(module, args, output):
+            self._captured[layer] = output[0] if isinstance(output, tuple) else output
+
+        return hook
+
+    @property
+    def embed_tokens(self) -> nn.Embedding:
+        return self.model.get_input_embeddings()
+
+    @property
+    def final_norm_weight(self) -> torch.Tensor:
+        return self.model.model.norm.weight
+
+    @property
+    def device(self) -> torch.device:
+        return self.draft_rows.device
+
+    @torch.no_grad()
+    def states(self, input_ids: torch.Tensor, position_ids: torch.Tensor, document_ids: torch.Tensor) -> TargetStates:
+        """Run the target over packed rows; every argument is [B, T]."""
+        output = self.model.model(
+            input_ids=input_ids,
+            position_ids=position_ids,
+            # A ready-made 4-D mask: one graph, no device sync in transformers' own mask code.
+            attention_mask=document_mask(document_ids),
+            use_cache=False,
+        )
+        hidden = output.last_hidden_state  # [B, T, H], after the final norm
+        aux = self.captured_aux()
+        argmax, logsumexp = self._full_vocabulary(hidden)
+        return TargetStates(aux, hidden, argmax, logsumexp)
+
+    def captured_aux(self) -> torch.Tensor:
+        """Aux states of the model's last forward, [B, T, 3H]."""
+        return torch.cat([self._captured.pop(layer) for layer in self.layers], dim=-1)
+
+    def _full_vocabulary(self, hidden: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """argmax and logsumexp over the full vocabulary, in chunks: no [B, T, vocab] tensor ever exists."""
+        weight = self.model.get_output_embeddings().weight
+        argmax, logsumexp = [], []
+        for chunk in hidden.split(VOCABULARY_CHUNK_ROWS, dim=1):
+            logits = torch.einsum("bth,vh->btv", chunk, weight).float()
+            argmax.append(logits.argmax(-1))
+            logsumexp.append(logits.logsumexp(-1))
+        return torch.cat(argmax, 1), torch.cat(logsumexp, 1)
+
+    @torch.no_grad()
+    def teacher(self, states: TargetStates) -> Teacher:
+        logits = torch.einsum("bth,dh->btd", states.hidden.to(self.draft_rows.dtype), self.draft_rows)
+        return Teacher(logits.float(), states.logsumexp, states.argmax)
+
+
+def document_mask(document_ids: torch.Tensor) -> torch.Tensor:
+    """Causal attention inside each document, [B, 1, T, T] bool; padding attends to padding, so no row is empty."""
+    length = document_ids.shape[1]
+    causal = torch.ones(length, length, dtype=torch.bool, device=document_ids.device).tril()
+    same = document_ids[:, :, None] == document_ids[:, None, :]
+    return (same & causal)[:, None]
+
+
+def unpacked_documents(attention_mask: torch.Tensor) -> torch.Tensor:
+    """document_ids [B, T] of right-padded rows with one conversation each."""
+    return torch.where(attention_mask.bool(), 1, PADDING)

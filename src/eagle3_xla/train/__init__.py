@@ -1,0 +1,1 @@
+"""The training loop and what only it needs: optimizer, schedule, progress."""

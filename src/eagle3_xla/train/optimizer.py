@@ -1,0 +1,86 @@
+"""AdamW with warm-up and cosine decay, all of it on the device.
+
+Step and learning rate are device tensors and the moments exist before step 1: a Python number that changes, or a
+moment that appears later, would compile the step again.
+"""
+
+import math
+
+import torch
+
+from eagle3_xla.config import TrainConfig
+
+EPSILON = 1e-8
+
+
+class AdamW:
+    """Decoupled weight decay (Loshchilov & Hutter, 2019), gradient clipping by global norm.
+
+    parameters: name -> parameter (float32 master weights); total_steps: optimizer steps of the whole run.
+    lr_scale: name -> tensor that broadcasts against the parameter and multiplies its learning rate. Adam's update does
+    not know the scale of a layer's inputs; dividing the rate of an input column by the input's RMS is the same as
+    training on normalised inputs, and the exported weights stay plain.
+    state: what `state()` returned earlier; it replaces moments, step and lr_scale.
+    """
+
+    def __init__(
+        self,
+        parameters: dict,
+        config: TrainConfig,
+        total_steps: int,
+        backend,
+        lr_scale: dict[str, torch.Tensor],
+        state: dict[str, torch.Tensor] | None = None,
+    ):
+        self.parameters = parameters
+        self.config = config
+        self.total_steps = total_steps
+        self.warmup_steps = max(1, round(config.warmup * total_steps))
+        state = state or {"step_count": torch.zeros(())}
+        lr_scale = lr_scale or {n[len("lr_scale.") :]: t for n, t in state.items() if n.startswith("lr_scale.")}
+        self.step_count = backend.replicate(state["step_count"])
+        self.lr_scale = {name: backend.replicate(scale) for name, scale in lr_scale.items()}
+        self.first, self.second = (
+            {n: backend.like(state.get(f"{moment}.{n}", torch.zeros(p.shape)), p) for n, p in parameters.items()}
+            for moment in ("first", "second")
+        )
+
+    def lr(self, step: torch.Tensor) -> torch.Tensor:
+        """Learning rate of optimizer step `step` (a scalar tensor, 1 for the first)."""
+        warm = step / self.warmup_steps
+        progress = (step - self.warmup_steps) / max(1, self.total_steps - self.warmup_steps)
+        cosine = 0.5 * (1 + torch.cos(math.pi * progress.clamp(0, 1)))
+        return self.config.lr * torch.minimum(warm, cosine)
+
+    def lr_at(self, micro_step: int) -> float:
+        """The same on the host, for logs: of the last update within `micro_step` micro-steps."""
+        return float(self.lr(torch.tensor(float(max(1, micro_step // self.config.gradient_accumulation)))))
+
+    @torch.no_grad()
+    def step(self) -> torch.Tensor:
+        """One update from the parameters' gradients; returns the gradients' global norm, a device scalar."""
+        config = self.config
+        self.step_count.add_(1)
+        lr = self.lr(self.step_count)
+        gradients = {name: p.grad.float() for name, p in self.parameters.items()}
+        norm = torch.stack([g.square().sum() for g in gradients.values()]).sum().sqrt()
+        clip = (config.max_grad_norm / (norm + 1e-6)).clamp(max=1.0)
+        bias1 = 1 - config.beta1**self.step_count
+        bias2 = 1 - config.beta2**self.step_count
+        for name, parameter in self.parameters.items():
+            gradient = gradients[name] * clip
+            first, second = self.first[name], self.second[name]
+            first.mul_(config.beta1).add_(gradient, alpha=1 - config.beta1)
+            second.mul_(config.beta2).addcmul_(gradient, gradient, value=1 - config.beta2)
+            update = (first / bias1) / ((second / bias2).sqrt() + EPSILON)
+            rate = lr * self.lr_scale[name] if name in self.lr_scale else lr
+            if parameter.ndim > 1:  # norms are not decayed
+                parameter.mul_(1 - lr * config.weight_decay)
+            parameter.sub_(rate * update)
+        return norm
+
+    def state(self) -> dict[str, torch.Tensor]:
+        """Everything that a resumed run needs, by name; the tensors are the live ones."""
+        moments = {f"first.{n}": t for n, t in self.first.items()} | {f"second.{n}": t for n, t in self.second.items()}
+        scales = {f"lr_scale.{name}": scale for name, scale in self.lr_scale.items()}
+        return moments | scales | {"step_count": self.step_count}

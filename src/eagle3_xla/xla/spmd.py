@@ -1,0 +1,111 @@
+"""torch_xla SPMD: the mesh, the shardings, the compiled step, the count of compilations. Tested with torch_xla 2.9.0."""
+
+import contextlib
+import os
+import re
+
+import numpy as np
+import torch
+import torch_xla
+import torch_xla.debug.metrics as xla_metrics
+import torch_xla.distributed.spmd as spmd
+import torch_xla.runtime as runtime
+
+from eagle3_xla.config import UserError, XlaConfig
+
+# The head, by parameter name: column-parallel ones over their output rows, row-parallel ones over their inputs.
+HEAD_COLUMNS = ("q_proj", "k_proj", "v_proj", "gate_proj", "up_proj", "lm_head", "fc")
+HEAD_ROWS = ("o_proj", "down_proj")
+
+
+class SpmdBackend:
+    """A (dp, tp) mesh over all devices of the run.
+
+    On the CPU, dp * tp virtual devices are made, so that the step of a TPU slice can be run anywhere.
+    """
+
+    def __init__(self, config: XlaConfig):
+        wanted = config.dp * config.tp
+        if runtime.device_type() == "CPU":
+            os.environ.setdefault("CPU_NUM_DEVICES", str(wanted))
+        runtime.use_spmd()
+        found = runtime.global_runtime_device_count()
+        if found != wanted:
+            raise UserError(f"xla.dp * xla.tp = {config.dp} * {config.tp} = {wanted}, but there are {found} devices")
+        # The device must exist before the first backward: autograd sizes its queues then.
+        self.device = torch_xla.device()
+        self.mesh = spmd.Mesh(np.arange(wanted), (config.dp, config.tp), ("dp", "tp"))
+        spmd.set_global_mesh(self.mesh)
+        self.data_parallel = config.dp
+        self._autocast = config.autocast
+        self._shape = f"dp={config.dp} x tp={config.tp}"
+
+    @property
+    def description(self) -> str:
+        return f"torch_xla {torch_xla.__version__}, {runtime.device_type()}, mesh {self._shape}"
+
+    def place_target(self, target):
+        """Shard by the model's own `base_model_tp_plan`; what the plan doesn't name is replicated."""
+        target.to(self.device)
+        plan = {f"model.model.{name}": style for name, style in target.model.config.base_model_tp_plan.items()}
+        plan |= {f"model.{name}": style for name, style in (type(target.model)._tp_plan or {}).items()}
+        for name, parameter in target.named_parameters():
+            module, leaf = name.rsplit(".", 1)
+            style = plan.get(re.sub(r"\.\d+(?=\.|$)", ".*", module), "")
+            if style.startswith("colwise"):
+                spec = ("tp",) + (None,) * (parameter.ndim - 1)
+            elif style == "rowwise" and leaf == "weight":
+                spec = (None, "tp")
+            else:
+                spec = (None,) * parameter.ndim
+            spmd.mark_sharding(parameter, self.mesh, spec)
+        spmd.mark_sharding(target.draft_rows, self.mesh, ("tp", None))
+        return target
+
+    def place_head(self, head):
+        head.to(self.device)
+        for name, parameter in head.named_parameters():
+            module = name.split(".")[-2]
+            if module in HEAD_COLUMNS:
+                spec = ("tp", None)
+            elif module in HEAD_ROWS:
+                spec = (None, "tp")
+            else:
+                spec = (None,) * parameter.ndim
+            spmd.mark_sharding(parameter, self.mesh, spec)
+        return head
+
+    def like(self, tensor: torch.Tensor, parameter: torch.Tensor) -> torch.Tensor:
+        """`tensor` on the device, sharded as `parameter` is."""
+        tensor = tensor.to(self.device)
+        torch_xla._XLAC._xla_mark_sharding(tensor, torch_xla._XLAC._get_xla_op_sharding(parameter))
+        return tensor
+
+    def replicate(self, tensor: torch.Tensor) -> torch.Tensor:
+        tensor = tensor.to(self.device)
+        spmd.mark_sharding(tensor, self.mesh, (None,) * tensor.ndim)
+        return tensor
+
+    def put(self, batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """Host tensors [B, ...] to the devices, the batch dimension over dp."""
+        placed = {}
+        for name, value in batch.items():
+            placed[name] = value.to(self.device)
+            spmd.mark_sharding(placed[name], self.mesh, ("dp",) + (None,) * (value.ndim - 1))
+        return placed
+
+    def autocast(self):
+        return torch.autocast("xla", dtype=torch.bfloat16) if self._autocast else contextlib.nullcontext()
+
+    def compile(self, function):
+        """`function` as one graph; torch_xla raises when it would need a second one."""
+        return torch_xla.compile(function, full_graph=True, name=function.__name__)
+
+    def compilations(self) -> int:
+        """How often XLA has compiled a graph in this process."""
+        data = xla_metrics.metric_data("CompileTime")
+        return data[0] if data else 0
+
+    def settle(self) -> None:
+        """Materialise pending tensors, so that the step's graph starts from plain device buffers."""
+        torch_xla.sync(wait=True)
