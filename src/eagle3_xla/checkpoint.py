@@ -20,12 +20,20 @@ from safetensors.torch import load_file, save_file
 from eagle3_xla.config import Recipe, UserError
 
 # Settings that may differ between a run and its continuation: they change no weight.
-FREE = ("target.path", "train.out", "train.log_every", "train.save_every", "train.keep", "train.tracker", "data.prepared")
+FREE = (
+    "target.path",
+    "train.out",
+    "train.log_every",
+    "train.save_every",
+    "train.keep",
+    "train.tracker",
+    "data.prepared",
+)
 
 
 @dataclasses.dataclass
 class Checkpoint:
-    """micro_step: how many are done; head, optimizer: tensors by name; d2t, t2d: the vocabulary maps; recipe: a dict."""
+    """micro_step: how many are done; head, optimizer: host tensors by name; d2t, t2d: the draft vocabulary's maps."""
 
     micro_step: int
     head: dict[str, torch.Tensor]
@@ -48,7 +56,6 @@ def save(folder: Path, checkpoint: Checkpoint, keep: int) -> Path:
     tensors = {f"head.{name}": value for name, value in checkpoint.head.items()}
     tensors |= {f"optimizer.{name}": value for name, value in checkpoint.optimizer.items()}
     tensors |= {"d2t": checkpoint.d2t, "t2d": checkpoint.t2d}
-    tensors = {name: value.detach().cpu().contiguous().clone() for name, value in tensors.items()}
     state = partial / "state.safetensors"
     save_file(tensors, state)
     meta = {
@@ -92,7 +99,7 @@ def load(path: Path) -> Checkpoint:
         damaged = True
     if damaged:
         raise UserError(f"checkpoint {path} is damaged (its checksum does not hold)")
-    tensors = load_file(state)
+    tensors = {name: value.clone() for name, value in load_file(state).items()}  # the file itself is memory-mapped
 
     def group(prefix: str) -> dict[str, torch.Tensor]:
         return {name.removeprefix(prefix): value for name, value in tensors.items() if name.startswith(prefix)}
@@ -122,8 +129,8 @@ def refuse_changed_run(saved: Checkpoint, recipe: Recipe, data_key: str) -> None
         changes = [f"the content of data.prepared ({recipe.data.prepared})"]
     if changes:
         raise UserError(
-            f"{recipe.train.out} holds a run of another recipe, so it can't be continued; changed: {'; '.join(changes)}. "
-            "Give the old settings back, or name another train.out"
+            f"{recipe.train.out} holds a run of another recipe, so it can't be continued; "
+            f"changed: {'; '.join(changes)}. Give the old settings back, or name another train.out"
         )
 
 

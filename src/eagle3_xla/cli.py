@@ -54,9 +54,13 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=f"eagle3-xla {__version__}")
     verbs = parser.add_subparsers(dest="verb", required=True, metavar="VERB")
 
-    verb = verbs.add_parser("quickstart", parents=[common], help="the whole pipeline on this machine, with a small target")
+    verb = verbs.add_parser(
+        "quickstart", parents=[common], help="the whole pipeline on this machine, with a small target"
+    )
     verb.add_argument("--out", default="quickstart", help="folder for everything (default: quickstart)")
-    verb.add_argument("--minutes", type=float, default=None, help="train about so long (default: what fits 20 minutes in all)")
+    verb.add_argument(
+        "--minutes", type=float, default=None, help="train about so long (default: what fits 20 minutes in all)"
+    )
 
     verbs.add_parser("prepare", parents=[recipe], help="chats -> packed rows and the draft vocabulary")
     verb = verbs.add_parser("train", parents=[recipe], help="train a head; continues by itself")

@@ -112,7 +112,9 @@ AT_LEAST = {
 
 
 def recipe_names() -> list[str]:
-    return sorted(file.name[:-5] for file in resources.files("eagle3_xla.recipes").iterdir() if file.name.endswith(".yaml"))
+    return sorted(
+        file.name[:-5] for file in resources.files("eagle3_xla.recipes").iterdir() if file.name.endswith(".yaml")
+    )
 
 
 def load_recipe(name: str | None, overrides: list[str]) -> Recipe:
@@ -178,7 +180,9 @@ def _check_keys(given: DictConfig, schema: DictConfig, prefix: str) -> None:
             raise UserError(f"unknown setting {full}; the nearest known one is {nearest}")
         if isinstance(schema[key], DictConfig):
             if not isinstance(given[key], DictConfig):
-                raise UserError(f"setting {full} is a section; give one of {', '.join(_leaves(schema[key], full + '.'))}")
+                raise UserError(
+                    f"setting {full} is a section; give one of {', '.join(_leaves(schema[key], full + '.'))}"
+                )
             _check_keys(given[key], schema[key], f"{full}.")
 
 

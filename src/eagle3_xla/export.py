@@ -1,7 +1,7 @@
 """`export`: a checkpoint into the one directory that SGLang, sglang-jax and vLLM load.
 
-    config.json         LlamaForCausalLMEagle3, as the engines' readers expect it
-    model.safetensors   fc, midlayer, norm, lm_head, d2t (int64 offsets), t2d (bool); the embedding is the target's
+config.json         LlamaForCausalLMEagle3, as the engines' readers expect it
+model.safetensors   fc, midlayer, norm, lm_head, d2t (int64 offsets), t2d (bool); the embedding is the target's
 """
 
 import json
@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from eagle3_xla import checkpoint as checkpoints
-from eagle3_xla.config import UserError, claim_output
+from eagle3_xla.config import UserError
 from eagle3_xla.draft.model import Eagle3Head
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}

@@ -72,7 +72,9 @@ def _budget(minutes: float | None) -> list[str]:
     everything = 520_000  # tokens in the shipped chats
     epochs = recipe.train.epochs
     if tokens > everything:
-        epochs = max(epochs, int((minutes * 60 - everything / 1000 * STATES_SECONDS) / (everything / 1000 * EPOCH_SECONDS)))
+        epochs = max(
+            epochs, int((minutes * 60 - everything / 1000 * STATES_SECONDS) / (everything / 1000 * EPOCH_SECONDS))
+        )
         tokens = 0
     return [f"data.max_tokens={tokens}", f"train.epochs={epochs}"]
 
@@ -86,10 +88,12 @@ def screen(result: dict, recipe) -> str:
 
     return f"""
 A draft head for SmolLM2-135M-Instruct (as Qwen2), trained in {result["minutes"]:.1f} minutes in all
-  data      {data["train"]["chats"]} chats written by this target, {data["train"]["answer_tokens"]:,} answer tokens x \
-{recipe.train.epochs} epochs; draft vocabulary {data["draft_vocab_size"]:,} of {data["vocab_size"]:,} \
-({data["coverage_heldout"]:.1%} of held-out answer tokens)
-  training  {recipe.loss.ttt_length} TTT steps, geometric {recipe.loss.decay}^k, {result["training"]["micro_steps"]} steps
+  data      {data["train"]["chats"]} chats written by this target, \
+{data["train"]["answer_tokens"]:,} answer tokens x {recipe.train.epochs} epochs
+            draft vocabulary {data["draft_vocab_size"]:,} of {data["vocab_size"]:,}: \
+{data["coverage_heldout"]:.1%} of the held-out answer tokens
+  training  {result["training"]["micro_steps"]} steps, {recipe.loss.ttt_length} TTT steps each, \
+loss weights {recipe.loss.decay}^k
 
 On {trained["prompts"]} held-out prompts, greedy, chain of {trained["draft_tokens"]} drafts
                        acceptance length tau   acceptance per position, if all before were accepted

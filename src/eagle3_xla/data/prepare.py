@@ -1,8 +1,8 @@
 """`prepare`: chats -> packed rows of token ids, a manifest and the draft vocabulary, in one folder.
 
-    train/ heldout/     Arrow datasets of packed rows (see packing.row_arrays)
-    draft_ids.json      target ids of the draft vocabulary, ascending
-    manifest.json       what was read, kept and dropped, token counts, coverage, the key of everything that shaped it
+train/ heldout/     Arrow datasets of packed rows (see packing.row_arrays)
+draft_ids.json      target ids of the draft vocabulary, ascending
+manifest.json       what was read, kept and dropped, token counts, coverage, the key of everything that shaped it
 """
 
 import hashlib
@@ -26,7 +26,7 @@ FORMAT = 1  # of the prepared folder; part of the key
 
 
 def prepare(recipe: Recipe) -> dict:
-    """Write the prepared folder of `recipe.data` and return its manifest. Reused when nothing that shapes it changed."""
+    """Write the prepared folder of `recipe.data`, unless it is there and current; return its manifest."""
     data = recipe.data
     vocab_size = load_config(recipe.target.path).vocab_size
     tokenizer = load_tokenizer(recipe.target.path)
@@ -102,7 +102,7 @@ def _chats(files: list[str], setting: str) -> list[Chat]:
 
 
 def _encode(tokenizer, chats: list[Chat], row_length: int) -> tuple[list, dict]:
-    """Documents (ids, mask) of at most `row_length` tokens; what goes over is cut, what has no answer left is dropped."""
+    """Documents (ids, mask) of at most `row_length` tokens: longer ones are cut, those without an answer dropped."""
     documents, cut, dropped = [], 0, 0
     for chat in chats:
         ids, mask = encode_chat(tokenizer, chat)
@@ -160,7 +160,12 @@ def _key(data: DataConfig, tokenizer) -> str:
     for name in [*data.train, "|", *data.heldout]:
         file = data_file(name)
         digest.update(file.read_bytes() if file.is_file() else name.encode())
-    settings = {"row_length": data.row_length, "draft": data.draft_vocab_size, "max": data.max_tokens, "seed": data.seed}
+    settings = {
+        "row_length": data.row_length,
+        "draft": data.draft_vocab_size,
+        "max": data.max_tokens,
+        "seed": data.seed,
+    }
     digest.update(json.dumps([FORMAT, settings, tokenizer.chat_template], sort_keys=True).encode())
     digest.update(json.dumps(sorted(tokenizer.get_vocab().items())).encode())
     digest.update(str(getattr(tokenizer, "backend_tokenizer", None) and tokenizer.backend_tokenizer.to_str()).encode())

@@ -27,7 +27,7 @@ class InputMoments:
         self.rows = 0
 
     def add(self, aux: torch.Tensor, embeds: torch.Tensor, hidden: torch.Tensor, loss_mask: torch.Tensor) -> None:
-        """aux [B, T, 3H], embeds [B, T, H], hidden [B, T, H] (after the norm's scale is divided out), loss_mask [B, T]."""
+        """aux [B, T, 3H], embeds [B, T, H], hidden [B, T, H] (the norm's scale divided out), loss_mask [B, T]."""
         rows = loss_mask[:, 1:-1] & loss_mask[:, 2:]
         embeds = embeds[:, 1:-1][rows].float()
         embeds = embeds * torch.rsqrt(embeds.square().mean(-1, keepdim=True) + 1e-6)

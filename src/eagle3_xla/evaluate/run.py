@@ -45,7 +45,9 @@ def evaluate(target_path: str, draft: str, prompts: str, options: EvalOptions) -
     stop_ids = stop_token_ids(target_path, tokenizer)
     with_head, plain, hits = [], [], []
     for chat in tqdm(messages, desc="eval", unit="prompt"):
-        ids = tokenizer.apply_chat_template(chat, add_generation_prompt=True, tokenize=True, return_dict=True)["input_ids"]
+        ids = tokenizer.apply_chat_template(chat, add_generation_prompt=True, tokenize=True, return_dict=True)[
+            "input_ids"
+        ]
         if len(ids) + options.max_new_tokens > model.config.max_position_embeddings:
             raise UserError(f"a prompt of {len(ids)} tokens leaves no room for {options.max_new_tokens} more")
         with_head.append(decoder.decode(ids, options.max_new_tokens, stop_ids))

@@ -6,7 +6,9 @@ import torch
 
 
 class AcceptanceSums(NamedTuple):
-    """Sums per TTT step, each [K] float32. `drafts`: rows that count; `hits`: of these, the head's argmax is the target's.
+    """Sums per TTT step, each [K] float32.
+
+    `drafts`: rows that count; `hits`: of these, the ones where the head's argmax is the target's;
 
     `chain_drafts`: rows whose earlier steps all hit; `chain_hits`: of these, the ones that hit too;
     `overlap`: sum of min(p, q) over `drafts`.

@@ -27,7 +27,7 @@ def embedded_gguf() -> Path:
 
 
 def write_embedded_target(out: Path) -> None:
-    """Write the embedded target to `out` (bfloat16 safetensors, tokenizer, chat template). Does nothing if it is there."""
+    """Write the embedded target to `out` (bfloat16 weights, tokenizer, chat template), unless it is there."""
     if (out / "NOTICE").exists():  # written last
         return
     from transformers import GenerationConfig, LlamaForCausalLM, Qwen2Config, Qwen2ForCausalLM
@@ -60,9 +60,7 @@ def write_embedded_target(out: Path) -> None:
         if name.endswith("_proj.bias"):
             weights[name] = torch.zeros_like(weight)
     qwen.load_state_dict(weights, strict=True)
-    qwen.generation_config = GenerationConfig(
-        bos_token_id=start, eos_token_id=[stop, end_of_text], pad_token_id=stop
-    )
+    qwen.generation_config = GenerationConfig(bos_token_id=start, eos_token_id=[stop, end_of_text], pad_token_id=stop)
     qwen.save_pretrained(out)
     _write_tokenizer(out, tables)
     (out / "NOTICE").write_text(NOTICE)
@@ -81,7 +79,7 @@ def _gguf_tables(gguf: Path) -> dict:
 
 
 def _write_tokenizer(out: Path, tables: dict) -> None:
-    """Rebuild SmolLM2's tokenizer (Digits + ByteLevel) from the GGUF tables: the GGUF loader drops the digit splitter."""
+    """SmolLM2's tokenizer (Digits + ByteLevel) from the GGUF tables: the GGUF loader drops the digit splitter."""
     from tokenizers import AddedToken, Tokenizer, decoders, pre_tokenizers
     from tokenizers.models import BPE
 

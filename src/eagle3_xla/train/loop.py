@@ -50,7 +50,9 @@ def train(recipe: Recipe, max_steps: int = 0) -> dict:
             f"{len(train_rows)} rows don't fill one optimizer step of {rows_per_step} rows x "
             f"{settings.gradient_accumulation}; lower train.batch_size or train.gradient_accumulation"
         )
-    heldout_rows = heldout_rows.select(range(min(settings.heldout_rows, len(heldout_rows)) // rows_per_step * rows_per_step))
+    heldout_rows = heldout_rows.select(
+        range(min(settings.heldout_rows, len(heldout_rows)) // rows_per_step * rows_per_step)
+    )
 
     # A run that is already there goes on, if it is the same run.
     claim_output(out)
@@ -82,7 +84,7 @@ def train(recipe: Recipe, max_steps: int = 0) -> dict:
     if settings.reuse_states:
         key = f"{manifest['key']} {recipe.target.path} {recipe.target.dtype}"
         for split, rows in (("train", train_rows), ("heldout", heldout_rows)):
-            stores[split] = StatesStore(out / "states" / split, rows, key)
+            stores[split] = StatesStore(Path(recipe.data.prepared) / "states" / split, rows, key)
             stores[split].fill(states_of, rows_per_step)
 
     # The head: float32 master weights, from the checkpoint or from what the target says about a sample of rows.
@@ -118,8 +120,8 @@ def train(recipe: Recipe, max_steps: int = 0) -> dict:
     def save(done: int, folder: str = "checkpoints") -> Path:
         state = checkpoints.Checkpoint(
             micro_step=done,
-            head=head.state_dict(),
-            optimizer=optimizer.state(),
+            head={name: backend.to_host(value) for name, value in head.state_dict().items()},
+            optimizer={name: backend.to_host(value) for name, value in optimizer.state().items()},
             d2t=d2t,
             t2d=t2d,
             recipe=dataclasses.asdict(recipe),
@@ -128,23 +130,29 @@ def train(recipe: Recipe, max_steps: int = 0) -> dict:
         )
         return checkpoints.save(out / folder, state, settings.keep)
 
-    def evaluate() -> list[float]:
+    def evaluate() -> tuple[float, list[float]]:
         batches = np.arange(len(heldout_rows)).reshape(-1, rows_per_step)
         sums = [unpack_metrics(step.evaluate(load_batch(heldout_rows, "heldout", b)[0]))[3] for b in batches]
-        return rates(AcceptanceSums(*(torch.stack(column).sum(0) for column in zip(*sums))))["acceptance"]
+        acceptance = rates(AcceptanceSums(*(torch.stack(column).sum(0) for column in zip(*sums))))["acceptance"]
+        return expected_tau(acceptance), acceptance
 
     stopping = []
     previous_handler = signal.signal(signal.SIGTERM, lambda *_: stopping.append("SIGTERM"))
-    reporter = Reporter(settings, total_steps, first_step, {"target": recipe.target.path, **dataclasses.asdict(settings)})
+    reporter = Reporter(
+        settings, total_steps, first_step, {"target": recipe.target.path, **dataclasses.asdict(settings)}
+    )
     reporter.say(f"{backend.description}: {total_steps} steps of {rows_per_step} x {manifest['row_length']} tokens")
     if saved:
         reporter.say(f"continued after step {first_step}")
-    last_step = min(total_steps, first_step + max_steps) if max_steps else total_steps
+    whole_updates = -(-max_steps // settings.gradient_accumulation) * settings.gradient_accumulation
+    last_step = min(total_steps, first_step + whole_updates) if max_steps else total_steps
     path, tau, waiting = None, None, None
-    compiled_before = backend.compilations()
     if saved is None:
         save(0, "initial")  # the untrained head, to compare with
+        if len(heldout_rows):
+            reporter.log_heldout(0, *evaluate())
 
+    compiled_before = backend.compilations()
     for micro_step in range(first_step, last_step):
         indices = batch_indices(micro_step, len(train_rows), rows_per_step, settings.seed)
         batch, tokens = load_batch(train_rows, "train", indices)
@@ -159,8 +167,7 @@ def train(recipe: Recipe, max_steps: int = 0) -> dict:
 
         at_update = done % settings.gradient_accumulation == 0
         if len(heldout_rows) and (done % epoch_steps == 0 or done == total_steps):
-            acceptance = evaluate()
-            tau = expected_tau(acceptance)
+            tau, acceptance = evaluate()
             reporter.log_heldout(done, tau, acceptance)
         due = done // settings.gradient_accumulation % settings.save_every == 0
         if at_update and (due or stopping or done == last_step):

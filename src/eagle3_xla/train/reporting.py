@@ -64,7 +64,9 @@ class Reporter:
 
     def log_heldout(self, step: int, tau: float, acceptance: list[float]) -> None:
         self._write({"step": step, "heldout_tau": tau, "heldout_acceptance": acceptance})
-        self.say(f"step {step}: held-out expected tau {tau:.3f}, acceptance " + " ".join(f"{a:.3f}" for a in acceptance))
+        self.say(
+            f"step {step}: held-out expected tau {tau:.3f}, acceptance " + " ".join(f"{a:.3f}" for a in acceptance)
+        )
         if self.tracker:
             self.tracker.log({"heldout/tau": tau}, step=step)
         self._since, self._tokens = time.perf_counter(), 0  # evaluation is not training time

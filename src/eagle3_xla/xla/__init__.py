@@ -9,7 +9,9 @@ def make_backend(config: XlaConfig):
         try:
             from eagle3_xla.xla.spmd import SpmdBackend
         except ImportError as error:
-            raise UserError(f"xla.device is xla, but torch_xla is not usable here ({error}); or --xla.device=cpu") from None
+            raise UserError(
+                f"xla.device is xla, but torch_xla is not usable here ({error}); or --xla.device=cpu"
+            ) from None
         return SpmdBackend(config)
     from eagle3_xla.xla.plain import PlainBackend
 

@@ -36,6 +36,9 @@ class PlainBackend:
     def replicate(self, tensor: torch.Tensor) -> torch.Tensor:
         return tensor.to(self.device)
 
+    def to_host(self, tensor: torch.Tensor) -> torch.Tensor:
+        return tensor.detach().cpu().clone()
+
     def put(self, batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         return {name: value.to(self.device) for name, value in batch.items()}
 

@@ -1,4 +1,4 @@
-"""torch_xla SPMD: the mesh, the shardings, the compiled step, the count of compilations. Tested with torch_xla 2.9.0."""
+"""torch_xla SPMD (2.9.0): the mesh, the shardings, the compiled step, the count of compilations."""
 
 import contextlib
 import os
@@ -85,6 +85,14 @@ class SpmdBackend:
         tensor = tensor.to(self.device)
         spmd.mark_sharding(tensor, self.mesh, (None,) * tensor.ndim)
         return tensor
+
+    def to_host(self, tensor: torch.Tensor) -> torch.Tensor:
+        """The whole tensor on the host, put together from its shards: `.cpu()` would compile a gather for each."""
+        tensor = tensor.detach()
+        whole = torch.empty(tensor.shape, dtype=tensor.dtype)
+        for shard in spmd.XLAShardedTensor(tensor).local_shards:
+            whole[shard.indices] = shard.unpadded_data
+        return whole
 
     def put(self, batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         """Host tensors [B, ...] to the devices, the batch dimension over dp."""

@@ -1,0 +1,124 @@
+"""What every test shares: XLA on the CPU, the embedded target, a small real Qwen2."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+os.environ.setdefault("PJRT_DEVICE", "CPU")
+os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+os.environ["HF_HUB_OFFLINE"] = "1"
+# Compiling for the CPU takes a quarter of the time without LLVM's expensive passes; results stay within rounding.
+FAST_COMPILE = "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
+os.environ.setdefault("XLA_FLAGS", FAST_COMPILE)
+
+import pytest
+import torch
+import torch_xla
+
+torch_xla.device()  # before the first backward: autograd sizes its queues then
+
+from eagle3_xla.data.tokenizer import load_tokenizer
+from eagle3_xla.target.embedded import write_embedded_target
+
+CHATS = [
+    ("What is the capital of France?", "The capital of France is Paris."),
+    ("Name three colours.", "Red, green and blue are three colours."),
+    ("Write a Python function that adds two numbers.", "def add(a, b):\n    return a + b"),
+    ("Say hello.", "Hello! How can I help you today?"),
+]
+
+
+@pytest.fixture(scope="session")
+def embedded_target(tmp_path_factory) -> Path:
+    """The embedded target's folder, made once per machine user's pytest session."""
+    out = tmp_path_factory.mktemp("target")
+    write_embedded_target(out)
+    return out
+
+
+@pytest.fixture(scope="session")
+def tokenizer(embedded_target):
+    return load_tokenizer(str(embedded_target))
+
+
+@pytest.fixture(scope="session")
+def small_target(embedded_target, tokenizer, tmp_path_factory) -> Path:
+    """A real Qwen2 of 8 layers with random weights and the embedded target's tokenizer: seconds instead of minutes."""
+    from transformers import Qwen2Config, Qwen2ForCausalLM
+
+    config = Qwen2Config(
+        vocab_size=len(tokenizer),
+        hidden_size=64,
+        intermediate_size=128,
+        num_hidden_layers=8,
+        num_attention_heads=8,
+        num_key_value_heads=4,
+        max_position_embeddings=1024,
+        initializer_range=0.2,  # with the usual 0.02 its next-token distribution would be flat
+        tie_word_embeddings=True,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+    )
+    torch.manual_seed(0)
+    out = tmp_path_factory.mktemp("small-target")
+    model = Qwen2ForCausalLM(config)
+    spoken = torch.tensor(sorted({token for chat in CHATS for text in chat for token in tokenizer(text)["input_ids"]}))
+    silent = torch.ones(len(tokenizer), dtype=torch.bool).index_fill(0, spoken, False)
+    model.model.embed_tokens.weight.data[silent] *= 0.01  # it says words of CHATS, so a small draft vocabulary serves
+    model.save_pretrained(out)
+    tokenizer.save_pretrained(out)
+    return out
+
+
+@pytest.fixture
+def chat_file(tmp_path) -> Path:
+    """32 short chats in ShareGPT form."""
+    file = tmp_path / "chats.jsonl"
+    with file.open("w") as handle:
+        for i in range(32):
+            question, answer = CHATS[i % len(CHATS)]
+            turns = [{"from": "human", "value": f"{question} ({i})"}, {"from": "gpt", "value": answer}]
+            handle.write(json.dumps({"conversations": turns}) + "\n")
+    return file
+
+
+@pytest.fixture
+def small_run(small_target, chat_file, tmp_path) -> list[str]:
+    """Settings of a run that trains on the small target in seconds."""
+    return [
+        f"target.path={small_target}",
+        "target.dtype=float32",
+        f"data.train=[{chat_file}]",
+        f"data.heldout=[{chat_file}]",
+        f"data.prepared={tmp_path / 'data'}",
+        "data.row_length=64",
+        "data.draft_vocab_size=128",
+        "loss.ttt_length=3",
+        "xla.device=cpu",
+        "xla.autocast=false",
+        f"train.out={tmp_path / 'run'}",
+        "train.epochs=2",
+        "train.batch_size=2",
+        "train.init_rows=8",
+        "train.heldout_rows=4",
+        "train.log_every=1",
+        "train.tracker=none",
+    ]
+
+
+def run_cli(*arguments, environment: dict | None = None, timeout: float = 600) -> subprocess.CompletedProcess:
+    """`python -m eagle3_xla ...` as a user runs it, in a process of its own."""
+    return subprocess.run(
+        [sys.executable, "-m", "eagle3_xla", *map(str, arguments)],
+        capture_output=True,
+        text=True,
+        timeout=timeout,
+        env=os.environ | (environment or {}),
+    )
+
+
+@pytest.fixture
+def cli():
+    return run_cli

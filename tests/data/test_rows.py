@@ -1,0 +1,88 @@
+"""Packing, batches, draft vocabulary, and the prepared folder."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+
+from eagle3_xla.config import UserError, load_recipe
+from eagle3_xla.data.batches import batch_indices, steps_per_epoch
+from eagle3_xla.data.packing import pack, row_arrays
+from eagle3_xla.data.prepare import load_prepared, prepare
+from eagle3_xla.data.vocab import coverage, d2t_t2d, draft_ids_of, draft_vocabulary
+
+
+def test_packing_keeps_every_document_once_and_fits():
+    lengths = np.random.default_rng(0).integers(4, 257, 500).tolist()
+    rows = pack(lengths, 512)
+    assert sorted(i for row in rows for i in row) == list(range(500))
+    assert max(sum(lengths[i] for i in row) for row in rows) <= 512
+    assert sum(lengths) / (len(rows) * 512) > 0.97
+
+
+def test_row_arrays():
+    row = row_arrays([([5, 6, 7], [0, 1, 1]), ([8, 9], [0, 1])], 7, pad_id=2)
+    assert row["input_ids"].tolist() == [5, 6, 7, 8, 9, 2, 2]
+    assert row["loss_mask"].tolist() == [False, True, True, False, True, False, False]
+    assert row["document_ids"].tolist() == [1, 1, 1, 2, 2, 0, 0]
+    assert row["position_ids"].tolist() == [0, 1, 2, 0, 1, 0, 0]
+
+
+def test_every_epoch_sees_every_row_in_another_order():
+    rows, batch = 24, 4
+    assert steps_per_epoch(rows, batch) == 6
+    epochs = [np.concatenate([batch_indices(e * 6 + i, rows, batch, seed=1) for i in range(6)]) for e in range(2)]
+    for epoch in epochs:
+        assert sorted(epoch) == list(range(rows))
+    assert (epochs[0] != epochs[1]).any()
+    assert (batch_indices(3, rows, batch, seed=2) != batch_indices(3, rows, batch, seed=1)).any()
+
+
+def test_draft_vocabulary_is_the_most_frequent_and_the_stop_token():
+    counts = np.array([0, 9, 0, 5, 7, 0, 1, 0])
+    ids = draft_vocabulary(counts, 4, always={7})
+    assert ids.tolist() == [1, 3, 4, 7]
+    assert coverage(counts, ids) == 21 / 22
+    d2t, t2d = d2t_t2d(torch.from_numpy(ids), 8)
+    assert d2t.tolist() == [1, 2, 2, 4]
+    assert draft_ids_of(d2t).tolist() == t2d.nonzero()[:, 0].tolist() == ids.tolist()
+
+
+def test_prepare_is_reused_until_something_changes(small_run, chat_file):
+    recipe = load_recipe(None, small_run)
+    first = prepare(recipe)
+    train, heldout, draft_ids, manifest = load_prepared(recipe.data.prepared)
+    assert manifest == first == prepare(recipe)
+    assert manifest["train"]["read"] == 32 and manifest["coverage_train"] == 1.0
+    assert len(draft_ids) == 128 and train[0]["input_ids"].shape == (64,)
+    recipe.data.row_length = 96
+    assert prepare(recipe)["row_length"] == 96
+    chat_file.write_text(chat_file.read_text().replace("Paris", "Lyon"))
+    assert prepare(recipe)["key"] not in (first["key"], manifest["key"])
+
+
+def test_vocabulary_counts_answers_that_the_token_budget_leaves_out(small_run):
+    whole = prepare(load_recipe(None, small_run))
+    ids = load_prepared(load_recipe(None, small_run).data.prepared)[2]
+    part = prepare(load_recipe(None, [*small_run, "data.max_tokens=100"]))
+    assert part["train"]["tokens"] < whole["train"]["tokens"]
+    assert torch.equal(ids, load_prepared(load_recipe(None, small_run).data.prepared)[2])
+
+
+def test_prepared_folder_of_somebody_else_is_refused(small_run, tmp_path):
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "thesis.txt").write_text("mine")
+    with pytest.raises(UserError, match="not ours"):
+        prepare(load_recipe(None, small_run))
+    assert (tmp_path / "data" / "thesis.txt").read_text() == "mine"
+
+
+def test_shipped_chats_are_readable():
+    from eagle3_xla.data.chat import read_chats
+    from eagle3_xla.data.prepare import data_file
+
+    chats = {name: read_chats(data_file(f"package:{name}.jsonl")) for name in ("train", "heldout")}
+    assert {name: len(rows) for name, rows in chats.items()} == {"train": 2563, "heldout": 83}
+    asked = {name: {json.dumps(chat.messages[0]) for chat in rows} for name, rows in chats.items()}
+    assert not asked["train"] & asked["heldout"]

@@ -1,0 +1,115 @@
+"""Draft-and-verify decoding: the target's own greedy output, and figures that count what happened."""
+
+import json
+
+import pytest
+import torch
+
+from eagle3_xla.config import load_recipe
+from eagle3_xla.data.prepare import load_prepared, prepare
+from eagle3_xla.data.vocab import d2t_t2d
+from eagle3_xla.draft.model import Eagle3Head, draft_config
+from eagle3_xla.evaluate.decode import ChainDecoder, Generation, decode_plain
+from eagle3_xla.evaluate.run import EvalOptions, acceptance_by_position, evaluate, summary
+from eagle3_xla.export import export, load_head
+from eagle3_xla.loss.unroll import shift_left
+from eagle3_xla.target.model import Target, load_target
+from eagle3_xla.train.loop import train
+
+
+@pytest.fixture
+def trained(small_run, small_target, tmp_path):
+    """A head trained until its random target accepts it often, exported."""
+    recipe = load_recipe(None, [*small_run, "train.epochs=12", "train.lr=3e-3", "data.draft_vocab_size=256"])
+    prepare(recipe)
+    train(recipe)
+    export(tmp_path / "run", tmp_path / "head", "float32")
+    return tmp_path / "head"
+
+
+def test_output_is_the_targets_own(trained, small_target, tokenizer):
+    head, d2t = load_head(trained)
+    model = load_target(str(small_target), torch.float32)
+    target = Target(model, torch.arange(len(d2t)) + d2t)
+    generator = torch.Generator().manual_seed(0)
+    for length in (3, 17, 40):
+        prompt = torch.randint(0, 1000, (length,), generator=generator).tolist()
+        golden = model.generate(torch.tensor([prompt]), max_new_tokens=40, do_sample=False, eos_token_id=-1)[
+            0, length:
+        ].tolist()
+        assert decode_plain(target, prompt, 40, set()).tokens == golden
+        for chain in (1, 3, 5):
+            ours = ChainDecoder(target, head, d2t, chain).decode(prompt, 40, set())
+            assert ours.tokens == golden
+            # Every target call gives its accepted drafts and one token more; the first token is prefill's.
+            assert sum(ours.accepted) + len(ours.accepted) >= 39
+            assert all(a <= p <= chain for a, p in zip(ours.accepted, ours.proposed))
+        stop = golden[20]
+        end = golden.index(stop) + 1
+        assert ChainDecoder(target, head, d2t, 5).decode(prompt, 40, {stop}).tokens == golden[:end]
+
+
+def test_drafts_are_the_unrolls_drafts(trained, small_target):
+    """The KV-cache decoding drafts what the TTT unroll predicts at the same row: training and serving agree."""
+    head, d2t = load_head(trained)
+    target = Target(load_target(str(small_target), torch.float32), torch.arange(len(d2t)) + d2t)
+    ids = torch.randint(0, 1000, (1, 24), generator=torch.Generator().manual_seed(1))
+    states = target.states(ids, torch.arange(24)[None], torch.ones_like(ids))
+    decoder = ChainDecoder(target, head, d2t, 4)
+    prompt = ids[0, :20].tolist()
+    from eagle3_xla.evaluate.decode import _DraftCache
+
+    rows = 19  # the last row has the embedding of token 19
+    drafts = decoder._draft(states.aux[0, :rows], prompt[1 : rows + 1], 0, _DraftCache())
+    # Unroll over the same text, with the head's own drafts where it would read tokens it does not know.
+    text = torch.tensor([[*prompt[: rows + 1], *drafts]])
+    length, keys, values = text.shape[1], [], []
+    aux = torch.zeros(1, length, states.aux.shape[-1])
+    aux[:, :rows] = states.aux[:, :rows]
+    hidden, positions = head.features(aux), torch.arange(length)[None]
+    mask = torch.ones(1, 1, length, length, dtype=torch.bool).tril()
+    for k, draft in enumerate(drafts):
+        embeds = target.embed_tokens(shift_left(text, 1 + k))
+        hidden = head.ttt_step(embeds, hidden, positions + k, keys, values, mask)
+        choice = int(head.logits(hidden)[0, rows - 1].argmax())
+        assert choice + int(d2t[choice]) == draft
+
+
+def test_evaluate(trained, small_target, chat_file):
+    figures = evaluate(str(small_target), str(trained), str(chat_file), EvalOptions(limit=4, max_new_tokens=24))
+    assert figures["identical"] and figures["prompts"] == 4
+    assert figures["tau"] > 1.0 and len(figures["acceptance"]) == len(figures["acceptance_conditional"]) == 5
+    assert figures["acceptance"][0] == figures["acceptance_conditional"][0]
+    assert len(figures["acc_all_positions"]) == 5 and 0 < figures["target_calls_per_token"] <= 1
+    json.dumps(figures)
+
+
+def test_figures_by_hand():
+    plain, conditional = acceptance_by_position([2, 0, 1], [2, 2, 1], depth=2)
+    assert plain == [2 / 3, 1 / 2] and conditional == [2 / 3, 1.0]
+    runs = [Generation([1] * 6, 1.0, [2, 0, 1], [2, 2, 1])]
+    figures = summary(runs, [Generation([1] * 6, 2.0)], [[(1, 4), (0, 4)]], EvalOptions(draft_tokens=2))
+    assert figures["tau"] == 2.0 and figures["target_calls_per_token"] == 3 / 5
+    assert figures["tokens_per_second"] == 5.0 and figures["baseline_tokens_per_second"] == 2.5
+
+
+def test_a_head_for_another_target_is_refused(trained, embedded_target, chat_file):
+    from eagle3_xla.config import UserError
+
+    with pytest.raises(UserError, match="made for another target"):
+        evaluate(str(embedded_target), str(trained), str(chat_file), EvalOptions(limit=1))
+
+
+def test_untrained_head_decodes_to_the_same_output(small_target, small_run):
+    recipe = load_recipe(None, small_run)
+    prepare(recipe)
+    draft_ids = load_prepared(recipe.data.prepared)[2]
+    model = load_target(str(small_target), torch.float32)
+    head = Eagle3Head(draft_config(model.config, len(draft_ids))).eval()
+    target = Target(model, draft_ids)
+    d2t, _ = d2t_t2d(draft_ids, model.config.vocab_size)
+    prompt = list(range(5, 15))
+    assert (
+        ChainDecoder(target, head, d2t, 5).decode(prompt, 20, set()).tokens
+        == decode_plain(target, prompt, 20, set()).tokens
+    )

@@ -1,0 +1,72 @@
+"""The serving directory: the fields and tensors that engines read, and none that they misread."""
+
+import json
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from eagle3_xla.config import UserError, load_recipe
+from eagle3_xla.data.prepare import prepare
+from eagle3_xla.export import export, load_head
+from eagle3_xla.train.loop import train
+
+
+@pytest.fixture
+def run(small_run, tmp_path):
+    recipe = load_recipe(None, small_run)
+    prepare(recipe)
+    train(recipe, max_steps=2)
+    return tmp_path / "run"
+
+
+def test_export(run, tmp_path):
+    out = tmp_path / "head"
+    assert export(run, out)["micro_step"] == 2
+    config = json.loads((out / "config.json").read_text())
+    expected = {
+        "architectures": ["LlamaForCausalLMEagle3"],
+        "model_type": "llama",
+        "num_hidden_layers": 1,
+        "hidden_size": 64,
+        "head_dim": 8,
+        "vocab_size": 49152,
+        "draft_vocab_size": 128,
+        "max_position_embeddings": 1024,
+        "rope_theta": 10000.0,
+        "tie_word_embeddings": False,
+        "torch_dtype": "bfloat16",
+    }
+    assert expected.items() <= config.items()
+    assert not {"norm_output", "target_hidden_size", "eagle_config", "eagle_aux_hidden_state_layer_ids"} & config.keys()
+    tensors = load_file(out / "model.safetensors")
+    names = {"fc.weight", "norm.weight", "lm_head.weight", "d2t", "t2d"}
+    names |= {f"midlayer.{n}.weight" for n in ("input_layernorm", "hidden_norm", "post_attention_layernorm")}
+    names |= {f"midlayer.self_attn.{n}_proj.weight" for n in "qkvo"}
+    names |= {f"midlayer.mlp.{n}_proj.weight" for n in ("gate", "up", "down")}
+    assert tensors.keys() == names
+    assert tensors["d2t"].dtype == torch.int64 and tensors["t2d"].dtype == torch.bool
+    assert (tensors["d2t"] + torch.arange(128)).tolist() == tensors["t2d"].nonzero()[:, 0].tolist()
+    head, d2t = load_head(out)
+    assert torch.equal(d2t, tensors["d2t"])
+    assert torch.equal(head.fc.weight, tensors["fc.weight"].float())
+    export(run, out)  # writing again over our own is fine
+
+
+def test_refused(run, tmp_path):
+    with pytest.raises(UserError, match="not a checkpoint"):
+        export(tmp_path, tmp_path / "head")
+    with pytest.raises(UserError, match="--dtype int8"):
+        export(run, tmp_path / "head", "int8")
+    with pytest.raises(UserError, match="not ours"):
+        export(run, run)
+    export(run, tmp_path / "head")
+    tensors = load_file(tmp_path / "head" / "model.safetensors")
+    from safetensors.torch import save_file
+
+    save_file({k: v for k, v in tensors.items() if k != "d2t"}, tmp_path / "head" / "model.safetensors")
+    with pytest.raises(UserError, match="d2t is missing"):
+        load_head(tmp_path / "head")
+    save_file({**tensors, "extra.weight": torch.ones(1)}, tmp_path / "head" / "model.safetensors")
+    with pytest.raises(UserError, match="missing or unknown tensors: extra.weight"):
+        load_head(tmp_path / "head")

@@ -1,0 +1,64 @@
+"""Imports go one way, and only xla/ knows torch_xla."""
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import eagle3_xla
+
+ROOT = Path(eagle3_xla.__file__).parent
+ORDER = ["data", "target", "draft", "loss", "xla", "checkpoint", "train", "export", "evaluate", "quickstart", "cli"]
+
+
+def imports_of(file: Path) -> set[str]:
+    names = set()
+    for node in ast.walk(ast.parse(file.read_text())):
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{file}: relative import"
+            names |= {f"{node.module}.{alias.name}" for alias in node.names}
+    return names
+
+
+def test_imports_go_one_way():
+    files = [
+        file for file in ROOT.rglob("*.py") if file.name not in ("__init__.py", "__main__.py") or file.parent != ROOT
+    ]
+    assert len(files) > 20
+    for file in files:
+        own = file.relative_to(ROOT).parts[0].removesuffix(".py")
+        for name in imports_of(file):
+            parts = name.split(".")
+            if parts[0] == "torch_xla":
+                assert own == "xla", f"{file} imports torch_xla"
+            if parts[0] != "eagle3_xla" or len(parts) < 2:
+                continue
+            other = parts[1]
+            if other == "__version__":
+                continue
+            assert own != "config", f"config.py imports {name}"
+            if other != "config" and other != own:
+                assert ORDER.index(other) < ORDER.index(own), f"{file} imports {name}"
+
+
+def test_the_plain_path_needs_no_torch_xla(tmp_path):
+    """A machine without torch_xla: every module but xla/spmd.py imports, and the CPU backend works."""
+    (tmp_path / "torch_xla.py").write_text("raise ImportError('not installed here')")
+    code = (
+        "import importlib.util, sys\n"
+        "find = importlib.util.find_spec\n"
+        "importlib.util.find_spec = lambda name, *a: None if name.startswith('torch_xla') else find(name, *a)\n"
+        f"sys.path.insert(0, {str(tmp_path)!r})\n"
+        "import eagle3_xla.quickstart\n"
+        "from eagle3_xla.config import UserError, XlaConfig\n"
+        "from eagle3_xla.xla import make_backend\n"
+        "print(make_backend(XlaConfig(device='cpu')).description)\n"
+        "try: make_backend(XlaConfig())\n"
+        "except UserError as error: print(error)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "cpu, eager torch" in done.stdout
+    assert "torch_xla is not usable here" in done.stdout

@@ -1,0 +1,143 @@
+"""The loop learns; a seed gives the same weights twice; a killed run ends where an unbroken one does."""
+
+import json
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from eagle3_xla import checkpoint as checkpoints
+from eagle3_xla.config import UserError, load_recipe
+from eagle3_xla.data.prepare import prepare
+from eagle3_xla.train.loop import train
+
+
+def final_weights(recipe):
+    return checkpoints.load_latest(Path(recipe.train.out) / "checkpoints", warn=pytest.fail)
+
+
+def assert_same(a, b):
+    assert a.micro_step == b.micro_step
+    for group in ("head", "optimizer"):
+        ours, theirs = getattr(a, group), getattr(b, group)
+        assert ours.keys() == theirs.keys()
+        assert all(torch.equal(ours[name], theirs[name]) for name in ours)
+
+
+def recipe_of(small_run, *more):
+    recipe = load_recipe(None, [*small_run, *more])
+    prepare(recipe)
+    return recipe
+
+
+@pytest.mark.parametrize("reuse, accumulation", [(False, 2), (True, 1)], ids=["target in the step", "states reused"])
+def test_a_seed_gives_the_same_weights_twice_and_resumes_to_them(small_run, tmp_path, reuse, accumulation):
+    more = [f"train.reuse_states={reuse}", f"train.gradient_accumulation={accumulation}", "train.init=least_squares"]
+    whole = recipe_of(small_run, *more)
+    summary = train(whole)
+    assert summary["micro_steps"] == summary["of"] >= 8
+    again = recipe_of(small_run, *more, f"train.out={tmp_path / 'again'}")
+    train(again)
+    assert_same(final_weights(whole), final_weights(again))
+    other_seed = recipe_of(small_run, *more, f"train.out={tmp_path / 'other'}", "train.seed=1")
+    train(other_seed)
+    assert not torch.equal(final_weights(whole).head["fc.weight"], final_weights(other_seed).head["fc.weight"])
+
+    broken_off = recipe_of(small_run, *more, f"train.out={tmp_path / 'parts'}")
+    while train(broken_off, max_steps=2 * accumulation)["micro_steps"] < summary["of"]:
+        pass
+    assert_same(final_weights(whole), final_weights(broken_off))
+    steps = [json.loads(line)["step"] for line in (tmp_path / "parts" / "metrics.jsonl").read_text().splitlines()]
+    assert sorted(set(steps)) == list(range(summary["of"] + 1))
+
+
+def test_it_learns(small_run):
+    recipe = recipe_of(small_run, "train.epochs=12", "train.lr=3e-3")
+    train(recipe)
+    rows = [json.loads(line) for line in (Path(recipe.train.out) / "metrics.jsonl").read_text().splitlines()]
+    losses = [row["loss"] for row in rows if "loss" in row]
+    taus = [row["heldout_tau"] for row in rows if "heldout_tau" in row]
+    assert losses[-1] < 0.9 * losses[0]
+    assert taus[-1] > 1.5 and taus[-1] > taus[0]
+
+
+def test_states_reused_equal_the_target_in_the_step(small_run, tmp_path):
+    """Within the rounding of the stored states to bfloat16."""
+    losses = []
+    for reuse in (False, True):
+        recipe = recipe_of(small_run, f"train.reuse_states={reuse}", f"train.out={tmp_path / str(reuse)}")
+        train(recipe, max_steps=1)
+        losses.append(json.loads((tmp_path / str(reuse) / "metrics.jsonl").read_text().splitlines()[1])["loss"])
+    assert losses[0] == pytest.approx(losses[1], rel=2e-3)
+
+
+def test_a_changed_recipe_is_refused_with_its_differences(small_run):
+    train(recipe_of(small_run), max_steps=1)
+    with pytest.raises(UserError, match=r"changed: loss.decay: 0.8 -> 0.7; train.lr: 0.0008 -> 0.1"):
+        train(recipe_of(small_run, "train.lr=0.1", "loss.decay=0.7"))
+    with pytest.raises(UserError, match="the content of data.prepared"):
+        chats = Path(load_recipe(None, small_run).data.train[0])
+        chats.write_text(chats.read_text().replace("Paris", "Lyon"))
+        train(recipe_of(small_run))
+
+
+def start(small_run, *more):
+    command = [sys.executable, "-m", "eagle3_xla", "train", *[f"--{setting}" for setting in [*small_run, *more]]]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+
+
+def wait_for_checkpoint(out: Path, process) -> None:
+    deadline = time.monotonic() + 120
+    while not list((out / "checkpoints").glob("step-*")):
+        assert process.poll() is None and time.monotonic() < deadline, process.stdout.read()
+        time.sleep(0.02)
+
+
+@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGTERM], ids=["SIGKILL", "SIGTERM"])
+def test_a_killed_process_resumes_to_the_same_weights(small_run, tmp_path, how):
+    long = ["train.epochs=10", "train.save_every=2"]
+    whole = recipe_of(small_run, *long)
+    train(whole)
+    killed = recipe_of(small_run, *long, f"train.out={tmp_path / 'killed'}")
+    process = start(small_run, *long, f"train.out={tmp_path / 'killed'}")
+    wait_for_checkpoint(tmp_path / "killed", process)
+    process.send_signal(how)
+    output, _ = process.communicate(timeout=60)
+    before = final_weights(killed).micro_step
+    assert 0 < before < final_weights(whole).micro_step, output
+    if how == signal.SIGTERM:
+        assert process.returncode == 0 and "start again to continue" in output
+    assert train(killed)["micro_steps"] == final_weights(whole).micro_step
+    assert_same(final_weights(whole), final_weights(killed))
+
+
+def test_a_damaged_checkpoint_is_passed_over(small_run):
+    recipe = recipe_of(small_run, "train.save_every=1", "train.keep=3")
+    train(recipe)
+    whole = final_weights(recipe)
+    folders = sorted((Path(recipe.train.out) / "checkpoints").glob("step-*"))
+    assert len(folders) == 3
+    state = folders[-1] / "state.safetensors"
+    content = bytearray(state.read_bytes())
+    content[len(content) // 2] ^= 1
+    state.write_bytes(content)
+    (folders[-2] / "meta.json").write_text("{")
+    said = []
+    latest = checkpoints.load_latest(folders[0].parent, warn=said.append)
+    assert latest.micro_step == whole.micro_step - 2
+    assert len(said) == 2 and "damaged" in said[0] and "damaged" in said[1]
+    train(recipe)
+    assert_same(whole, final_weights(recipe))
+
+
+def test_checkpoint_keeps_the_vocabulary(small_run):
+    recipe = recipe_of(small_run)
+    train(recipe, max_steps=1)
+    saved = load_file(sorted((Path(recipe.train.out) / "checkpoints").glob("step-*"))[-1] / "state.safetensors")
+    assert saved["d2t"].dtype == torch.int64 and saved["t2d"].dtype == torch.bool
+    assert int(saved["t2d"].sum()) == len(saved["d2t"]) == 128

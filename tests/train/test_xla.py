@@ -1,0 +1,67 @@
+"""The compiled SPMD step on virtual CPU devices: the losses of one plain CPU, one graph, no compilation after it."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from eagle3_xla.config import load_recipe
+from eagle3_xla.data.prepare import prepare
+from eagle3_xla.train.loop import train
+
+STEPS = 6
+
+
+def losses(out: Path) -> list[dict]:
+    rows = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    return [row for row in rows if "loss" in row]
+
+
+@pytest.mark.parametrize(
+    "dp, tp, accumulation, reuse",
+    [(4, 4, 1, False), (1, 1, 2, False), (2, 1, 1, True)],
+    ids=["4x4", "accumulation", "states reused, dp 2"],
+)
+def test_spmd_equals_plain_torch(cli, small_run, tmp_path, dp, tp, accumulation, reuse):
+    shape = [f"train.gradient_accumulation={accumulation}", f"train.reuse_states={reuse}", "train.epochs=20"]
+    shape += ["train.init=least_squares"]
+    plain = load_recipe(None, [*small_run, *shape, "train.batch_size=4"])
+    prepare(plain)
+    train(plain, max_steps=STEPS)
+    sharded = [*small_run, *shape, f"train.out={tmp_path / 'xla'}", f"train.batch_size={4 // dp}"]
+    sharded += ["xla.device=xla", f"xla.dp={dp}", f"xla.tp={tp}"]
+    done = cli(
+        "train", "--max-steps", STEPS, *[f"--{s}" for s in sharded], environment={"CPU_NUM_DEVICES": str(dp * tp)}
+    )
+    assert done.returncode == 0, done.stderr
+    ours, golden = losses(tmp_path / "xla"), losses(Path(plain.train.out))
+    assert [row["step"] for row in ours] == [row["step"] for row in golden] == list(range(1, STEPS + 1))
+    for row, expected in zip(ours, golden):
+        assert row["loss"] == pytest.approx(expected["loss"], rel=1e-4)
+    graphs = 1 if accumulation == 1 else 2
+    # A row is written one step late, so the first one may count the second graph already.
+    assert [row["compilations"] for row in ours][1:] == [graphs] * (STEPS - 1)
+
+
+def test_xla_resumes_to_the_same_weights(cli, small_run, tmp_path):
+    recipe = load_recipe(None, small_run)
+    prepare(recipe)
+    settings = [f"--{s}" for s in [*small_run, "xla.device=xla", "xla.dp=2", "xla.tp=2", "train.batch_size=1"]]
+    environment = {"CPU_NUM_DEVICES": "4"}
+    states = {}
+    for name, stops in (("whole", [6]), ("parts", [3, 3])):
+        for stop in stops:
+            done = cli(
+                "train", "--max-steps", stop, *settings, f"--train.out={tmp_path / name}", environment=environment
+            )
+            assert done.returncode == 0, done.stderr
+        states[name] = (tmp_path / name / "checkpoints" / "step-00000006" / "state.safetensors").read_bytes()
+    assert states["whole"] == states["parts"]
+
+
+def test_a_mesh_that_does_not_fit_is_refused(cli, small_run):
+    prepare(load_recipe(None, small_run))
+    settings = [f"--{s}" for s in [*small_run, "xla.device=xla", "xla.dp=2", "xla.tp=2"]]
+    done = cli("train", *settings, environment={"CPU_NUM_DEVICES": "3"})
+    assert done.returncode == 2
+    assert "xla.dp * xla.tp = 2 * 2 = 4, but there are 3 devices" in done.stderr
