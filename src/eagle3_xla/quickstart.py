@@ -58,7 +58,7 @@ def quickstart(out: Path, minutes: float | None) -> dict:
         "eval": figures["trained"],
         "minutes": round(minutes_taken, 1),
     }
-    (out / "result.json").write_text(json.dumps(result, indent=1))
+    (out / "result.json").write_text(json.dumps(result, indent=1) + "\n")
     return result | {"screen": screen(result, recipe)}
 
 

@@ -137,7 +137,7 @@ def _answer_counts(documents: list, vocab_size: int) -> np.ndarray:
 
 
 def _write_rows(path: Path, documents: list, row_length: int, pad_id: int, seed: int) -> int:
-    from datasets import Dataset, Features, Sequence, Value
+    from datasets import Dataset, Features, Sequence, Value, disable_progress_bars
 
     rows = pack([len(ids) for ids, _ in documents], row_length)
     random.Random(seed).shuffle(rows)
@@ -149,6 +149,7 @@ def _write_rows(path: Path, documents: list, row_length: int, pad_id: int, seed:
         position_ids=Sequence(Value("int32"), row_length),
     )
     shutil.rmtree(path, ignore_errors=True)
+    disable_progress_bars()
     dataset = Dataset.from_dict({k: [row[k] for row in arrays] for k in features}, features=features)
     dataset.save_to_disk(str(path))
     return len(rows)

@@ -35,7 +35,7 @@ class StatesStore:
         self._shards: dict[int, dict[str, torch.Tensor]] = {}
 
     def fill(self, states_of, batch_rows: int) -> None:
-        """Compute the missing shards. states_of(host batch) -> TargetStates of its `batch_rows` rows."""
+        """Compute the missing shards. states_of(batch) -> TargetStates of its `batch_rows` rows, on the host."""
         rows = len(self.dataset)
         missing = [start for start in range(0, rows, SHARD_ROWS) if not self._file(start).exists()]
         if not missing:
@@ -49,7 +49,7 @@ class StatesStore:
                 # A batch that the end cuts is filled with the last row: one shape, one graph.
                 indices = np.minimum(np.arange(first, first + batch_rows), stop - 1)
                 kept = min(batch_rows, stop - first)
-                parts.append([x.cpu()[:kept] for x in states_of(to_tensors(self.dataset[indices]))])
+                parts.append([x[:kept] for x in states_of(to_tensors(self.dataset[indices]))])
                 bar.update(kept)
             states = TargetStates(*(torch.cat(column) for column in zip(*parts)))
             shard = {

@@ -20,7 +20,7 @@ from eagle3_xla.data.vocab import d2t_t2d
 from eagle3_xla.draft.initialise import InputMoments, initialise_head
 from eagle3_xla.draft.model import Eagle3Head, draft_config
 from eagle3_xla.loss.metrics import AcceptanceSums, expected_tau, rates
-from eagle3_xla.target.model import Target, load_target
+from eagle3_xla.target.model import Target, TargetStates, load_target
 from eagle3_xla.target.states import StatesStore
 from eagle3_xla.train.optimizer import AdamW
 from eagle3_xla.train.reporting import Reporter
@@ -31,8 +31,8 @@ from eagle3_xla.xla import make_backend
 def train(recipe: Recipe, max_steps: int = 0) -> dict:
     """Train to the end of the recipe, or save and stop after `max_steps` further micro-steps (0: no such limit).
 
-    Returns a summary: `micro_steps` done, `of` how many, `compilations` of the step, held-out expected `tau`,
-    `checkpoint`. Raises UserError for a recipe, data or output folder that doesn't fit.
+    Returns a summary: `micro_steps` done, `of` how many, held-out expected `tau`, the last `checkpoint`.
+    Raises UserError for a recipe, data or output folder that doesn't fit.
     """
     settings = recipe.train
     if not settings.out:
@@ -78,7 +78,7 @@ def train(recipe: Recipe, max_steps: int = 0) -> dict:
         return target.states(batch["input_ids"], batch["position_ids"], batch["document_ids"])
 
     def states_of(host_batch):
-        return target_states(backend.put(host_batch))
+        return TargetStates(*map(backend.to_host, target_states(backend.put(host_batch))))
 
     stores = {}
     if settings.reuse_states:
@@ -97,9 +97,9 @@ def train(recipe: Recipe, max_steps: int = 0) -> dict:
             indices = np.arange(start, start + rows_per_step)
             batch = to_tensors(train_rows[indices])
             states = stores["train"].read(indices) if stores else states_of(batch)
-            embeds = target.embed_tokens(batch["input_ids"].to(target.device)).cpu()
-            final = states.hidden.float().cpu() / target_rows["norm_weight"]
-            moments.add(states.aux.cpu(), embeds, final, batch["loss_mask"])
+            embeds = backend.to_host(target.embed_tokens(batch["input_ids"].to(target.device)))
+            final = states.hidden.float() / target_rows["norm_weight"]
+            moments.add(states.aux, embeds, final, batch["loss_mask"])
         initialise_head(head, settings.init, settings.seed, **target_rows, moments=moments)
         lr_scale["fc.weight"] = 1 / moments.aux_rms().clamp_min(1e-3)
     head = backend.place_head(head)

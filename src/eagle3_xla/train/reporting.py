@@ -1,12 +1,13 @@
 """What a run says while it goes: the progress line, metrics.jsonl, the tracker."""
 
 import json
+import sys
 import time
 from pathlib import Path
 
 from tqdm import tqdm
 
-from eagle3_xla.config import TrainConfig
+from eagle3_xla.config import TrainConfig, UserError
 from eagle3_xla.loss.metrics import rates
 from eagle3_xla.train.step import unpack_metrics
 
@@ -17,7 +18,10 @@ def make_tracker(config: TrainConfig, settings: dict):
         return None
     from accelerate import PartialState
     from accelerate.tracking import TensorBoardTracker, WandBTracker
+    from accelerate.utils import is_wandb_available
 
+    if config.tracker == "wandb" and not is_wandb_available():
+        raise UserError("train.tracker is wandb, but wandb is not installed: pip install 'eagle3-xla[wandb]'")
     PartialState(cpu=True)  # the trackers log through it; cpu: it must not start XLA devices of its own
     if config.tracker == "wandb":
         tracker = WandBTracker("eagle3-xla")
@@ -72,7 +76,7 @@ class Reporter:
         self._since, self._tokens = time.perf_counter(), 0  # evaluation is not training time
 
     def say(self, message: str) -> None:
-        self.bar.write(message)
+        self.bar.write(message, file=sys.stderr)
 
     def close(self) -> None:
         self.bar.close()

@@ -29,6 +29,8 @@ class SpmdBackend:
         if runtime.device_type() == "CPU":
             os.environ.setdefault("CPU_NUM_DEVICES", str(wanted))
         runtime.use_spmd()
+        if runtime.process_count() > 1:
+            raise UserError("a run over several hosts is not supported yet; use a slice with one host")
         found = runtime.global_runtime_device_count()
         if found != wanted:
             raise UserError(f"xla.dp * xla.tp = {config.dp} * {config.tp} = {wanted}, but there are {found} devices")

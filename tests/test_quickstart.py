@@ -1,0 +1,41 @@
+"""The quickstart as a user gets it, on the embedded target, with a minute of training instead of ten."""
+
+import json
+
+import pytest
+from safetensors.torch import load_file
+
+from eagle3_xla import quickstart as module
+
+
+@pytest.mark.slow
+def test_quickstart(cli, tmp_path, monkeypatch):
+    out = tmp_path / "out"
+    done = cli("quickstart", "--out", out, "--minutes", "0.5", timeout=900)
+    assert done.returncode == 0, done.stderr[-3000:]
+    for part in ("acceptance length tau", "same tokens as the target alone: yes", "Serve it", "launch_server"):
+        assert part in done.stdout
+    result = json.loads((out / "result.json").read_text())
+    assert result["eval"]["identical"] and result["untrained"]["identical"]
+    assert result["eval"]["tau"] > 1.2
+    assert load_file(out / "head" / "model.safetensors")["lm_head.weight"].shape == (8192, 576)
+    assert (out / "report.png").read_bytes().startswith(b"\x89PNG")
+    assert list((out / "run" / "tensorboard").rglob("events.out.tfevents.*"))
+    rows = [json.loads(line) for line in (out / "run" / "metrics.jsonl").read_text().splitlines()]
+    # One graph: nothing compiles after the first steps.
+    assert {row["compilations"] for row in rows if "compilations" in row} == {1}
+
+    # Started again it trains nothing, and says the same.
+    before = (out / "run" / "metrics.jsonl").read_text()
+    monkeypatch.setattr(module.EVALUATION, "limit", 1)
+    module.quickstart(out, 0.5)
+    assert (out / "run" / "metrics.jsonl").read_text() == before
+
+
+def test_minutes_become_tokens_then_epochs():
+    assert module._budget(None) == []
+    tokens, epochs = module._budget(2)
+    assert 0 < int(tokens.removeprefix("data.max_tokens=")) < 100_000
+    everything, more_epochs = module._budget(300)
+    assert everything == "data.max_tokens=0"
+    assert int(more_epochs.removeprefix("train.epochs=")) > int(epochs.removeprefix("train.epochs="))
