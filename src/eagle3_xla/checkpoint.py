@@ -126,7 +126,7 @@ def refuse_changed_run(saved: Checkpoint, recipe: Recipe, data_key: str) -> None
         if f"{section}.{key}" not in FREE and saved.recipe.get(section, {}).get(key) != value
     ]
     if not changes and saved.data_key != data_key:
-        changes = [f"the content of data.prepared ({recipe.data.prepared})"]
+        changes = [f"the content of data.prepared ({recipe.data.prepared}) or of the target"]
     if changes:
         raise UserError(
             f"{recipe.train.out} holds a run of another recipe, so it can't be continued; "

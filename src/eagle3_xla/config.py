@@ -173,21 +173,12 @@ def _check_keys(given: DictConfig, schema: DictConfig, prefix: str) -> None:
     for key in given:
         full = f"{prefix}{key}"
         if key not in schema:
-            known = {name.split(".")[-1]: name for name in _leaves(schema, prefix)} if prefix else {}
-            pool = list(schema) if not isinstance(schema, DictConfig) else [str(name) for name in schema]
-            near = difflib.get_close_matches(str(key), pool, n=1, cutoff=0.0)
-            nearest = f"{prefix}{near[0]}" if near else ", ".join(known.values())
-            raise UserError(f"unknown setting {full}; the nearest known one is {nearest}")
+            nearest = difflib.get_close_matches(str(key), list(map(str, schema)), n=1, cutoff=0.0)[0]
+            raise UserError(f"unknown setting {full}; the nearest known one is {prefix}{nearest}")
         if isinstance(schema[key], DictConfig):
             if not isinstance(given[key], DictConfig):
-                raise UserError(
-                    f"setting {full} is a section; give one of {', '.join(_leaves(schema[key], full + '.'))}"
-                )
+                raise UserError(f"setting {full} is a section; give one of {', '.join(map(str, schema[key]))} in it")
             _check_keys(given[key], schema[key], f"{full}.")
-
-
-def _leaves(schema: DictConfig, prefix: str) -> list[str]:
-    return [f"{prefix}{key}" for key in schema]
 
 
 def _check_values(recipe: Recipe) -> None:

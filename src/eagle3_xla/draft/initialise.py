@@ -26,14 +26,17 @@ class InputMoments:
         self.xy = torch.zeros(4 * hidden_size, hidden_size, dtype=torch.float64)
         self.rows = 0
 
-    def add(self, aux: torch.Tensor, embeds: torch.Tensor, hidden: torch.Tensor, loss_mask: torch.Tensor) -> None:
-        """aux [B, T, 3H], embeds [B, T, H], hidden [B, T, H] (the norm's scale divided out), loss_mask [B, T]."""
+    def add(self, aux, embeds, hidden, norm_weight, loss_mask) -> None:
+        """aux [B, T, 3H], embeds [B, T, H], hidden [B, T, H] after the final norm, whose scale is norm_weight [H];
+        loss_mask [B, T] bool. Only rows that an engine drafts at count.
+        """
         rows = loss_mask[:, 1:-1] & loss_mask[:, 2:]
         embeds = embeds[:, 1:-1][rows].float()
         embeds = embeds * torch.rsqrt(embeds.square().mean(-1, keepdim=True) + 1e-6)
         x = torch.cat([aux[:, :-2][rows].float(), embeds], dim=-1)
+        unscale = torch.where(norm_weight.abs() > 1e-3, 1 / norm_weight, 0.0)  # a channel scaled away can't be known
         self.xx += (x.T @ x).double()
-        self.xy += (x.T @ hidden[:, 1:-1][rows].float()).double()
+        self.xy += (x.T @ (hidden[:, 1:-1][rows].float() * unscale)).double()
         self.rows += len(x)
 
     def aux_rms(self) -> torch.Tensor:

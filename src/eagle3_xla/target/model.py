@@ -1,5 +1,6 @@
 """Any Hugging Face causal LM as the frozen target of an EAGLE3 head."""
 
+import hashlib
 from typing import NamedTuple
 
 import torch
@@ -88,6 +89,12 @@ class Target(nn.Module):
     @property
     def embed_tokens(self) -> nn.Embedding:
         return self.model.get_input_embeddings()
+
+    def fingerprint(self) -> str:
+        """Which target this is: a hash of its config and of its lm_head rows of the draft vocabulary."""
+        digest = hashlib.sha256(self.model.config.to_json_string().encode())
+        digest.update(self.draft_rows.float().numpy().tobytes())
+        return digest.hexdigest()
 
     @property
     def final_norm_weight(self) -> torch.Tensor:

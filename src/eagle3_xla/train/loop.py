@@ -54,20 +54,18 @@ def train(recipe: Recipe, max_steps: int = 0) -> dict:
         range(min(settings.heldout_rows, len(heldout_rows)) // rows_per_step * rows_per_step)
     )
 
-    # A run that is already there goes on, if it is the same run.
+    # The frozen target, and the run that is already there, which goes on if it is the same.
     claim_output(out)
+    target = Target(load_target(recipe.target.path, getattr(torch, recipe.target.dtype)), draft_ids)
+    data_key = f"{manifest['key']} {target.fingerprint()}"
     saved = checkpoints.load_latest(out / "checkpoints", warn=print)
     if saved:
-        checkpoints.refuse_changed_run(saved, recipe, manifest["key"])
+        checkpoints.refuse_changed_run(saved, recipe, data_key)
     write_run_file(recipe, out)
     first_step = saved.micro_step if saved else 0
 
-    # The frozen target. With reuse_states it runs once over all rows, and the step starts from what it said.
-    target = Target(load_target(recipe.target.path, getattr(torch, recipe.target.dtype)), draft_ids)
-    target_rows = {
-        "lm_head_rows": target.draft_rows.float(),
-        "norm_weight": target.final_norm_weight.float(),
-    }
+    # With reuse_states the target runs once over all rows, and the step starts from what it said.
+    lm_head_rows, norm_weight = target.draft_rows.float(), target.final_norm_weight.float()
     head = Eagle3Head(draft_config(target.model.config, len(draft_ids)))
     d2t, t2d = d2t_t2d(draft_ids, target.model.config.vocab_size)
     target = backend.place_target(target)
@@ -82,9 +80,8 @@ def train(recipe: Recipe, max_steps: int = 0) -> dict:
 
     stores = {}
     if settings.reuse_states:
-        key = f"{manifest['key']} {recipe.target.path} {recipe.target.dtype}"
         for split, rows in (("train", train_rows), ("heldout", heldout_rows)):
-            stores[split] = StatesStore(Path(recipe.data.prepared) / "states" / split, rows, key)
+            stores[split] = StatesStore(Path(recipe.data.prepared) / "states" / split, rows, data_key)
             stores[split].fill(states_of, rows_per_step)
 
     # The head: float32 master weights, from the checkpoint or from what the target says about a sample of rows.
@@ -98,9 +95,8 @@ def train(recipe: Recipe, max_steps: int = 0) -> dict:
             batch = to_tensors(train_rows[indices])
             states = stores["train"].read(indices) if stores else states_of(batch)
             embeds = backend.to_host(target.embed_tokens(batch["input_ids"].to(target.device)))
-            final = states.hidden.float() / target_rows["norm_weight"]
-            moments.add(states.aux, embeds, final, batch["loss_mask"])
-        initialise_head(head, settings.init, settings.seed, **target_rows, moments=moments)
+            moments.add(states.aux, embeds, states.hidden, norm_weight, batch["loss_mask"])
+        initialise_head(head, settings.init, settings.seed, lm_head_rows, norm_weight, moments)
         lr_scale["fc.weight"] = 1 / moments.aux_rms().clamp_min(1e-3)
     head = backend.place_head(head)
     optimizer_steps = total_steps // settings.gradient_accumulation
@@ -125,7 +121,7 @@ def train(recipe: Recipe, max_steps: int = 0) -> dict:
             d2t=d2t,
             t2d=t2d,
             recipe=dataclasses.asdict(recipe),
-            data_key=manifest["key"],
+            data_key=data_key,
             draft_config=head.config.to_dict(),
         )
         return checkpoints.save(out / folder, state, settings.keep)

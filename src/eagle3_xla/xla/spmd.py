@@ -7,6 +7,7 @@ import re
 import numpy as np
 import torch
 import torch_xla
+import torch_xla.core.xla_model as xla_model
 import torch_xla.debug.metrics as xla_metrics
 import torch_xla.distributed.spmd as spmd
 import torch_xla.runtime as runtime
@@ -90,6 +91,7 @@ class SpmdBackend:
 
     def to_host(self, tensor: torch.Tensor) -> torch.Tensor:
         """The whole tensor on the host, put together from its shards: `.cpu()` would compile a gather for each."""
+        xla_model.wait_device_ops()  # shards of a step that is still running can't be read
         tensor = tensor.detach()
         whole = torch.empty(tensor.shape, dtype=tensor.dtype)
         for shard in spmd.XLAShardedTensor(tensor).local_shards:
