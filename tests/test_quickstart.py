@@ -9,14 +9,14 @@ from eagle3_xla import quickstart as module
 
 
 @pytest.mark.slow
-def test_quickstart(cli, tmp_path, monkeypatch):
+def test_quickstart(cli, tmp_path):
     out = tmp_path / "out"
     done = cli("quickstart", "--out", out, "--minutes", "0.5", timeout=900)
     assert done.returncode == 0, done.stderr[-3000:]
     for part in ("acceptance length tau", "same tokens as the target alone: yes", "Serve it", "launch_server"):
         assert part in done.stdout
     result = json.loads((out / "result.json").read_text())
-    assert result["eval"]["identical"] and result["untrained"]["identical"]
+    assert result["eval"]["identical"]
     assert result["eval"]["tau"] > 1.2
     assert load_file(out / "head" / "model.safetensors")["lm_head.weight"].shape == (8192, 576)
     assert (out / "report.png").read_bytes().startswith(b"\x89PNG")
@@ -24,12 +24,6 @@ def test_quickstart(cli, tmp_path, monkeypatch):
     rows = [json.loads(line) for line in (out / "run" / "metrics.jsonl").read_text().splitlines()]
     # One graph: nothing compiles after the first steps.
     assert {row["compilations"] for row in rows if "compilations" in row} == {1}
-
-    # Started again it trains nothing, and says the same.
-    before = (out / "run" / "metrics.jsonl").read_text()
-    monkeypatch.setattr(module.EVALUATION, "limit", 1)
-    module.quickstart(out, 0.5)
-    assert (out / "run" / "metrics.jsonl").read_text() == before
 
 
 def test_minutes_become_tokens_then_epochs():
