@@ -21,6 +21,10 @@ class AcceptanceSums(NamedTuple):
     overlap: torch.Tensor
 
 
+def add_up(batches: list[AcceptanceSums]) -> AcceptanceSums:
+    return AcceptanceSums(*(torch.stack(column).sum(0) for column in zip(*batches)))
+
+
 def rates(sums: AcceptanceSums) -> dict[str, list[float]]:
     """acc: hits per draft on teacher-forced text (the usual training accuracy, on answer rows only);
     acceptance_conditional: given that all earlier steps hit; acceptance: all steps up to k hit;

@@ -19,7 +19,7 @@ from eagle3_xla.data.prepare import load_prepared
 from eagle3_xla.data.vocab import d2t_t2d
 from eagle3_xla.draft.initialise import InputMoments, initialise_head
 from eagle3_xla.draft.model import Eagle3Head, draft_config
-from eagle3_xla.loss.metrics import AcceptanceSums, expected_tau, rates
+from eagle3_xla.loss.metrics import add_up, expected_tau, rates
 from eagle3_xla.target.model import Target, TargetStates, load_target
 from eagle3_xla.target.states import StatesStore
 from eagle3_xla.train.optimizer import AdamW
@@ -129,7 +129,7 @@ def train(recipe: Recipe, max_steps: int = 0) -> dict:
     def evaluate() -> tuple[float, list[float]]:
         batches = np.arange(len(heldout_rows)).reshape(-1, rows_per_step)
         sums = [unpack_metrics(step.evaluate(load_batch(heldout_rows, "heldout", b)[0]))[3] for b in batches]
-        acceptance = rates(AcceptanceSums(*(torch.stack(column).sum(0) for column in zip(*sums))))["acceptance"]
+        acceptance = rates(add_up(sums))["acceptance"]
         return expected_tau(acceptance), acceptance
 
     stopping = []
@@ -142,7 +142,7 @@ def train(recipe: Recipe, max_steps: int = 0) -> dict:
         reporter.say(f"continued after step {first_step}")
     whole_updates = -(-max_steps // settings.gradient_accumulation) * settings.gradient_accumulation
     last_step = min(total_steps, first_step + whole_updates) if max_steps else total_steps
-    path, tau, waiting = None, None, None
+    path, tau, window, waiting = None, None, [], None
     if saved is None:
         save(0, "initial")  # the untrained head, to compare with
         if len(heldout_rows):
@@ -152,14 +152,16 @@ def train(recipe: Recipe, max_steps: int = 0) -> dict:
     for micro_step in range(first_step, last_step):
         indices = batch_indices(micro_step, len(train_rows), rows_per_step, settings.seed)
         batch, tokens = load_batch(train_rows, "train", indices)
-        metrics = step.run(micro_step, batch)
+        window.append(step.run(micro_step, batch))
         reporter.count(tokens)
         done = micro_step + 1
 
         # Read metrics one step late: the device already has the next step, so the host never makes it wait.
         if waiting:
             reporter.log(*waiting, optimizer, backend.compilations() - compiled_before)
-        waiting = (done, metrics) if done % settings.log_every == 0 or done == last_step else None
+            waiting = None
+        if done % settings.log_every == 0 or done == last_step:
+            waiting, window = (done, window), []
 
         at_update = done % settings.gradient_accumulation == 0
         if len(heldout_rows) and (done % epoch_steps == 0 or done == total_steps):

@@ -8,7 +8,7 @@ from pathlib import Path
 from tqdm import tqdm
 
 from eagle3_xla.config import TrainConfig, UserError
-from eagle3_xla.loss.metrics import rates
+from eagle3_xla.loss.metrics import add_up, rates
 from eagle3_xla.train.step import unpack_metrics
 
 
@@ -47,14 +47,15 @@ class Reporter:
         self._tokens += tokens
         self.bar.update()
 
-    def log(self, step: int, metrics, optimizer, compilations: int) -> None:
-        """metrics: a step's device vector (train/step.py); reading it waits for that step."""
-        loss, gradient_norm, _, sums = unpack_metrics(metrics)
+    def log(self, step: int, window: list, optimizer, compilations: int) -> None:
+        """window: the metric vectors (train/step.py) of the steps since the last log; reading them waits for these."""
+        losses, norms, _, sums = zip(*map(unpack_metrics, window))
+        loss, gradient_norm = sum(losses) / len(losses), max(norms)
         now = time.perf_counter()
         if self._tokens:
             self._speed = self._tokens / (now - self._since)
         self._since, self._tokens = now, 0
-        acc = rates(sums)["acc"]
+        acc = rates(add_up(sums))["acc"]
         lr = optimizer.lr_at(step)
         row = {"step": step, "loss": loss, "acc": acc, "tokens_per_second": self._speed, "compilations": compilations}
         row |= {"lr": lr, "gradient_norm": gradient_norm}
