@@ -50,7 +50,7 @@ class SpmdBackend:
     def place_target(self, target):
         """Shard by the model's own `base_model_tp_plan`; what the plan doesn't name is replicated."""
         target.to(self.device)
-        plan = {f"model.model.{name}": style for name, style in target.model.config.base_model_tp_plan.items()}
+        plan = {f"model.model.{name}": style for name, style in (target.model.config.base_model_tp_plan or {}).items()}
         plan |= {f"model.{name}": style for name, style in (type(target.model)._tp_plan or {}).items()}
         for name, parameter in target.named_parameters():
             module, leaf = name.rsplit(".", 1)
