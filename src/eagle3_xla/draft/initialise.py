@@ -2,8 +2,7 @@
 
 `target`: random, but lm_head and final norm are the target's. `least_squares`: on top of that, fc and the attention's
 value path solve in closed form, for the target's final hidden state at t+1 from what row t sees (its aux states and
-the embedding of token t+1). On the embedded target with 100K tokens the second start alone reaches an expected tau of
-1.32 on held-out chats, where one epoch from `target` reaches 1.25 (benchmarks/initialisation.py).
+the embedding of token t+1). `launch/quickstart.sh` prints what that start alone is worth: acceptance length 1.31.
 """
 
 import torch
