@@ -41,10 +41,12 @@ def quickstart(out: Path, minutes: float | None) -> dict:
     print(f"4/5 export -> {head}")
     export(out / "run", head)
     export(out / "run" / "initial" / "step-00000000", untrained)
+    # A head of a minute's training is not worth minutes of measuring.
+    options = EVALUATION if minutes is None or minutes >= 3 else replace(EVALUATION, limit=3)
     print("5/5 evaluate on held-out chats: real decoding, with and without the head")
     figures = {
-        "untrained": evaluate(str(target), str(untrained), HELDOUT, replace(EVALUATION, baseline=False)),
-        "trained": evaluate(str(target), str(head), HELDOUT, EVALUATION),
+        "untrained": evaluate(str(target), str(untrained), HELDOUT, replace(options, baseline=False)),
+        "trained": evaluate(str(target), str(head), HELDOUT, options),
     }
     picture = out / "report.png"
     plot_report(out / "run", figures, picture)
