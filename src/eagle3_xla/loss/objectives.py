@@ -4,8 +4,6 @@ import torch
 
 from eagle3_xla.target.model import Teacher
 
-OBJECTIVES = ("kl", "lk_alpha", "lk_lambda")
-
 
 def cross_entropy(logits: torch.Tensor, teacher: Teacher) -> torch.Tensor:
     """-sum_v p(v) log q(v) per row, p renormalised on the draft vocabulary. KL(p || q) plus the teacher's entropy.

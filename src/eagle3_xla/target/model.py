@@ -7,7 +7,6 @@ import torch
 from torch import nn
 
 from eagle3_xla.config import UserError
-from eagle3_xla.data.packing import PADDING
 from eagle3_xla.data.tokenizer import first_line, load_config
 
 MIN_LAYERS = 8
@@ -145,8 +144,3 @@ def document_mask(document_ids: torch.Tensor) -> torch.Tensor:
     causal = torch.ones(length, length, dtype=torch.bool, device=document_ids.device).tril()
     same = document_ids[:, :, None] == document_ids[:, None, :]
     return (same & causal)[:, None]
-
-
-def unpacked_documents(attention_mask: torch.Tensor) -> torch.Tensor:
-    """document_ids [B, T] of right-padded rows with one conversation each."""
-    return torch.where(attention_mask.bool(), 1, PADDING)
