@@ -9,7 +9,7 @@ from transformers import LlamaConfig
 
 from eagle3_xla.config import LossConfig
 from eagle3_xla.draft.model import Eagle3Head
-from eagle3_xla.loss.unroll import unroll
+from eagle3_xla.loss.unroll import teacher_positions, unroll
 from eagle3_xla.target.model import Teacher
 
 FILES = sorted((Path(__file__).parent / "golden").glob("*.safetensors"))
@@ -61,7 +61,8 @@ class GoldenCase:
     def run(self):
         logits = self.teacher_hidden @ self.lm_head.T
         draft_ids = self.d2t + torch.arange(len(self.d2t), device=self.d2t.device)
-        teacher = Teacher(logits[..., draft_ids], logits.logsumexp(-1), logits.argmax(-1))
+        everywhere = (logits[..., draft_ids], logits.logsumexp(-1), logits.argmax(-1))
+        teacher = Teacher(*(teacher_positions(self.batch, x) for x in everywhere))
 
         def embed_tokens(ids):
             return torch.nn.functional.embedding(ids, self.embedding)

@@ -50,6 +50,7 @@ class XlaConfig:
     dp: int = 1  # data-parallel replicas; dp * tp = devices
     tp: int = 1  # tensor-parallel devices in a replica
     autocast: bool = True  # bf16 matmuls over fp32 master weights
+    remat: bool = False  # compute each TTT step again in the backward pass: less memory, more work
 
 
 @dataclass

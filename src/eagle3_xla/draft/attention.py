@@ -1,28 +1,80 @@
-"""The attention of training-time test (TTT), EAGLE-3 paper section 3.2: a causal part and one key per later step."""
+"""The attention of training-time test (TTT), EAGLE-3 paper section 3.2: a causal part and one key per later step.
+
+The causal part is computed in blocks of queries that are computed again in the backward pass, so memory grows with T,
+not with T squared; the own-row keys join it by log-sum-exp.
+"""
 
 import torch
 
 
-def ttt_attention(
-    query: torch.Tensor, keys: list[torch.Tensor], values: list[torch.Tensor], mask: torch.Tensor
-) -> torch.Tensor:
-    """Attention of TTT step k = len(keys) - 1.
+def block_length(length: int) -> int:
+    """Queries that are looked at together: an eighth of the row, at least 256."""
+    return max(256, length // 8)
 
-    The keys of step 0 are seen causally (`mask` [B, 1, T, T] bool: document and causality); the keys of steps 1..k
-    only from their own row t, where they stand at position t + step. One softmax over all of them, in float32.
 
-    query [B, T, heads, D]; each key and value [B, T, kv_heads, D]; returns [B, T, heads, D].
+def causal_attention(query, key, value, document_ids) -> tuple[torch.Tensor, torch.Tensor]:
+    """Causal attention inside each document.
+
+    query [B, T, kv_heads, group, D], already scaled; key, value [B, T, kv_heads, D]; document_ids [B, T] int.
+    Returns the output [B, T, kv_heads, group, D] and the log-sum-exp of its scores [B, T, kv_heads, group] float32.
     """
-    batch, length, heads, head_dim = query.shape
-    kv_heads = keys[0].shape[2]
-    # Grouped heads by einsum: a batched `q @ k.transpose` makes the TPU partitioner gather q, k and v over tp.
-    query = query.view(batch, length, kv_heads, heads // kv_heads, head_dim) * head_dim**-0.5
-    causal = torch.einsum("btkgd,bskd->bkgts", query, keys[0]).float()
-    causal = causal.masked_fill(~mask[:, :, None], torch.finfo(torch.float32).min)
-    own_row = [torch.einsum("btkgd,btkd->bkgt", query, key).float()[..., None] for key in keys[1:]]
-    weights = torch.cat([causal, *own_row], dim=-1).softmax(-1).to(query.dtype)  # [B, kv, group, T, T + k]
-    output = torch.einsum("bkgts,bskd->btkgd", weights[..., :length], values[0])
-    for step, value in enumerate(values[1:]):
-        own = weights[..., length + step].permute(0, 3, 1, 2)[..., None]  # [B, T, kv, group, 1]
-        output = output + own * value[:, :, :, None, :]
-    return output.reshape(batch, length, heads, head_dim)
+    return _CausalAttention.apply(query, key, value, document_ids)
+
+
+def merge_own_rows(query, output, logsumexp, keys: list, values: list) -> torch.Tensor:
+    """Let each row see, beside its causal part, its own keys of the TTT steps 1..k: one softmax over all of them.
+
+    query, output [G, R, kv_heads, group, D]; logsumexp [G, R, kv_heads, group] float32, as `causal_attention` gives
+    them; each key and value [G, R, kv_heads, D]. Returns [G, R, kv_heads, group, D].
+    """
+    own = torch.stack([torch.einsum("brkgd,brkd->brkg", query, key).float() for key in keys], dim=-1)
+    weights = torch.cat([logsumexp[..., None], own], dim=-1).softmax(-1).to(output.dtype)  # [G, R, kv, group, 1 + k]
+    merged = weights[..., :1] * output
+    for step, value in enumerate(values, 1):
+        merged = merged + weights[..., step, None] * value[:, :, :, None, :]
+    return merged
+
+
+class _CausalAttention(torch.autograd.Function):
+    # einsum, not `q @ k.transpose`: that makes the TPU partitioner gather query, key and value over tp.
+
+    @staticmethod
+    def forward(ctx, query, key, value, document_ids):
+        outputs, logsumexps = [], []
+        for scores, _, end in _blocks(query, key, document_ids):
+            logsumexp = scores.logsumexp(-1)  # [B, kv, group, block]
+            weights = (scores - logsumexp[..., None]).exp().to(value.dtype)
+            outputs.append(torch.einsum("bkgts,bskd->btkgd", weights, value[:, :end]))
+            logsumexps.append(logsumexp.permute(0, 3, 1, 2))
+        output, logsumexp = torch.cat(outputs, 1), torch.cat(logsumexps, 1)
+        ctx.save_for_backward(query, key, value, document_ids, output, logsumexp)
+        return output, logsumexp
+
+    @staticmethod
+    def backward(ctx, d_output, d_logsumexp):
+        query, key, value, document_ids, output, logsumexp = ctx.saved_tensors
+        # d score = weight * (d weight - sum(weight * d weight) + d logsumexp), and that sum is output * d output.
+        shared = d_logsumexp - (d_output * output).float().sum(-1)  # [B, T, kv, group]
+        d_output = d_output.to(value.dtype)
+        d_query, d_key, d_value = [], torch.zeros_like(key), torch.zeros_like(value)
+        for scores, start, end in _blocks(query, key, document_ids):
+            block = slice(start, end)
+            weights = (scores - logsumexp[:, block].permute(0, 2, 3, 1)[..., None]).exp()
+            d_weights = torch.einsum("btkgd,bskd->bkgts", d_output[:, block], value[:, :end]).float()
+            d_scores = (weights * (d_weights + shared[:, block].permute(0, 2, 3, 1)[..., None])).to(query.dtype)
+            d_query.append(torch.einsum("bkgts,bskd->btkgd", d_scores, key[:, :end]))
+            d_key[:, :end] += torch.einsum("bkgts,btkgd->bskd", d_scores, query[:, block])
+            d_value[:, :end] += torch.einsum("bkgts,btkgd->bskd", weights.to(value.dtype), d_output[:, block])
+        return torch.cat(d_query, 1), d_key, d_value, None
+
+
+def _blocks(query, key, document_ids):
+    """(masked scores [B, kv, group, block, end] float32, start, end) of each block of queries [start, end)."""
+    length = query.shape[1]
+    position = torch.arange(length, device=query.device)
+    for start in range(0, length, block_length(length)):
+        end = min(start + block_length(length), length)
+        seen = position[start:end, None] >= position[None, :end]
+        seen = seen & (document_ids[:, start:end, None] == document_ids[:, None, :end])  # [B, block, end]
+        scores = torch.einsum("btkgd,bskd->bkgts", query[:, start:end], key[:, :end]).float()
+        yield scores.masked_fill(~seen[:, None, None], torch.finfo(torch.float32).min), start, end

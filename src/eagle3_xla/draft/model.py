@@ -10,7 +10,7 @@ from transformers.models.llama.modeling_llama import (
     apply_rotary_pos_emb,
 )
 
-from eagle3_xla.draft.attention import ttt_attention
+from eagle3_xla.draft.attention import merge_own_rows
 
 
 def draft_config(target_config, draft_vocab_size: int) -> LlamaConfig:
@@ -65,14 +65,17 @@ class MidLayer(nn.Module):
         self.post_attention_layernorm = LlamaRMSNorm(config.hidden_size, config.rms_norm_eps)
         self.mlp = LlamaMLP(config)
 
+    def attention_input(self, embeds, hidden) -> torch.Tensor:
+        """embeds, hidden [.., H] -> [.., 2H], embedding first."""
+        return torch.cat([self.input_layernorm(embeds), self.hidden_norm(hidden)], dim=-1)
+
     def forward(self, embeds, hidden, rope, attend) -> torch.Tensor:
         """embeds, hidden [B, T, H] -> hidden [B, T, H], pre-norm.
 
         attend(query, key, value) -> [B, T, heads, D] is the caller's attention: TTT in training, a KV cache in
         decoding.
         """
-        x = torch.cat([self.input_layernorm(embeds), self.hidden_norm(hidden)], dim=-1)  # embedding first
-        attended = attend(*self.self_attn.project(x, rope)).flatten(-2)
+        attended = attend(*self.self_attn.project(self.attention_input(embeds, hidden), rope)).flatten(-2)
         hidden = hidden + self.self_attn.o_proj(attended)
         return hidden + self.mlp(self.post_attention_layernorm(hidden))
 
@@ -106,15 +109,35 @@ class Eagle3Head(nn.Module):
         """cos and sin [B, T, D] for positions [B, T]."""
         return self.rotary(hidden, position_ids)
 
-    def ttt_step(self, embeds, hidden, position_ids, keys: list, values: list, mask) -> torch.Tensor:
-        """One step of the unroll: appends this step's key and value, returns hidden [B, T, H], pre-norm."""
+    def context(self, embeds, hidden, position_ids) -> tuple[torch.Tensor, torch.Tensor]:
+        """Key and value of step 0 for every row, [B, T, kv_heads, D]: what all steps see causally.
+
+        embeds, hidden [B, T, H]; position_ids [B, T].
+        """
+        layer = self.midlayer
+        _, key, value = layer.self_attn.project(layer.attention_input(embeds, hidden), self.rope(hidden, position_ids))
+        return key, value
+
+    def ttt_step(self, step: int, embeds, hidden, position_ids, attend_context, keys, values):
+        """Step number `step` of the unroll, on the rows that count.
+
+        embeds, hidden [G, R, H]; position_ids [G, R]; attend_context(query) -> (output, logsumexp), the causal part
+        over `context` (attention.causal_attention); keys, values: the rows' own of the steps 1 to step - 1.
+        Returns hidden [G, R, H], pre-norm, and this step's own key and value [G, R, kv_heads, D].
+        """
+        made = []
 
         def attend(query, key, value):
-            keys.append(key)
-            values.append(value)
-            return ttt_attention(query, keys, values, mask)
+            made.extend((key, value))
+            *rows, heads, head_dim = query.shape
+            query = query.view(*rows, key.shape[2], heads // key.shape[2], head_dim) * head_dim**-0.5
+            output, logsumexp = attend_context(query)
+            if step > 0:  # step 0's own key is part of the causal context
+                output = merge_own_rows(query, output, logsumexp, [*keys, key], [*values, value])
+            return output.reshape(*rows, heads, head_dim)
 
-        return self.midlayer(embeds, hidden, self.rope(hidden, position_ids), attend)
+        hidden = self.midlayer(embeds, hidden, self.rope(hidden, position_ids), attend)
+        return hidden, *made
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """hidden [.., H], pre-norm -> logits over the draft vocabulary [.., D]."""

@@ -1,37 +1,34 @@
-"""What is minimised at one TTT step. Row losses are [B, T]; the reductions are the caller's masks."""
+"""What is minimised, and its gradient at the draft logits, one TTT step after the other.
+
+Losses of rows are [G, R]; which rows count, and what they are divided by, is the caller's (loss/unroll.py).
+"""
+
+from typing import NamedTuple
 
 import torch
+from torch.nn.functional import pad
 
+from eagle3_xla.config import LossConfig
 from eagle3_xla.target.model import Teacher
 
 
-def cross_entropy(logits: torch.Tensor, teacher: Teacher) -> torch.Tensor:
-    """-sum_v p(v) log q(v) per row, p renormalised on the draft vocabulary. KL(p || q) plus the teacher's entropy.
+class StepRows(NamedTuple):
+    """Of one TTT step: drafted [G, R] bool, rows that an engine drafts at; trained [G, R] float32, 1 where the loss
+    counts too; denominator: what the sum of the cross-entropies is divided by, a scalar."""
 
-    logits [B, T, D] float32 -> [B, T].
-    """
-    p = teacher.logits.softmax(-1)
-    return logits.logsumexp(-1) - (p * logits).sum(-1)
-
-
-def acceptance_rate(logits: torch.Tensor, teacher: Teacher) -> torch.Tensor:
-    """sum_v min(p(v), q(v)) per row: the chance that speculative sampling accepts the draft (Leviathan et al., 2023).
-
-    p is the target's real distribution, not renormalised: what lies outside the draft vocabulary is never accepted.
-    logits [B, T, D] float32 -> [B, T].
-    """
-    p = (teacher.logits - teacher.logsumexp[..., None]).exp()
-    return torch.minimum(p, logits.softmax(-1)).sum(-1)
+    drafted: torch.Tensor
+    trained: torch.Tensor
+    denominator: torch.Tensor | float
 
 
-def step_loss(
-    objective: str, cross_entropies: torch.Tensor, acceptance: torch.Tensor, rows: torch.Tensor, denominator
-) -> torch.Tensor:
+def step_loss(objective: str, cross_entropies, acceptance, rows, denominator) -> torch.Tensor:
     """Scalar loss of one TTT step.
 
-    cross_entropies, acceptance [B, T]; rows [B, T] float32, 1 where a row counts; denominator: what the
-    cross-entropy's sum is divided by. The LK objectives are those of "LK losses" as SpecForge's core/lk_loss.py
-    has them (kl_scale = kl_decay = 1): their acceptance is a mean over the rows that count.
+    cross_entropies [G, R]: -sum_v p(v) log q(v), p renormalised on the draft vocabulary; acceptance [G, R]: sum_v
+    min(p(v), q(v)), the chance that speculative sampling accepts the draft (Leviathan et al., 2023), where p is the
+    target's real distribution: what lies outside the draft vocabulary is never accepted; rows [G, R] float32, 1 where
+    a row counts; denominator: of the cross-entropies' sum. The LK objectives are those of "LK losses" as SpecForge's
+    core/lk_loss.py has them (kl_scale = kl_decay = 1): their acceptance is a mean over the rows that count.
     """
     kl = (cross_entropies * rows).sum() / denominator
     if objective == "kl":
@@ -45,3 +42,64 @@ def step_loss(
     mean_acceptance = (acceptance * rows).sum() / count
     kl_weight = torch.exp(-mean_acceptance.detach())
     return kl_weight * kl + (1 - kl_weight) * (1 - mean_acceptance)
+
+
+def unroll_loss(config: LossConfig, teacher: Teacher, steps: list[StepRows], weight, normed: list):
+    """sum_k decay**k * step_loss over all TTT steps.
+
+    teacher [G, R, ...] at step 0's positions (step k's are k further on); weight [D, H]: lm_head; normed: K hidden
+    states [G, R, H] after the final norm. Returns the loss with gradient, and detached: the unweighted step losses
+    [K], the head's choices [K] of [G, R] int64 (draft ids) and its acceptance [K] of [G, R] float32.
+    """
+    length = len(normed)
+    loss, step_losses, *rest = _UnrollLoss.apply(config, teacher, steps, torch.is_grad_enabled(), weight, *normed)
+    return loss, step_losses, rest[:length], rest[length:]
+
+
+class _UnrollLoss(torch.autograd.Function):
+    """Logits and their gradient live for one step only: the gradients of `normed` and `weight` are made at once, so
+    one [G, R, D] float32 tensor exists where plain autograd keeps several for each step."""
+
+    @staticmethod
+    def forward(ctx, config, teacher, steps, with_gradient, weight, *normed):
+        p = teacher.logits.softmax(-1)  # [G, R, D] float32
+        in_vocabulary = (teacher.logits.logsumexp(-1) - teacher.logsumexp).exp()  # the draft vocabulary's share
+        d_weight = torch.zeros(weight.shape, dtype=torch.float32, device=weight.device)
+        total, step_losses, choices, overlaps, d_normed = 0.0, [], [], [], []
+        for k, (hidden, rows) in enumerate(zip(normed, steps)):
+            kept = hidden.shape[1] - k  # the last k listed rows have no teacher at this step
+            logits = torch.einsum("grh,dh->grd", hidden[:, :kept], weight).float()
+            step_p = p[:, k:]
+            log_norm = logits.logsumexp(-1)
+            q = (logits - log_norm[..., None]).exp()
+            real_p = step_p * in_vocabulary[:, k:, None]
+            with torch.set_grad_enabled(with_gradient):
+                cross_entropies = (log_norm - (step_p * logits).sum(-1)).requires_grad_(with_gradient)
+                acceptance = torch.minimum(real_p, q).sum(-1).requires_grad_(with_gradient)
+                trained = rows.trained[:, :kept]
+                loss = step_loss(config.objective, cross_entropies, acceptance, trained, rows.denominator)
+                decayed = config.decay**k * loss
+                if with_gradient:
+                    d_rows = torch.autograd.grad(decayed, (cross_entropies, acceptance), allow_unused=True)
+            if with_gradient:
+                d_logits = d_rows[0][..., None] * (q - step_p) if d_rows[0] is not None else 0.0
+                if d_rows[1] is not None:
+                    limiting = torch.where(q < real_p, q, 0.0)  # where q, not p, limits the acceptance
+                    d_logits = d_logits + d_rows[1][..., None] * (limiting - q * limiting.sum(-1, keepdim=True))
+                d_logits = d_logits.to(hidden.dtype)
+                d_hidden = torch.einsum("grd,dh->grh", d_logits, weight).to(hidden.dtype)
+                d_normed.append(pad(d_hidden, (0, 0, 0, k)))
+                d_weight += torch.einsum("grd,grh->dh", d_logits, hidden[:, :kept]).float()
+            total = total + decayed.detach()
+            step_losses.append(loss.detach())
+            choices.append(pad(logits.argmax(-1), (0, k)))
+            overlaps.append(pad(acceptance.detach(), (0, k)))
+        ctx.save_for_backward(d_weight, *d_normed)
+        results = (torch.stack(step_losses), *choices, *overlaps)
+        ctx.mark_non_differentiable(*results)
+        return total, *results
+
+    @staticmethod
+    def backward(ctx, d_loss, *_):
+        d_weight, *d_normed = ctx.saved_tensors
+        return None, None, None, None, d_loss * d_weight, *(d_loss.to(d.dtype) * d for d in d_normed)

@@ -9,10 +9,12 @@ from typing import NamedTuple
 import torch
 
 from eagle3_xla.config import LossConfig
+from eagle3_xla.draft.attention import causal_attention
 from eagle3_xla.draft.model import Eagle3Head
 from eagle3_xla.loss.metrics import AcceptanceSums
-from eagle3_xla.loss.objectives import acceptance_rate, cross_entropy, step_loss
-from eagle3_xla.target.model import Teacher, document_mask
+from eagle3_xla.loss.objectives import StepRows, unroll_loss
+from eagle3_xla.loss.rows import Rows
+from eagle3_xla.target.model import Teacher
 
 
 class UnrollResult(NamedTuple):
@@ -30,6 +32,11 @@ def shift_left(x: torch.Tensor, by: int) -> torch.Tensor:
     return torch.cat([x[:, by:], torch.zeros_like(x[:, :by])], dim=1)
 
 
+def plain_checkpoint(function, *tensors):
+    """No rematerialisation: the function itself."""
+    return function(*tensors)
+
+
 def unroll(
     head: Eagle3Head,
     embed_tokens,
@@ -39,44 +46,79 @@ def unroll(
     t2d: torch.Tensor,
     d2t: torch.Tensor,
     config: LossConfig,
+    checkpoint=plain_checkpoint,
 ) -> UnrollResult:
     """Unroll the head `config.ttt_length` steps over packed rows.
 
     batch: input_ids, position_ids, document_ids [B, T] int, loss_mask [B, T] bool (token t was written by the
-    assistant); aux [B, T, 3H] and teacher: the target's states at every position, unshifted; t2d [V] bool, d2t [D].
+    assistant), and, unless all rows count, `rows` and `slots` (loss/rows.py); aux [B, T, 3H]: the target's states at
+    every row; teacher [G, R, ...]: its distributions at the position after each listed row (`teacher_positions`);
+    t2d [V] bool, d2t [D]. checkpoint(function, *tensors): the caller's rematerialisation of one step.
     """
-    input_ids, loss_mask = batch["input_ids"], batch["loss_mask"]
-    mask = document_mask(batch["document_ids"])
-    hidden = head.features(aux)
+    input_ids, position_ids, loss_mask = batch["input_ids"], batch["position_ids"], batch["loss_mask"]
+    rows = rows_of(batch)
+    features = head.features(aux)
+    key0, value0 = head.context(embed_tokens(shift_left(input_ids, 1)).to(aux.dtype), features, position_ids)
+    row_positions = rows.take(position_ids)
+
+    def step_function(k):
+        def step(embeds, hidden, key0, value0, *own):
+            def attend_context(query):
+                query = rows.put(query, len(input_ids))
+                return map(rows.take, causal_attention(query, key0, value0, batch["document_ids"]))
+
+            keys, values = own[: len(own) // 2], own[len(own) // 2 :]
+            return head.ttt_step(k, embeds, hidden, row_positions + k, attend_context, keys, values)
+
+        return step
+
+    hidden, normed, keys, values = rows.take(features), [], [], []
+    for k in range(config.ttt_length):
+        embeds = embed_tokens(rows.take(shift_left(input_ids, 1 + k))).to(aux.dtype)
+        hidden, key, value = checkpoint(step_function(k), embeds, hidden, key0, value0, *keys, *values)
+        normed.append(head.norm(hidden))
+        if k > 0:
+            keys.append(key)
+            values.append(value)
+
     # The target's greedy choice is reachable only when the draft vocabulary holds it.
     reachable = t2d[teacher.argmax]
-    keys, values = [], []
-    total, step_losses, sums = 0.0, [], []
-    serving_rows = shift_left(loss_mask, 1)  # drafting starts once x_{t+1} is the answer's
-    chain = torch.ones_like(loss_mask)
+    steps, serving_rows = [], shift_left(loss_mask, 1)  # drafting starts once x_{t+1} is the answer's
     for k in range(config.ttt_length):
-        embeds = embed_tokens(shift_left(input_ids, 1 + k)).to(aux.dtype)
-        hidden = head.ttt_step(embeds, hidden, batch["position_ids"] + k, keys, values, mask)
-        logits = head.logits(hidden).float()  # [B, T, D]
-        step_teacher = Teacher(*(shift_left(x, 1 + k) for x in teacher))
         if config.rows == "serving":
             serving_rows = serving_rows & shift_left(loss_mask, 2 + k)  # x_{t+2+k} is the answer's too
-            rows = serving_rows
+            drafted = rows.take(serving_rows)
         else:
-            rows = shift_left(loss_mask, k)
-        trained = (rows & shift_left(reachable, 1 + k)).float()
-        denominator = trained.numel() if config.mean_over == "all" else trained.sum().clamp_min(1.0)
-        row_losses = cross_entropy(logits, step_teacher)
-        with torch.set_grad_enabled(config.objective != "kl"):
-            overlap = acceptance_rate(logits, step_teacher)
-        loss = step_loss(config.objective, row_losses, overlap, trained, denominator)
-        total = total + config.decay**k * loss
-        with torch.no_grad():
-            choice = logits.argmax(-1)
-            hit = (choice + d2t[choice] == step_teacher.argmax) & rows
-            in_chain = chain & rows
+            drafted = rows.take(shift_left(loss_mask, k))
+        trained = drafted & shift_left(reachable, k)
+        if config.mean_over == "all":
+            denominator = float(trained.numel())
+        else:
+            denominator = trained.float().sum().clamp_min(1.0)
+        steps.append(StepRows(drafted, trained.float(), denominator))
+    loss, step_losses, choices, overlaps = unroll_loss(config, teacher, steps, head.lm_head.weight, normed)
+
+    with torch.no_grad():
+        sums, chain = [], torch.ones_like(steps[0].drafted)
+        for k, (choice, overlap) in enumerate(zip(choices, overlaps)):
+            drafted = steps[k].drafted
+            hit = (choice + d2t[choice] == shift_left(teacher.argmax, k)) & drafted
+            in_chain = chain & drafted
             chain = in_chain & hit
-            step_losses.append(loss.detach())
-            sums.append([x.float().sum() for x in (rows, hit, in_chain, chain, overlap.detach() * rows)])
-    stacked = [torch.stack(column) for column in zip(*sums)]
-    return UnrollResult(total, torch.stack(step_losses), AcceptanceSums(*stacked))
+            sums.append([x.float().sum() for x in (drafted, hit, in_chain, chain, overlap * drafted)])
+        stacked = [torch.stack(column) for column in zip(*sums)]
+    return UnrollResult(loss, step_losses, AcceptanceSums(*stacked))
+
+
+def rows_of(batch: dict[str, torch.Tensor]) -> Rows:
+    """The rows of a batch that are computed: those it lists, or all."""
+    return Rows(batch.get("rows"), batch.get("slots"))
+
+
+def teacher_positions(batch: dict[str, torch.Tensor], x: torch.Tensor) -> torch.Tensor:
+    """x [B, T, ...], of every position -> [G, R, ...], of the position t + 1 after each listed row t.
+
+    The teacher of step k is k further on. Listed rows that count at step k have their k followers listed next to
+    them, because the answer goes on, so there `shift_left(.., k)` of the list is right.
+    """
+    return rows_of(batch).take(shift_left(x, 1))

@@ -10,7 +10,7 @@ from eagle3_xla.config import UserError
 from eagle3_xla.data.tokenizer import first_line, load_config
 
 MIN_LAYERS = 8
-VOCABULARY_CHUNK_ROWS = 128  # rows of a sequence whose full-vocabulary logits exist at one time
+VOCABULARY_CHUNK_ROWS = 512  # positions of a sequence (or of a group's list) whose full-vocabulary logits exist at once
 
 
 class TargetStates(NamedTuple):
@@ -29,8 +29,8 @@ class TargetStates(NamedTuple):
 class Teacher(NamedTuple):
     """The target's next-token distribution p(x_{t+1} | x_{<=t}) seen through the draft vocabulary.
 
-    logits [B, T, D] float32: rows of the draft vocabulary; logsumexp [B, T] float32 and argmax [B, T] int64: over the
-    full vocabulary. softmax(logits) is the renormalised distribution, exp(logits - logsumexp) the real one.
+    logits [.., D] float32: rows of the draft vocabulary; logsumexp [..] float32 and argmax [..] int64: over the full
+    vocabulary. softmax(logits) is the renormalised distribution, exp(logits - logsumexp) the real one.
     """
 
     logits: torch.Tensor
@@ -104,8 +104,8 @@ class Target(nn.Module):
         return self.draft_rows.device
 
     @torch.no_grad()
-    def states(self, input_ids: torch.Tensor, position_ids: torch.Tensor, document_ids: torch.Tensor) -> TargetStates:
-        """Run the target over packed rows; every argument is [B, T]."""
+    def hidden_states(self, input_ids, position_ids, document_ids) -> tuple[torch.Tensor, torch.Tensor]:
+        """Run the target's layers over packed rows, [B, T] each: aux [B, T, 3H] and hidden [B, T, H] (TargetStates)."""
         output = self.model.model(
             input_ids=input_ids,
             position_ids=position_ids,
@@ -113,16 +113,19 @@ class Target(nn.Module):
             attention_mask=document_mask(document_ids),
             use_cache=False,
         )
-        hidden = output.last_hidden_state  # [B, T, H], after the final norm
-        aux = self.captured_aux()
-        argmax, logsumexp = self._full_vocabulary(hidden)
-        return TargetStates(aux, hidden, argmax, logsumexp)
+        return self.captured_aux(), output.last_hidden_state
+
+    def states(self, input_ids, position_ids, document_ids) -> TargetStates:
+        """All that a head needs at every position, for keeping; [B, T] each."""
+        aux, hidden = self.hidden_states(input_ids, position_ids, document_ids)
+        return TargetStates(aux, hidden, *self.full_vocabulary(hidden))
 
     def captured_aux(self) -> torch.Tensor:
         """Aux states of the model's last forward, [B, T, 3H]."""
         return torch.cat([self._captured.pop(layer) for layer in self.layers], dim=-1)
 
-    def _full_vocabulary(self, hidden: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    @torch.no_grad()
+    def full_vocabulary(self, hidden: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """argmax and logsumexp over the full vocabulary, in chunks: no [B, T, vocab] tensor ever exists."""
         weight = self.model.get_output_embeddings().weight
         argmax, logsumexp = [], []
@@ -133,9 +136,10 @@ class Target(nn.Module):
         return torch.cat(argmax, 1), torch.cat(logsumexp, 1)
 
     @torch.no_grad()
-    def teacher(self, states: TargetStates) -> Teacher:
-        logits = torch.einsum("bth,dh->btd", states.hidden.to(self.draft_rows.dtype), self.draft_rows)
-        return Teacher(logits.float(), states.logsumexp, states.argmax)
+    def teacher(self, hidden: torch.Tensor, argmax: torch.Tensor, logsumexp: torch.Tensor) -> Teacher:
+        """hidden [.., H] after the final norm; argmax, logsumexp [..]: its `full_vocabulary`."""
+        logits = torch.einsum("bth,dh->btd", hidden.to(self.draft_rows.dtype), self.draft_rows)
+        return Teacher(logits.float(), logsumexp, argmax)
 
 
 def document_mask(document_ids: torch.Tensor) -> torch.Tensor:

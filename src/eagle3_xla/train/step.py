@@ -1,11 +1,10 @@
-"""One micro-step: target, teacher, TTT unroll, backward, and every `gradient_accumulation` of them AdamW. One graph."""
+"""One micro-step: target, teacher, TTT unroll, backward, and every `gradient_accumulation` of them AdamW."""
 
 import torch
 
 from eagle3_xla.config import Recipe
 from eagle3_xla.loss.metrics import AcceptanceSums
-from eagle3_xla.loss.unroll import UnrollResult, unroll
-from eagle3_xla.target.model import TargetStates
+from eagle3_xla.loss.unroll import UnrollResult, plain_checkpoint, teacher_positions, unroll
 
 
 class TrainStep:
@@ -21,26 +20,28 @@ class TrainStep:
         self.optimizer = optimizer
         self.accumulation = recipe.train.gradient_accumulation
         self._parameters = list(head.parameters())
-        # Accumulated gradients are buffers that exist before the first micro-step: one graph for all of them.
-        if optimizer is not None and self.accumulation > 1:
+        # One graph a micro-step when each one updates; else the gradients' (added to buffers that exist before the
+        # first micro-step) and the small one of the optimizer, so that target and unroll are compiled once.
+        self._evaluate = backend.compile(self._evaluate_eager)
+        if self.accumulation == 1:
+            self._step = backend.compile(self._gradients_and_update_eager)
+            return
+        if optimizer is not None:
             for parameter in self._parameters:
                 parameter.grad = backend.like(torch.zeros(parameter.shape), parameter)
-        self._accumulate = backend.compile(self._accumulate_eager)
+        self._step = backend.compile(self._gradients_eager)
         self._update = backend.compile(self._update_eager)
-        self._evaluate = backend.compile(self._evaluate_eager)
 
-    @property
-    def compile_budget(self) -> int:
-        """Graphs that training needs: the update's, and the accumulating one's when there is one."""
-        return 1 if self.accumulation == 1 else 2
-
-    def run(self, micro_step: int, batch: dict[str, torch.Tensor]) -> torch.Tensor:
+    def run(self, micro_step: int, batch: dict[str, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Micro-step number `micro_step` (from 0); every `gradient_accumulation`-th updates the weights.
 
-        Returns the step's metrics, a device vector that `unpack_metrics` reads.
+        Returns the step's metrics, a device vector that `unpack_metrics` reads, and at an update the gradients' norm.
         """
-        last = (micro_step + 1) % self.accumulation == 0
-        return (self._update if last else self._accumulate)(batch)
+        if self.accumulation == 1:
+            return self._step(batch)
+        metrics = self._step(batch)
+        updates = (micro_step + 1) % self.accumulation == 0
+        return metrics, self._update() if updates else None
 
     def evaluate(self, batch: dict[str, torch.Tensor]) -> torch.Tensor:
         """Metrics of a batch without gradients."""
@@ -48,53 +49,58 @@ class TrainStep:
 
     def _unroll(self, batch: dict[str, torch.Tensor]) -> UnrollResult:
         if "aux" in batch:
-            states = TargetStates(*(batch[name] for name in TargetStates._fields))
-            states = states._replace(argmax=states.argmax.long())
+            aux = batch["aux"]
+            known = (batch["hidden"], batch["argmax"].long(), batch["logsumexp"])
+            hidden, argmax, logsumexp = (teacher_positions(batch, x) for x in known)
         else:
-            states = self.target.states(batch["input_ids"], batch["position_ids"], batch["document_ids"])
-        teacher = self.target.teacher(states)
+            aux, hidden = self.target.hidden_states(batch["input_ids"], batch["position_ids"], batch["document_ids"])
+            hidden = teacher_positions(batch, hidden)
+            argmax, logsumexp = self.target.full_vocabulary(hidden)
+        teacher = self.target.teacher(hidden, argmax, logsumexp)
         with self.backend.autocast():
             return unroll(
                 self.head,
                 self.target.embed_tokens,
                 batch,
-                states.aux.to(torch.float32),
+                aux.to(torch.float32),
                 teacher,
                 self.t2d,
                 self.d2t,
                 self.recipe.loss,
+                self.backend.checkpoint if self.recipe.xla.remat else plain_checkpoint,
             )
 
-    def _accumulate_eager(self, batch):
+    def _gradients_eager(self, batch):
         result = self._unroll(batch)
         (result.loss / self.accumulation).backward()
-        return _pack_metrics(result, torch.zeros_like(result.loss))
+        return _pack_metrics(result)
 
-    def _update_eager(self, batch):
-        result = self._unroll(batch)
-        (result.loss / self.accumulation).backward()
+    def _update_eager(self):
         norm = self.optimizer.step()
         for parameter in self._parameters:
-            if self.accumulation > 1:
-                parameter.grad.zero_()
-            else:
-                parameter.grad = None
-        return _pack_metrics(result, norm)
+            parameter.grad.zero_()
+        return norm
+
+    def _gradients_and_update_eager(self, batch):
+        result = self._unroll(batch)
+        result.loss.backward()
+        norm = self.optimizer.step()
+        for parameter in self._parameters:
+            parameter.grad = None
+        return _pack_metrics(result), norm
 
     @torch.no_grad()
     def _evaluate_eager(self, batch):
-        result = self._unroll(batch)
-        return _pack_metrics(result, torch.zeros_like(result.loss))
+        return _pack_metrics(self._unroll(batch))
 
 
-def _pack_metrics(result: UnrollResult, gradient_norm: torch.Tensor) -> torch.Tensor:
-    """One float32 vector, so that one transfer fetches everything: [2 + 6 K]."""
-    head = torch.stack([result.loss.detach(), gradient_norm])
-    return torch.cat([head, result.step_losses, *result.sums])
+def _pack_metrics(result: UnrollResult) -> torch.Tensor:
+    """One float32 vector, so that one transfer fetches everything: [1 + 6 K]."""
+    return torch.cat([result.loss.detach().reshape(1), result.step_losses, *result.sums])
 
 
-def unpack_metrics(vector: torch.Tensor) -> tuple[float, float, torch.Tensor, AcceptanceSums]:
-    """(loss, gradient norm, step losses [K], acceptance sums) on the host."""
+def unpack_metrics(vector: torch.Tensor) -> tuple[float, torch.Tensor, AcceptanceSums]:
+    """(loss, step losses [K], acceptance sums) on the host."""
     vector = vector.float().cpu()
-    columns = vector[2:].view(6, -1)
-    return float(vector[0]), float(vector[1]), columns[0], AcceptanceSums(*columns[1:])
+    columns = vector[1:].view(6, -1)
+    return float(vector[0]), columns[0], AcceptanceSums(*columns[1:])

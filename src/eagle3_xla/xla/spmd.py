@@ -11,6 +11,7 @@ import torch_xla.core.xla_model as xla_model
 import torch_xla.debug.metrics as xla_metrics
 import torch_xla.distributed.spmd as spmd
 import torch_xla.runtime as runtime
+import torch_xla.utils.checkpoint
 
 from eagle3_xla.config import UserError, XlaConfig
 
@@ -108,6 +109,10 @@ class SpmdBackend:
 
     def autocast(self):
         return torch.autocast("xla", dtype=torch.bfloat16) if self._autocast else contextlib.nullcontext()
+
+    def checkpoint(self, function, *tensors):
+        """function(*tensors), computed again in the backward pass instead of kept."""
+        return torch_xla.utils.checkpoint.checkpoint(function, *tensors)
 
     def compile(self, function):
         """`function` as one graph; torch_xla raises when it would need a second one."""

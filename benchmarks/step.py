@@ -1,0 +1,202 @@
+"""Tokens per second of the whole training step, against eager torch and against a plain matmul on this machine.
+
+    python benchmarks/step.py --target quickstart/target
+
+The step is `train`'s own: frozen target, teacher, TTT unroll, backward, AdamW, at the sizes of the embedded target
+(B=4, T=512, TTT 7, draft vocabulary 8,192), one device. The reference is a straightforward eager step of the same maths
+(Hugging Face forward with all hidden states, full logits, torch.optim.AdamW). Each runs in a process of its own, so
+that its peak memory is its own. GFLOP per token is counted from the matmuls (2 per multiply-add, backward twice the
+forward; attention left out).
+"""
+
+import argparse
+import json
+import resource
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import torch
+
+BATCH, LENGTH, TTT, DRAFT_VOCABULARY = 4, 512, 7, 8192
+TOKENS = BATCH * LENGTH
+
+
+def gflop_per_token(config) -> dict[str, float]:
+    """Matmul GFLOP per token by part."""
+    size, inner, layers = config.hidden_size, config.intermediate_size, config.num_hidden_layers
+    kv = config.num_key_value_heads * (size // config.num_attention_heads)
+    layer = size * size * 2 + 2 * size * kv + 3 * size * inner
+    head = 2 * size * (size + 2 * kv) + size * size + 3 * size * inner + size * DRAFT_VOCABULARY
+    parts = {
+        "target forward": layers * layer,
+        "full-vocabulary argmax and logsumexp": size * config.vocab_size,
+        "teacher rows": size * DRAFT_VOCABULARY,
+        "draft, 7 steps forward and backward": 3 * (3 * size * size + TTT * head),
+    }
+    return {name: 2 * macs / 1e9 for name, macs in parts.items()}
+
+
+def a_batch(path: str, everywhere: bool) -> tuple[dict[str, torch.Tensor], int]:
+    """Packed rows of the shipped chats and how many positions are listed at most in the run that they belong to."""
+    from eagle3_xla.config import load_recipe
+    from eagle3_xla.data.batches import Batches, drafted_positions, to_tensors
+    from eagle3_xla.data.prepare import load_prepared, prepare
+
+    settings = [f"target.path={path}", f"data.row_length={LENGTH}", "data.max_tokens=0"]
+    settings += [f"data.prepared={Path(tempfile.gettempdir()) / 'eagle3-xla-benchmark-rows'}"]
+    recipe = load_recipe("smollm2-cpu", settings)
+    prepare(recipe)
+    rows = load_prepared(recipe.data.prepared)[0]
+    batches = Batches(drafted_positions(rows["loss_mask"][:]).sum(1), BATCH, 1, 0)
+    batch = to_tensors(rows[batches.indices(0)])
+    if everywhere:
+        batch["loss_mask"][:] = True
+        return batch, TOKENS
+    return batch, batches.capacity(1, LENGTH)
+
+
+def our_step(path: str, device: str, everywhere: bool):
+    from eagle3_xla.config import load_recipe
+    from eagle3_xla.data.batches import list_rows
+    from eagle3_xla.data.vocab import d2t_t2d
+    from eagle3_xla.draft.model import Eagle3Head, draft_config
+    from eagle3_xla.target.model import Target, load_target
+    from eagle3_xla.train.optimizer import AdamW
+    from eagle3_xla.train.step import TrainStep
+    from eagle3_xla.xla import make_backend
+
+    recipe = load_recipe("smollm2-cpu", [f"xla.device={device}", f"loss.ttt_length={TTT}"])
+    backend = make_backend(recipe.xla)
+    model = load_target(path, torch.float32)
+    draft_ids = torch.arange(DRAFT_VOCABULARY)
+    target = backend.place_target(Target(model, draft_ids))
+    head = backend.place_head(Eagle3Head(draft_config(model.config, DRAFT_VOCABULARY)))
+    optimizer = AdamW(dict(head.named_parameters()), recipe.train, 1000, backend, {})
+    step = TrainStep(recipe, backend, target, head, *d2t_t2d(draft_ids, model.config.vocab_size), optimizer)
+    backend.settle()
+    batch, capacity = a_batch(path, everywhere)
+    if capacity < TOKENS:
+        batch |= list_rows(batch["loss_mask"], 1, capacity)
+    return lambda: float(step.run(0, backend.put(batch))[0][0])
+
+
+def eager_step(path: str, everywhere: bool):
+    """The reference: what a first version in plain torch would do."""
+    from eagle3_xla.draft.model import Eagle3Head, draft_config
+    from eagle3_xla.target.model import aux_layers, document_mask, load_target
+
+    model = load_target(path, torch.float32)
+    head = Eagle3Head(draft_config(model.config, DRAFT_VOCABULARY))
+    optimizer = torch.optim.AdamW(head.parameters(), lr=8e-4)
+    batch, _ = a_batch(path, everywhere)
+    ids, positions, answer = batch["input_ids"].long(), batch["position_ids"].long(), batch["loss_mask"]
+    mask = document_mask(batch["document_ids"])
+    groups = head.config.num_attention_heads // head.config.num_key_value_heads
+    scale = head.config.head_dim**-0.5
+
+    def shift(x, by):
+        return torch.cat([x[:, by:], torch.zeros_like(x[:, :by])], 1)
+
+    def step():
+        with torch.no_grad():
+            output = model(ids, position_ids=positions, attention_mask=mask, output_hidden_states=True, use_cache=False)
+            aux = torch.cat([output.hidden_states[i + 1] for i in aux_layers(model.config.num_hidden_layers)], -1)
+            full = output.logits
+            in_vocabulary = full.argmax(-1) < DRAFT_VOCABULARY
+            teacher = full[..., :DRAFT_VOCABULARY].softmax(-1)
+        hidden, keys, values, loss, drafted = head.fc(aux), [], [], 0.0, shift(answer, 1)
+        for k in range(TTT):
+            embeds = model.get_input_embeddings()(shift(ids, 1 + k))
+
+            def attend(query, key, value):
+                query, key, value = (x.transpose(1, 2) for x in (query, key, value))
+                keys.append(key.repeat_interleave(groups, 1))
+                values.append(value.repeat_interleave(groups, 1))
+                scores = [(query @ keys[0].transpose(-1, -2) * scale).masked_fill(~mask, float("-inf"))]
+                scores += [(query * key).sum(-1, keepdim=True) * scale for key in keys[1:]]
+                weights = torch.cat(scores, -1).softmax(-1)
+                out = weights[..., :LENGTH] @ values[0]
+                for i, value in enumerate(values[1:]):
+                    out = out + weights[..., LENGTH + i : LENGTH + i + 1] * value
+                return out.transpose(1, 2)
+
+            hidden = head.midlayer(embeds, hidden, head.rope(hidden, positions + k), attend)
+            drafted = drafted & shift(answer, 2 + k)
+            rows = (drafted & shift(in_vocabulary, 1 + k)).float()
+            cross_entropy = -(shift(teacher, 1 + k) * head.logits(hidden).log_softmax(-1)).sum(-1)
+            loss = loss + 0.8**k * (cross_entropy * rows).sum() / rows.sum().clamp_min(1)
+        optimizer.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(head.parameters(), 0.5)
+        optimizer.step()
+        return float(loss)
+
+    return step
+
+
+def matmul_gflops() -> float:
+    """A large float32 matmul with every core: this machine's practical peak."""
+    a, b = torch.randn(2048, 576), torch.randn(576, 8192)
+    a @ b
+    started, count = time.perf_counter(), 20
+    for _ in range(count):
+        a @ b
+    return count * 2 * 2048 * 576 * 8192 / (time.perf_counter() - started) / 1e9
+
+
+def measure(kind: str, path: str, steps: int, everywhere: bool) -> dict:
+    step = eager_step(path, everywhere) if kind == "eager" else our_step(path, kind, everywhere)
+    started = time.perf_counter()
+    loss = step()
+    first = time.perf_counter() - started
+    times = []
+    for _ in range(steps):
+        started = time.perf_counter()
+        step()
+        times.append(time.perf_counter() - started)
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+    return {
+        "loss": loss,
+        "first_seconds": first,
+        "tokens_per_second": TOKENS / sorted(times)[steps // 2],
+        "peak_gib": peak,
+    }
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--target", required=True)
+    parser.add_argument("--steps", type=int, default=3)
+    parser.add_argument("--everywhere", action="store_true", help="let every position count, the user's too")
+    parser.add_argument("--kind", choices=("xla", "cpu", "eager"), help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.kind:
+        print(json.dumps(measure(options.kind, options.target, options.steps, options.everywhere)))
+        return
+    from transformers import AutoConfig
+
+    parts = gflop_per_token(AutoConfig.from_pretrained(options.target))
+    peak, total = matmul_gflops(), sum(parts.values())
+    print(f"plain matmul: {peak:.0f} GFLOP/s")
+    for name, gflop in parts.items():
+        print(f"  {gflop / total:6.1%} of the matmul work: {name} ({gflop:.3f} GFLOP per token)")
+    results = {}
+    for kind, label in (("eager", "eager reference"), ("cpu", "ours, plain torch"), ("xla", "ours, compiled by XLA")):
+        command = [sys.executable, __file__, "--kind", kind, "--target", options.target, "--steps", str(options.steps)]
+        command += ["--everywhere"] if options.everywhere else []
+        output = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True).stdout
+        results[kind] = json.loads(output.splitlines()[-1])
+        speed = results[kind]["tokens_per_second"]
+        print(
+            f"{label:>22}: {speed:6.1f} tokens/s, {speed / results['eager']['tokens_per_second']:.2f}x the eager "
+            f"reference, {speed * total:5.1f} GFLOP/s = {speed * total / peak:.0%} of the matmul's, first step "
+            f"{results[kind]['first_seconds']:.0f} s, peak {results[kind]['peak_gib']:.2f} GiB",
+            flush=True,
+        )
+
+
+if __name__ == "__main__":
+    main()

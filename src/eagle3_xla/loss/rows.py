@@ -1,0 +1,69 @@
+"""The rows that an engine would draft at, brought together: after the causal context nothing else is computed.
+
+A row outside an answer has no loss, and from TTT step 1 on a row sees only its own later keys and step 0's context.
+"""
+
+import torch
+
+
+class Rows:
+    """Between all rows of a batch, [B, T, ...], and the listed ones, [G, R, ...].
+
+    The batch is G groups of B/G sequences (one group a data-parallel replica). index [G, R]: the listed rows of a
+    group, numbered over its B/G * T rows, ascending where they count; slots [G, B/G * T]: where each row is in the
+    list, R when it is not. Without an index every row is listed and nothing moves.
+    """
+
+    def __init__(self, index: torch.Tensor | None = None, slots: torch.Tensor | None = None):
+        self.index = None if index is None else index.long()
+        self.slots = None if slots is None else slots.long()
+
+    def take(self, x: torch.Tensor) -> torch.Tensor:
+        """[B, T, ...] -> [G, R, ...]."""
+        if self.index is None:
+            return x
+        return _Take.apply(x.reshape(*self.slots.shape, *x.shape[2:]), self.index, self.slots)
+
+    def put(self, y: torch.Tensor, batch: int) -> torch.Tensor:
+        """[G, R, ...] -> [batch, T, ...], zeros in the rows that are not listed."""
+        if self.index is None:
+            return y
+        return _Put.apply(y, self.index, self.slots).reshape(batch, -1, *y.shape[2:])
+
+
+# Each is the other's gradient, and both only gather: a scatter is slow on TPUs and on XLA's CPU.
+class _Take(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, index, slots):
+        ctx.save_for_backward(index, slots)
+        return _gather(x, index)
+
+    @staticmethod
+    def backward(ctx, d_y):
+        index, slots = ctx.saved_tensors
+        return _gather_or_zero(d_y, slots), None, None
+
+
+class _Put(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, y, index, slots):
+        ctx.save_for_backward(index, slots)
+        return _gather_or_zero(y, slots)
+
+    @staticmethod
+    def backward(ctx, d_x):
+        index, slots = ctx.saved_tensors
+        return _gather(d_x, index), None, None
+
+
+def _gather(x: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
+    group = torch.arange(x.shape[0], device=x.device)[:, None]
+    return x[group, index]
+
+
+def _gather_or_zero(y: torch.Tensor, slots: torch.Tensor) -> torch.Tensor:
+    listed = slots < y.shape[1]
+    x = _gather(y, slots.clamp(max=y.shape[1] - 1))
+    return torch.where(
+        listed.view(*listed.shape, *(1,) * (x.ndim - 2)), x, torch.zeros((), dtype=x.dtype, device=x.device)
+    )
