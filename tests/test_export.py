@@ -1,11 +1,13 @@
 """The serving directory: the fields and tensors that engines read, and none that they misread."""
 
+import dataclasses
 import json
 
 import pytest
 import torch
 from safetensors.torch import load_file
 
+from eagle3_xla import checkpoint as checkpoints
 from eagle3_xla.config import UserError, load_recipe
 from eagle3_xla.data.prepare import prepare
 from eagle3_xla.export import export, load_head
@@ -51,6 +53,17 @@ def test_export(run, tmp_path):
     assert torch.equal(d2t, tensors["d2t"])
     assert torch.equal(head.fc.weight, tensors["fc.weight"].float())
     export(run, out)  # writing again over our own is fine
+
+
+def test_a_run_gives_its_best_checkpoint(run, tmp_path):
+    assert export(run, tmp_path / "head")["chosen"] == "step 2 (the newest, no tau is known)"
+    saved = checkpoints.load(run / "checkpoints" / "step-00000002")
+    for step, tau in ((3, 1.4), (4, 1.2)):
+        checkpoints.save(run / "checkpoints", dataclasses.replace(saved, micro_step=step, tau=tau), keep=3)
+    assert export(run, tmp_path / "head")["chosen"] == "step 3 (the best, held-out tau 1.400)"
+    assert export(run / "checkpoints" / "step-00000004", tmp_path / "head")["chosen"] == "step 4 (as named)"
+    (run / "checkpoints" / "step-00000003" / "state.safetensors").write_bytes(b"")
+    assert export(run, tmp_path / "head")["micro_step"] == 4
 
 
 def test_refused(run, tmp_path):

@@ -10,6 +10,8 @@ import os
 import sys
 from pathlib import Path
 
+from safetensors import SafetensorError
+
 from eagle3_xla import __version__
 from eagle3_xla.config import UserError, load_recipe, recipe_names
 
@@ -31,7 +33,7 @@ def main(arguments: list[str] | None = None) -> int:
     except KeyboardInterrupt:
         print(f"eagle3-xla {options.verb}: interrupted; start it again to continue", file=sys.stderr)
         return 1
-    except OSError as error:
+    except (OSError, SafetensorError) as error:  # the second: safetensors on a full disk
         print(f"eagle3-xla {options.verb}: {error}", file=sys.stderr)
         return 1
     if options.json:
@@ -67,7 +69,7 @@ def _parser() -> argparse.ArgumentParser:
     verb.add_argument("--max-steps", type=int, default=0, help="save and stop after so many further micro-steps")
 
     verb = verbs.add_parser("export", parents=[common], help="a checkpoint -> the directory that engines load")
-    verb.add_argument("--checkpoint", required=True, help="a checkpoint folder, or a run's folder (its newest)")
+    verb.add_argument("--checkpoint", required=True, help="a checkpoint folder, or a run's folder (its best)")
     verb.add_argument("--out", required=True)
     verb.add_argument("--dtype", default="bfloat16", help="bfloat16 (default), float16 or float32")
 

@@ -19,20 +19,21 @@ EXPORTED = "model.safetensors"
 
 
 def export(checkpoint: Path, out: Path, dtype: str = "bfloat16") -> dict:
-    """Write the head of a checkpoint folder (or of the newest one in a run's folder) to `out`.
+    """Write the head of a checkpoint folder to `out`; of a run's folder: its best by held-out tau, else its newest.
 
     Aux layer ids are left out: the head reads the layers that every engine takes by default. `norm_output` is never
-    written (it means two different things in two engines).
+    written (it means two different things in two engines). The result's `chosen` says which checkpoint and why.
     """
     if dtype not in DTYPES:
         raise UserError(f"--dtype {dtype}: choose one of {', '.join(DTYPES)}")
     checkpoint, out = Path(checkpoint), Path(out)
     if (checkpoint / "checkpoints").is_dir():
-        saved = checkpoints.load_latest(checkpoint / "checkpoints", warn=print)
+        saved = checkpoints.load_best(checkpoint / "checkpoints", warn=print)
         if saved is None:
-            raise UserError(f"{checkpoint} has no checkpoint yet")
+            raise UserError(f"{checkpoint} has no whole checkpoint yet")
+        why = "the newest, no tau is known" if saved.tau is None else f"the best, held-out tau {saved.tau:.3f}"
     else:
-        saved = checkpoints.load(checkpoint)
+        saved, why = checkpoints.load(checkpoint), "as named"
     if out.exists() and any(out.iterdir()) and not (out / EXPORTED).exists():
         raise UserError(f"{out} is not empty and holds no exported head, so it is not ours; choose another folder")
     out.mkdir(parents=True, exist_ok=True)
@@ -40,7 +41,8 @@ def export(checkpoint: Path, out: Path, dtype: str = "bfloat16") -> dict:
     tensors = {name: value.to(DTYPES[dtype]).contiguous() for name, value in saved.head.items()}
     save_file({**tensors, "d2t": saved.d2t, "t2d": saved.t2d}, out / EXPORTED, metadata={"format": "pt"})
     (out / "config.json").write_text(json.dumps(config, indent=2) + "\n")
-    return {"out": str(out), "micro_step": saved.micro_step, "dtype": dtype}
+    chosen = f"step {saved.micro_step} ({why})"
+    return {"out": str(out), "micro_step": saved.micro_step, "tau": saved.tau, "chosen": chosen, "dtype": dtype}
 
 
 def serving_config(draft: dict, draft_vocab_size: int, dtype: str) -> dict:

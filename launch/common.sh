@@ -1,0 +1,49 @@
+# shellcheck shell=bash disable=SC2034 # its variables are read by the scripts that source it
+# Sourced by the other launch scripts: errors, options, --dry-run, waiting.
+dry_run="" stopping="" status=0
+
+# One line and exit code 2, or the one given.
+die() {
+  echo "$(basename "$0"): $1" >&2
+  exit "${2:-2}"
+}
+
+# The header of the calling script, as its help.
+usage() {
+  sed -n '2,/^[^#]/{s/^# \{0,1\}//p}' "$0"
+  exit 0
+}
+
+quoted() {
+  local word words=()
+  for word in "$@"; do
+    if [[ $word =~ ^[A-Za-z0-9_./:=@%+,-]+$ ]]; then words+=("$word"); else words+=("${word@Q}"); fi
+  done
+  echo "${words[*]}"
+}
+
+# Runs a command; with --dry-run prints it instead, as one line that a shell reads back.
+run() {
+  if [ -n "$dry_run" ]; then quoted "$@"; else "$@"; fi
+}
+
+whole_number() {
+  [[ $2 =~ ^[0-9]+$ ]] || die "$1 is '$2'; a whole number is expected"
+}
+
+# Waits for a child to end, through the signals that this shell handles meanwhile, and sets status to its exit code.
+wait_for() {
+  while kill -0 "$1" 2>/dev/null; do wait "$1" || true; done
+  status=0
+  wait "$1" || status=$?
+}
+
+# Sets base to a Python that the package runs on and that can make virtual environments; fails without one.
+find_python() {
+  local fits='import sys, ensurepip; sys.exit(not (3, 11) <= sys.version_info[:2] < (3, 14))'
+  for base in ${PYTHON:+"$PYTHON"} python3.11 python3.12 python3.13 python3; do
+    ! "$base" -c "$fits" 2>/dev/null || return 0
+  done
+  base=""
+  return 1
+}

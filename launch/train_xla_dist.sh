@@ -1,0 +1,135 @@
+#!/usr/bin/env bash
+# Runs a command on every host of a TPU slice, as torch_xla.distributed.xla_dist did, and again after a preemption.
+#   bash launch/train_xla_dist.sh --tpu=NAME [options] -- COMMAND [arguments]
+#     --zone=ZONE --project=PROJECT   as gcloud takes them (else gcloud's own defaults)
+#     --env=NAME=VALUE                set for COMMAND on every host; may be repeated
+#     --dir=DIR                       where COMMAND runs, from the home folder (eagle3-xla)
+#     --restarts=N                    run COMMAND again so often after a signal, a lost connection, a preemption (10)
+#     --recreate=CREATE               after a preemption: delete the slice, run this command here, which makes it anew
+#     --setup=COMMAND                 run on every host of the new slice, in the home folder
+#     --wait=MINUTES                  how long to wait until a slice is READY again (60)
+#     --poll=SECONDS                  how often to look (30)
+#     --dry-run                       print the commands, run none
+# For example, from a machine with gcloud:
+#   bash launch/train_xla_dist.sh --tpu=my-v4-32 --zone=us-central2-b -- \
+#     bash launch/train_torchrun.sh --slice --config RECIPE
+# Without --recreate a preempted slice is waited for. Checkpoints must outlive the hosts: train.out on a mounted disk.
+# SIGTERM and Ctrl-C stop the command on all hosts, so that it saves, and wait for it.
+set -euo pipefail
+here="$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)"
+source "$here/common.sh"
+
+tpu="" place=() environment=() dir=eagle3-xla restarts=10 recreate="" setup="" wait=60 poll=30 command=()
+while [ $# -gt 0 ]; do
+  case "$1" in
+    --tpu | --zone | --project | --env | --dir | --restarts | --recreate | --setup | --wait | --poll)
+      [ $# -gt 1 ] || die "$1 needs a value"
+      set -- "$1=$2" "${@:3}" ;;
+    --tpu=*) tpu="${1#*=}" && shift ;;
+    --zone=* | --project=*) place+=("$1") && shift ;;
+    --env=*)
+      [[ $1 =~ ^--env=[A-Za-z_][A-Za-z0-9_]*= ]] || die "$1: --env=NAME=VALUE is expected"
+      environment+=("${1#*=}") && shift ;;
+    --dir=*) dir="${1#*=}" && shift ;;
+    --restarts=*) restarts="${1#*=}" && shift ;;
+    --recreate=*) recreate="${1#*=}" && shift ;;
+    --setup=*) setup="${1#*=}" && shift ;;
+    --wait=*) wait="${1#*=}" && shift ;;
+    --poll=*) poll="${1#*=}" && shift ;;
+    --dry-run) dry_run=1 && shift ;;
+    --help | -h) usage ;;
+    --) command=("${@:2}") && break ;;
+    -*) die "unknown option $1; the command that the hosts run comes after --" ;;
+    *) command=("$@") && break ;;
+  esac
+done
+[ -n "$tpu" ] || die "--tpu=NAME is missing; gcloud compute tpus tpu-vm list shows the names"
+[ ${#command[@]} -gt 0 ] || die "no command; give it after --"
+whole_number --restarts "$restarts"
+whole_number --wait "$wait"
+whole_number --poll "$poll"
+
+# One COMMAND at a time on a host: gcloud itself starts a command again when a connection breaks, but the old one may
+# live on. The lock file holds its process id.
+lock="\"\$HOME\"/.eagle3-xla.lock" # the hosts' home
+start="cd $(quoted "$dir") && exec flock --nonblock --conflict-exit-code=75 $lock"
+start+=" bash -c 'echo \$\$ >$lock; exec \"\$@\"' -"
+start+=" env $(quoted ${environment[@]+"${environment[@]}"} "${command[@]}")"
+stop="flock --nonblock $lock true || { kill -TERM \"\$(cat $lock)\"; flock --timeout 300 $lock true; }"
+
+gcloud=(gcloud compute tpus tpu-vm)
+describe=("${gcloud[@]}" describe "$tpu" ${place[@]+"${place[@]}"} "--format=value(state)")
+ssh=("${gcloud[@]}" ssh "$tpu" ${place[@]+"${place[@]}"} --worker=all)
+delete=("${gcloud[@]}" delete "$tpu" ${place[@]+"${place[@]}"} --quiet)
+
+if [ -n "$dry_run" ]; then
+  run "${describe[@]}"
+  run "${ssh[@]}" --command="$start"
+  echo "$(basename "$0"): and after a preemption, at most $restarts times:" >&2
+  run "${describe[@]}"
+  if [ -n "$recreate" ]; then
+    run "${delete[@]}"
+    echo "$recreate"
+    run "${describe[@]}"
+    [ -z "$setup" ] || run "${ssh[@]}" --command="$setup"
+  fi
+  run "${ssh[@]}" --command="$stop"
+  run "${ssh[@]}" --command="$start"
+  exit 0
+fi
+command -v gcloud >/dev/null || die "gcloud is not found; install the Google Cloud CLI and run: gcloud auth login"
+
+say() {
+  echo "$(basename "$0"): $1" >&2
+}
+
+# In a session of its own, so that Ctrl-C does not cut the connection over which the hosts tell how they saved.
+on_hosts() {
+  setsid "${ssh[@]}" --command="$1" &
+  wait_for $!
+}
+
+stop_hosts() {
+  trap '' TERM INT HUP
+  stopping=1
+  say "stopping the command on all hosts of $tpu"
+  "${ssh[@]}" --command="$stop" || true
+}
+
+until_ready() {
+  local deadline=$((SECONDS + wait * 60))
+  until state="$("${describe[@]}")" && [ "$state" = READY ]; do
+    [ "$SECONDS" -lt "$deadline" ] || die "$tpu is ${state:-gone} after $wait minutes; it was not READY again" 1
+    sleep "$poll"
+  done
+}
+
+state="$("${describe[@]}")" || die "gcloud can't describe $tpu, see above" 1
+[ "$state" = READY ] || say "$tpu is $state; waiting until it is READY"
+until_ready
+trap stop_hosts TERM INT HUP
+for ((attempt = 0; ; attempt++)); do
+  on_hosts "$start"
+  ended=$status
+  [ "$ended" != 0 ] && [ -z "$stopping" ] || exit "$ended"
+  state="$("${describe[@]}")" || state=""
+  # 75 is the lock's, 255 a lost connection, 128 and above a signal; others are the command's own words.
+  if [ "$state" = READY ] && [ "$ended" -lt 128 ] && [ "$ended" != 75 ]; then
+    die "the command failed on a host (exit code $ended), see above" "$ended"
+  fi
+  [ "$attempt" -lt "$restarts" ] || die "exit code $ended, $tpu is ${state:-gone}, the last of $restarts restarts" 1
+  say "exit code $ended, $tpu is ${state:-gone}; restart $((attempt + 1)) of $restarts"
+  if [ "$state" != READY ]; then
+    if [ -n "$recreate" ]; then
+      [ -z "$state" ] || "${delete[@]}"
+      bash -c "$recreate" || die "--recreate failed, see above" 1
+    fi
+    until_ready
+    if [ -n "$recreate" ] && [ -n "$setup" ]; then
+      on_hosts "$setup"
+      [ "$status" = 0 ] || die "--setup failed on a host (exit code $status), see above" 1
+    fi
+  fi
+  on_hosts "$stop"
+  [ -z "$stopping" ] || exit 1
+done

@@ -1,0 +1,184 @@
+"""What a kill, a damaged file or a full disk leaves behind: always a checkpoint that can be used, and a clear word."""
+
+import contextlib
+import json
+import os
+import random
+import resource
+import shlex
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from eagle3_xla import checkpoint as checkpoints
+from eagle3_xla.config import UserError, load_recipe
+from eagle3_xla.data.prepare import prepare
+from eagle3_xla.train.loop import train
+
+
+def at(step: int, tau: float | None = None) -> checkpoints.Checkpoint:
+    """A small checkpoint whose tensors say its step."""
+    tensor = torch.full((64,), float(step))
+    return checkpoints.Checkpoint(
+        micro_step=step,
+        head={"fc.weight": tensor},
+        optimizer={"first.fc.weight": -tensor, "step_count": torch.tensor(float(step))},
+        d2t=torch.arange(4),
+        t2d=torch.ones(4, dtype=torch.bool),
+        recipe={"train": {"lr": 1e-3}},
+        data_key="key",
+        draft_config={"hidden_size": 64},
+        tau=tau,
+    )
+
+
+def steps(folder: Path) -> list[int]:
+    assert all(path.name.startswith("step-") for path in folder.iterdir()), list(folder.iterdir())
+    return [int(path.name[5:]) for path in sorted(folder.iterdir())]
+
+
+@contextlib.contextmanager
+def file_size_limit(size: int):
+    """No file of this process may grow past `size` bytes: a write beyond fails, as on a full disk, for any user."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+def test_everything_comes_back(tmp_path):
+    path = checkpoints.save(tmp_path, at(3, tau=1.25), keep=1)
+    back = checkpoints.load(path)
+    assert (back.micro_step, back.tau, back.recipe, back.data_key) == (3, 1.25, {"train": {"lr": 1e-3}}, "key")
+    assert torch.equal(back.head["fc.weight"], at(3).head["fc.weight"])
+    assert back.optimizer.keys() == at(3).optimizer.keys()
+    assert back.d2t.tolist() == [0, 1, 2, 3] and back.t2d.dtype == torch.bool
+    subprocess.run(["sha256sum", "--check", "--quiet", "SHA256SUMS"], cwd=path, check=True)
+
+
+def test_the_last_and_the_best_are_kept(tmp_path):
+    for step, tau in enumerate([None, 1.2, 1.5, None, 1.4, float("nan"), 1.3]):
+        checkpoints.save(tmp_path, at(step, tau), keep=2)
+    assert steps(tmp_path) == [2, 5, 6]
+    assert checkpoints.load_best(tmp_path, warn=pytest.fail).micro_step == 2
+    assert checkpoints.load_latest(tmp_path, warn=pytest.fail).micro_step == 6
+    checkpoints.save(tmp_path, at(7, 1.6), keep=2)
+    assert steps(tmp_path) == [6, 7]
+
+
+def test_without_tau_the_best_is_the_newest(tmp_path):
+    for step in range(3):
+        checkpoints.save(tmp_path, at(step), keep=2)
+    assert checkpoints.load_best(tmp_path, warn=pytest.fail).micro_step == 2
+
+
+def flip(file: Path, draw: random.Random) -> None:
+    content = bytearray(file.read_bytes())
+    content[draw.randrange(len(content))] ^= 1 << draw.randrange(8)
+    file.write_bytes(content)
+
+
+def cut(file: Path, draw: random.Random) -> None:
+    os.truncate(file, draw.randrange(file.stat().st_size - 1))
+
+
+@pytest.mark.parametrize("damage", [flip, cut, lambda file, draw: file.unlink()], ids=["flipped", "cut", "missing"])
+@pytest.mark.parametrize("name", ["state.safetensors", "meta.json", "SHA256SUMS"])
+def test_a_damaged_file_is_noticed_and_the_checkpoint_before_is_used(tmp_path, name, damage):
+    draw = random.Random(name)
+    checkpoints.save(tmp_path, at(1), keep=2)
+    for _ in range(20):
+        newest = checkpoints.save(tmp_path, at(2, tau=9.0), keep=2)
+        damage(newest / name, draw)
+        with pytest.raises(UserError, match="damaged|not a checkpoint"):
+            checkpoints.load(newest)
+        for load in (checkpoints.load_latest, checkpoints.load_best):
+            said = []
+            assert load(tmp_path, said.append).micro_step == 1
+            assert len(said) == 1 and str(newest) in said[0]
+
+
+def test_damaged_checkpoints_do_not_push_out_whole_ones(tmp_path):
+    """A run that starts over because its only checkpoints are damaged must keep the new ones, whose steps are lower."""
+    for step in (10, 20):
+        (checkpoints.save(tmp_path, at(step), keep=2) / "meta.json").write_text("{}")
+    assert checkpoints.load_latest(tmp_path, lambda _: None) is None
+    checkpoints.save(tmp_path, at(5), keep=2)
+    assert steps(tmp_path) == [5]
+
+
+def test_what_a_kill_left_goes_with_the_next_save(tmp_path):
+    for name in (".partial-step-00000007", ".partial-old-step-00000001"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "state.safetensors").write_bytes(b"half")
+    assert checkpoints.load_latest(tmp_path, pytest.fail) is None
+    checkpoints.save(tmp_path, at(8), keep=1)
+    assert steps(tmp_path) == [8]
+
+
+def test_a_failed_write_leaves_the_last_checkpoint_and_says_so(tmp_path):
+    folder = tmp_path / "checkpoints"
+    with file_size_limit(100), pytest.raises(checkpoints.SaveFailed, match="no earlier checkpoint is there"):
+        checkpoints.save(folder, at(1), keep=1)
+    checkpoints.save(folder, at(1), keep=1)
+    with file_size_limit(100), pytest.raises(checkpoints.SaveFailed) as failure:
+        checkpoints.save(folder, at(2), keep=1)
+    message = str(failure.value)
+    assert "step-00000002 could not be written (File too large): it takes" in message
+    assert f"{folder}/step-00000001 is whole" in message and "bytes" in message and "\n" not in message
+    assert steps(folder) == [1]
+    assert checkpoints.load_latest(folder, pytest.fail).micro_step == 1
+
+
+def weights(recipe) -> dict:
+    saved = checkpoints.load_latest(Path(recipe.train.out) / "checkpoints", pytest.fail)
+    return {**saved.head, **saved.optimizer}
+
+
+# The run's second checkpoint meets a full disk: for any user by a file size limit, for real on a tmpfs of its own.
+@pytest.mark.parametrize("disk", ["file size limit", "full tmpfs"])
+def test_a_run_on_a_full_disk_exits_1_and_goes_on_later(small_run, tmp_path, disk):
+    settings = [*small_run, "train.keep=1", "train.save_every=1", "train.epochs=1"]
+    whole = load_recipe(None, [*settings, f"train.out={tmp_path / 'whole'}"])
+    prepare(whole)
+    train(whole)
+    full = load_recipe(None, [*settings, f"train.out={tmp_path / 'full'}"])
+    train(full, max_steps=1)
+    size = sum(file.stat().st_size for file in (tmp_path / "full" / "checkpoints").rglob("*") if file.is_file())
+    arguments = [sys.executable, "-m", "eagle3_xla", "train", *(f"--{s}" for s in settings)]
+    arguments.append(f"--train.out={tmp_path / 'full'}")
+    if disk == "file size limit":
+        with file_size_limit(size // 2):
+            done = subprocess.run(arguments, capture_output=True, text=True)
+        reason = "File too large"
+    else:
+        if subprocess.run(["unshare", "-rm", "true"], capture_output=True).returncode:
+            pytest.skip("this system lets nobody but root mount a file system, not even in a namespace")
+        # It holds the untrained head, one checkpoint and half of another.
+        out, kept = shlex.quote(str(tmp_path / "full")), shlex.quote(str(tmp_path / "kept"))
+        script = f"""
+            mv {out} {kept} && mkdir {out} && mount -t tmpfs -o size={int(2.5 * size)} tmpfs {out}
+            cp -r {kept}/. {out}
+            {shlex.join(arguments)}; status=$?
+            rm -r {kept} && cp -r {out} {kept} && umount {out} && rmdir {out} && mv {kept} {out}
+            exit $status"""
+        done = subprocess.run(["unshare", "-rm", "bash", "-c", script], capture_output=True, text=True)
+        reason = "No space left on device"
+    assert done.returncode == 1, done.stderr
+    said = [line for line in done.stderr.splitlines() if "eagle3-xla train: " in line]
+    assert len(said) == 1 and "Traceback" not in done.stderr, done.stderr
+    assert f"step-00000002 could not be written ({reason}): it takes" in said[0]
+    assert "step-00000001 is whole" in said[0] and "start again to continue" in said[0]
+    assert steps(tmp_path / "full" / "checkpoints") == [1]
+
+    train(full)
+    assert all(torch.equal(value, weights(full)[name]) for name, value in weights(whole).items())
+    rows = [json.loads(line) for line in (tmp_path / "full" / "metrics.jsonl").read_text().splitlines()]
+    assert {row["step"] for row in rows if "loss" in row} == set(range(1, 17))
+    shutil.rmtree(tmp_path / "full")
