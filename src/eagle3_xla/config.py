@@ -76,12 +76,20 @@ class TrainConfig:
 
 
 @dataclass
+class PlanConfig:
+    topology: str = "v4-32"  # the slice that `plan` compiles for (xla/tpu.py lists them)
+    tokens: int = 0  # positions of the whole run, padding included; 0: what the prepared data and the epochs give
+    price_per_chip_hour: float = 0.0  # dollars; 0: no price is printed
+
+
+@dataclass
 class Recipe:
     target: TargetConfig = field(default_factory=TargetConfig)
     data: DataConfig = field(default_factory=DataConfig)
     loss: LossConfig = field(default_factory=LossConfig)
     xla: XlaConfig = field(default_factory=XlaConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
+    plan: PlanConfig = field(default_factory=PlanConfig)
 
 
 CHOICES = {
@@ -108,6 +116,8 @@ AT_LEAST = {
     "train.log_every": 1,
     "train.save_every": 1,
     "train.keep": 1,
+    "plan.tokens": 0,
+    "plan.price_per_chip_hour": 0,
 }
 
 
