@@ -169,7 +169,7 @@ def _read(name: str) -> DictConfig:
     import yaml
 
     path = Path(name)
-    if not path.suffix and name in recipe_names():
+    if not path.exists() and name in recipe_names():
         path = Path(str(resources.files("eagle3_xla.recipes") / f"{name}.yaml"))
     if not path.is_file():
         raise UserError(f"no recipe {name!r}; a YAML file or one of: {', '.join(recipe_names())}")

@@ -11,11 +11,12 @@ def verdict_screen(verdict: dict) -> str:
     if not verdict["fits"]:
         lines = [f"does not fit {where}", f"  HBM per chip     {memory}, {(needed - limit) / GIB:.2f} GiB too much"]
         lines += ["  largest buffers"]
-        lines += [f"    {b['bytes'] / GIB:6.2f} GiB  {b['shape']}  {b['kind']}" for b in verdict["largest_buffers"]]
+        lines += [f"    {b['bytes'] / GIB:6.2f} GiB  {b['shape']}  {b['name']}" for b in verdict["largest_buffers"]]
         return "\n".join([*lines, f"  what helps       {verdict['advice']}"])
     parts, hbm = verdict["modelled_parts"], verdict["hbm"]
     share = {name: f"{hbm[name] / GIB:.2f}" for name in hbm}
     step = verdict["modelled_step_seconds"]
+    matmul, traffic, exposed, hidden = (1e3 * parts[name] for name in parts)
     lines = [
         f"fits {where}",
         f"  HBM per chip     {memory}",
@@ -28,8 +29,8 @@ def verdict_screen(verdict: dict) -> str:
             f"{count} {kind} ({verdict['collective_bytes'][kind] / 1e6:.0f} MB)"
             for kind, count in sorted(verdict["collectives"].items())
         ),
-        f"  modelled step    {step * 1e3:.0f} ms: matmuls {parts['matmul'] * 1e3:.0f}, memory {parts['memory'] * 1e3:.0f}, "
-        f"collectives {parts['collectives'] * 1e3:.0f} (and {parts['hidden_collectives'] * 1e3:.0f} hidden)",
+        f"  modelled step    {step * 1e3:.0f} ms: matmuls {matmul:.0f}, memory {traffic:.0f}, "
+        f"collectives {exposed:.0f} (and {hidden:.0f} hidden)",
         f"                   a model, not yet compared with a chip; stated error {verdict['modelled_error']:.0%}",
         f"  modelled speed   {verdict['tokens_per_second']:,.0f} tokens/s, MFU {verdict['mfu']:.0%}",
     ]

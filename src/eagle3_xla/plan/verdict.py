@@ -45,15 +45,15 @@ def compile_verdict(recipe: Recipe) -> dict:
     limit = topology.chip.hbm_bytes
     verdict = {"topology": topology.name, "chips": topology.chips, "mesh": {"dp": recipe.xla.dp, "tp": recipe.xla.tp}}
     try:
+        resident = sum(argument.bytes for argument in lowered.arguments)
+        if resident > limit:  # weights and optimizer alone: nothing needs to be compiled
+            largest = sorted(lowered.arguments, key=lambda argument: -argument.bytes)[:10]
+            raise DoesNotFit(resident, [(a.bytes, a.shape, a.name) for a in largest])
         executable = compile_for(topology, lowered.hlo, lowered.state)
     except DoesNotFit as refusal:
-        return verdict | {
-            "fits": False,
-            "hbm_bytes_per_chip": refusal.needed,
-            "hbm_limit_bytes": limit,
-            "largest_buffers": [dict(zip(("bytes", "shape", "kind"), buffer)) for buffer in refusal.largest],
-            "advice": _advice(recipe),
-        }
+        buffers = [{"bytes": size, "shape": shape, "name": name} for size, shape, name in refusal.largest]
+        refused = {"fits": False, "hbm_bytes_per_chip": refusal.needed, "hbm_limit_bytes": limit}
+        return verdict | refused | {"largest_buffers": buffers, "advice": _advice(recipe)}
     step = model_time(executable.text, topology)
     tokens = recipe.train.batch_size * recipe.xla.dp * recipe.data.row_length
     rate = tokens / step.total

@@ -119,7 +119,7 @@ class Executable(NamedTuple):
 def compile_for(topology: Topology, hlo: bytes, donated: list[int]) -> Executable:
     """Compile an HloModuleProto for the slice's chips, one partition each; `donated`: argument numbers.
 
-    Raises UserError when the compiler isn't installed or busy, DoesNotFit when the program needs more than the HBM.
+    Raises UserError when the compiler isn't installed or doesn't start, DoesNotFit when the step needs more HBM.
     """
     devices = topology_devices(topology)
     from jaxlib import _jax
@@ -155,22 +155,27 @@ def compile_for(topology: Topology, hlo: bytes, donated: list[int]) -> Executabl
 
 def topology_devices(topology: Topology) -> list:
     """The slice's devices in torch_xla's order."""
-    # No TPU is looked for: neither a metadata server nor other workers are asked.
-    os.environ.update(JAX_PLATFORMS="cpu", TPU_SKIP_MDS_QUERY="1", TPU_WORKER_HOSTNAMES="localhost", TPU_WORKER_ID="0")
+    # No TPU is looked for: no metadata server, no other workers; and several plans may run at once.
+    os.environ.update(
+        JAX_PLATFORMS="cpu",
+        TPU_SKIP_MDS_QUERY="1",
+        TPU_WORKER_HOSTNAMES="localhost",
+        TPU_WORKER_ID="0",
+        ALLOW_MULTIPLE_LIBTPU_LOAD="1",
+        TPU_STDERR_LOG_LEVEL="3",
+        TPU_MIN_LOG_LEVEL="3",
+    )
     try:
         import libtpu  # noqa: F401
         from jax.experimental import topologies
     except ImportError as error:
         raise UserError(
-            f"the TPU compiler is not installed ({error}): pip install 'eagle3-xla[plan]', or what that extra of "
-            "setup.cfg names"
+            f"the TPU compiler is not installed ({error}): pip install 'eagle3-xla[plan]' (Linux on x86)"
         ) from None
     try:
         description = topologies.get_topology_desc(topology.compiler_name, "tpu", chip_config_name=topology.chip.config)
-    except Exception as error:  # jaxlib raises its own kinds
-        if "lockfile" in str(error) or "already in use" in str(error):
-            raise UserError(f"the TPU compiler is in use by another process: {error}") from None
-        raise
+    except RuntimeError as error:  # jaxlib's own error is one
+        raise UserError(f"the TPU compiler does not start: {str(error).splitlines()[0]}") from None
     return list(description.devices)
 
 
