@@ -68,6 +68,7 @@ def _parser() -> argparse.ArgumentParser:
 
     verb = verbs.add_parser("plan", parents=[recipe], help="what the TPU compiler says of a recipe; no TPU needed")
     verb.add_argument("--topology", help="v4-32, v5e-16, ... instead of the recipe's plan.topology")
+    verb.add_argument("--search", action="store_true", help="compare meshes and batch shapes that keep the maths")
 
     verb = verbs.add_parser("export", parents=[common], help="a checkpoint -> the directory that engines load")
     verb.add_argument("--checkpoint", required=True, help="a checkpoint folder, or a run's folder (its newest)")
@@ -132,10 +133,11 @@ def _train(options, overrides) -> dict:
 
 
 def _plan(options, overrides) -> dict:
+    from eagle3_xla.plan.search import search
     from eagle3_xla.plan.verdict import plan
 
     overrides += [f"plan.topology='{options.topology}'"] if options.topology else []
-    return plan(load_recipe(options.config, overrides))
+    return (search if options.search else plan)(load_recipe(options.config, overrides))
 
 
 def _export(options, overrides) -> dict:

@@ -34,7 +34,12 @@ def test_the_reference_recipe_fits_and_moves_what_it_should(cli, shallow):
 def test_what_cannot_fit_is_said_before_compiling(cli):
     done = cli("plan", "--config", RECIPE, "--topology", "v5e-16", "--xla.dp=16", "--xla.tp=1")
     assert done.returncode == 1, done.stderr
-    for part in ("does not fit v5e-16: 16 chips, dp=16 x tp=1", "of 15.75 GiB", "bfloat16[152064,3584]", "larger xla.tp"):
+    for part in (
+        "does not fit v5e-16: 16 chips, dp=16 x tp=1",
+        "of 15.75 GiB",
+        "bfloat16[152064,3584]",
+        "larger xla.tp",
+    ):
         assert part in done.stdout
 
 
