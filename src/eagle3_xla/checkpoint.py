@@ -35,6 +35,9 @@ FREE = (
     "train.keep",
     "train.tracker",
     "data.prepared",
+    "plan.topology",
+    "plan.tokens",
+    "plan.price_per_chip_hour",
 )
 
 

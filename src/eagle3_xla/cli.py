@@ -68,6 +68,10 @@ def _parser() -> argparse.ArgumentParser:
     verb = verbs.add_parser("train", parents=[recipe], help="train a head; continues by itself")
     verb.add_argument("--max-steps", type=int, default=0, help="save and stop after so many further micro-steps")
 
+    verb = verbs.add_parser("plan", parents=[recipe], help="what the TPU compiler says of a recipe; no TPU needed")
+    verb.add_argument("--topology", help="v4-32, v5e-16, ... instead of the recipe's plan.topology")
+    verb.add_argument("--search", action="store_true", help="compare meshes and batch shapes that keep the maths")
+
     verb = verbs.add_parser("export", parents=[common], help="a checkpoint -> the directory that engines load")
     verb.add_argument("--checkpoint", required=True, help="a checkpoint folder, or a run's folder (its best)")
     verb.add_argument("--out", required=True)
@@ -130,6 +134,14 @@ def _train(options, overrides) -> dict:
     return train(recipe, options.max_steps)
 
 
+def _plan(options, overrides) -> dict:
+    from eagle3_xla.plan.search import search
+    from eagle3_xla.plan.verdict import plan
+
+    overrides += [f"plan.topology='{options.topology}'"] if options.topology else []
+    return (search if options.search else plan)(load_recipe(options.config, overrides))
+
+
 def _export(options, overrides) -> dict:
     from eagle3_xla.export import export
 
@@ -143,4 +155,11 @@ def _eval(options, overrides) -> dict:
     return evaluate(options.target, options.draft, options.prompts, settings)
 
 
-VERBS = {"quickstart": _quickstart, "prepare": _prepare, "train": _train, "export": _export, "eval": _eval}
+VERBS = {
+    "quickstart": _quickstart,
+    "prepare": _prepare,
+    "plan": _plan,
+    "train": _train,
+    "export": _export,
+    "eval": _eval,
+}

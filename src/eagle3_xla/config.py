@@ -77,12 +77,20 @@ class TrainConfig:
 
 
 @dataclass
+class PlanConfig:
+    topology: str = "v4-32"  # the slice that `plan` compiles for (xla/tpu.py lists them)
+    tokens: int = 0  # positions of the whole run, padding included; 0: what the prepared data and the epochs give
+    price_per_chip_hour: float = 0.0  # dollars; 0: no price is printed
+
+
+@dataclass
 class Recipe:
     target: TargetConfig = field(default_factory=TargetConfig)
     data: DataConfig = field(default_factory=DataConfig)
     loss: LossConfig = field(default_factory=LossConfig)
     xla: XlaConfig = field(default_factory=XlaConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
+    plan: PlanConfig = field(default_factory=PlanConfig)
 
 
 CHOICES = {
@@ -109,6 +117,8 @@ AT_LEAST = {
     "train.log_every": 1,
     "train.save_every": 1,
     "train.keep": 1,
+    "plan.tokens": 0,
+    "plan.price_per_chip_hour": 0,
 }
 
 
@@ -160,7 +170,7 @@ def _read(name: str) -> DictConfig:
     import yaml
 
     path = Path(name)
-    if not path.suffix and name in recipe_names():
+    if not path.exists() and name in recipe_names():
         path = Path(str(resources.files("eagle3_xla.recipes") / f"{name}.yaml"))
     if not path.is_file():
         raise UserError(f"no recipe {name!r}; a YAML file or one of: {', '.join(recipe_names())}")

@@ -14,6 +14,7 @@ import torch_xla.runtime as runtime
 import torch_xla.utils.checkpoint
 
 from eagle3_xla.config import UserError, XlaConfig
+from eagle3_xla.target.attention import GROUPED_EINSUM
 
 # The head, by parameter name: column-parallel ones over their output rows, row-parallel ones over their inputs.
 HEAD_COLUMNS = ("q_proj", "k_proj", "v_proj", "gate_proj", "up_proj", "lm_head", "fc")
@@ -48,9 +49,21 @@ class SpmdBackend:
     def description(self) -> str:
         return f"torch_xla {torch_xla.__version__}, {runtime.device_type()}, mesh {self._shape}"
 
+    # What xla/aot.py does with placeholders instead of data: move a module, move a tensor, give a tensor its sharding.
+    def _move(self, module):
+        return module.to(self.device)
+
+    def _to_device(self, tensor: torch.Tensor) -> torch.Tensor:
+        return tensor.to(self.device)
+
+    def _mark(self, tensor: torch.Tensor, sharding) -> None:
+        torch_xla._XLAC._xla_mark_sharding(tensor, sharding)
+
     def place_target(self, target):
         """Shard by the model's own `base_model_tp_plan`; what the plan doesn't name is replicated."""
-        target.to(self.device)
+        target.model.config._attn_implementation = GROUPED_EINSUM
+        target = self._move(target)
+        target.model.tie_weights()  # moving a module to an XLA device makes two parameters of a shared one
         plan = {f"model.model.{name}": style for name, style in (target.model.config.base_model_tp_plan or {}).items()}
         plan |= {f"model.{name}": style for name, style in (type(target.model)._tp_plan or {}).items()}
         for name, parameter in target.named_parameters():
@@ -62,12 +75,12 @@ class SpmdBackend:
                 spec = (None, "tp")
             else:
                 spec = (None,) * parameter.ndim
-            spmd.mark_sharding(parameter, self.mesh, spec)
-        spmd.mark_sharding(target.draft_rows, self.mesh, ("tp", None))
+            self._mark(parameter, self.mesh.get_op_sharding(spec))
+        self._mark(target.draft_rows, self.mesh.get_op_sharding(("tp", None)))
         return target
 
     def place_head(self, head):
-        head.to(self.device)
+        head = self._move(head)
         for name, parameter in head.named_parameters():
             module = name.split(".")[-2]
             if module in HEAD_COLUMNS:
@@ -76,18 +89,18 @@ class SpmdBackend:
                 spec = (None, "tp")
             else:
                 spec = (None,) * parameter.ndim
-            spmd.mark_sharding(parameter, self.mesh, spec)
+            self._mark(parameter, self.mesh.get_op_sharding(spec))
         return head
 
     def like(self, tensor: torch.Tensor, parameter: torch.Tensor) -> torch.Tensor:
         """`tensor` on the device, sharded as `parameter` is."""
-        tensor = tensor.to(self.device)
-        torch_xla._XLAC._xla_mark_sharding(tensor, torch_xla._XLAC._get_xla_op_sharding(parameter))
+        tensor = self._to_device(tensor)
+        self._mark(tensor, torch_xla._XLAC._get_xla_op_sharding(parameter))
         return tensor
 
     def replicate(self, tensor: torch.Tensor) -> torch.Tensor:
-        tensor = tensor.to(self.device)
-        spmd.mark_sharding(tensor, self.mesh, (None,) * tensor.ndim)
+        tensor = self._to_device(tensor)
+        self._mark(tensor, self.mesh.get_op_sharding((None,) * tensor.ndim))
         return tensor
 
     def to_host(self, tensor: torch.Tensor) -> torch.Tensor:
@@ -103,8 +116,8 @@ class SpmdBackend:
         """Host tensors [B, ...] to the devices, the batch dimension over dp."""
         placed = {}
         for name, value in batch.items():
-            placed[name] = value.to(self.device)
-            spmd.mark_sharding(placed[name], self.mesh, ("dp",) + (None,) * (value.ndim - 1))
+            placed[name] = self._to_device(value)
+            self._mark(placed[name], self.mesh.get_op_sharding(("dp",) + (None,) * (value.ndim - 1)))
         return placed
 
     def autocast(self):

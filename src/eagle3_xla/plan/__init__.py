@@ -1,0 +1,1 @@
+"""The TPU compiler's verdict on a recipe, before a TPU is rented."""

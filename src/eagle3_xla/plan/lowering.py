@@ -1,0 +1,39 @@
+"""The step that `train` runs, lowered without data: the same modules, optimizer and TrainStep over placeholders."""
+
+import torch
+
+from eagle3_xla.config import Recipe
+from eagle3_xla.draft.model import Eagle3Head, draft_config
+from eagle3_xla.target.model import Target, aux_layers
+from eagle3_xla.train.optimizer import AdamW
+from eagle3_xla.train.step import TrainStep
+from eagle3_xla.xla.aot import AotBackend, LoweredStep
+
+TOTAL_STEPS = 10_000  # the schedule's length is a constant in the graph; it changes no shape
+
+
+def lower_step(recipe: Recipe, target_config) -> LoweredStep:
+    """The micro-step that also updates the weights: of a run's graphs the one that needs the most."""
+    from transformers import AutoModelForCausalLM
+
+    aux_layers(target_config.num_hidden_layers)
+    backend = AotBackend(recipe.xla)
+    draft_vocabulary, vocabulary = recipe.data.draft_vocab_size, target_config.vocab_size
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(target_config, dtype=getattr(torch, recipe.target.dtype))
+        model = model.eval().requires_grad_(False)
+        target = backend.place_target(Target(model, torch.zeros(draft_vocabulary, dtype=torch.int64)))
+        head = backend.place_head(Eagle3Head(draft_config(target_config, draft_vocabulary)))
+        parameters = dict(head.named_parameters())
+        lr_scale = {"fc.weight": torch.zeros(head.fc.in_features)}
+        optimizer = AdamW(parameters, recipe.train, TOTAL_STEPS, backend, lr_scale)
+        d2t, t2d = torch.zeros(draft_vocabulary, dtype=torch.int64), torch.zeros(vocabulary, dtype=torch.bool)
+        step = TrainStep(recipe, backend, target, head, d2t, t2d, optimizer)
+        shape = (recipe.train.batch_size * backend.data_parallel, recipe.data.row_length)
+        ids = {name: torch.zeros(shape, dtype=torch.int32) for name in ("input_ids", "position_ids", "document_ids")}
+        batch = backend.put({**ids, "loss_mask": torch.zeros(shape, dtype=torch.bool)})
+    state = {f"head.{name}": parameter for name, parameter in parameters.items()} | optimizer.state()
+    state |= {f"gradient.{name}": p.grad for name, p in parameters.items() if p.grad is not None}
+    frozen = dict(target.named_parameters()) | {f"target.{name}": buffer for name, buffer in target.named_buffers()}
+    last_micro_step = recipe.train.gradient_accumulation - 1
+    return backend.lower(lambda inputs: step.run(last_micro_step, inputs), batch, state, frozen)

@@ -1,0 +1,117 @@
+"""`plan --search`: the same maths on other meshes and batch shapes, each compiled in a process of its own."""
+
+import dataclasses
+import hashlib
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from importlib import metadata
+from pathlib import Path
+
+from omegaconf import OmegaConf
+from tqdm import tqdm
+
+import eagle3_xla
+from eagle3_xla.config import Recipe, UserError
+from eagle3_xla.target.known import plan_config
+from eagle3_xla.xla.tpu import find_topology
+
+COMPILER = ("torch_xla", "jaxlib", "libtpu")
+
+
+def candidates(recipe: Recipe, chips: int, kv_heads: int) -> list[list[Recipe]]:
+    """Recipes with the rows per update of `recipe`; in each list the mesh is one and the batch per replica grows."""
+    train = recipe.train
+    rows = recipe.xla.dp * train.batch_size * train.gradient_accumulation
+    meshes = []
+    for tp in (n for n in range(1, kv_heads + 1) if kv_heads % n == 0 and chips % n == 0):
+        dp = chips // tp
+        xla = dataclasses.replace(recipe.xla, dp=dp, tp=tp)
+        batches = [2**i for i in range(rows.bit_length()) if rows % (dp * 2**i) == 0]
+        meshes.append(
+            [
+                dataclasses.replace(
+                    recipe,
+                    xla=xla,
+                    train=dataclasses.replace(train, batch_size=b, gradient_accumulation=rows // (dp * b)),
+                )
+                for b in batches
+            ]
+        )
+    return meshes
+
+
+def search(recipe: Recipe) -> dict:
+    """Verdicts of all candidates, the fastest that fits first. A batch that doesn't fit ends its mesh's list.
+
+    Verdicts are kept in the user's cache folder, by recipe, topology, and versions of this package and the compiler.
+    """
+    topology = find_topology(recipe.plan.topology)
+    meshes = candidates(recipe, topology.chips, plan_config(recipe.target.path).num_key_value_heads)
+    rows, bar = [], tqdm(total=sum(map(len, meshes)), desc=f"plans for {topology.name}", unit="plan")
+    for mesh in meshes:
+        fits = True
+        for candidate in mesh:
+            train, xla = candidate.train, candidate.xla
+            shape = {"dp": xla.dp, "tp": xla.tp, "batch_size": train.batch_size}
+            shape["gradient_accumulation"] = train.gradient_accumulation
+            bar.set_postfix(shape)
+            if fits:
+                verdict = _verdict(candidate)
+                fits = verdict["fits"]
+                rows.append(shape | verdict)
+            bar.update()
+    bar.close()
+    rows.sort(key=lambda row: row.get("tokens_per_second", 0), reverse=True)
+    best = next((row for row in rows if row["fits"]), None)
+    return {"ok": best is not None, "topology": topology.name, "best": best, "plans": rows, "screen": _table(rows)}
+
+
+def _verdict(recipe: Recipe) -> dict:
+    cached = _cache_folder() / f"{_key(recipe)}.json"
+    if cached.exists():
+        return json.loads(cached.read_text())
+    with tempfile.NamedTemporaryFile("w", suffix=".yaml") as file:
+        OmegaConf.save(OmegaConf.structured(recipe), file.name)
+        command = [sys.executable, "-m", "eagle3_xla", "plan", "--json", "--config", file.name]
+        done = subprocess.run(command, capture_output=True, text=True)
+    try:
+        verdict = json.loads(done.stdout)
+    except json.JSONDecodeError:
+        raise UserError(f"a plan failed: {' '.join(done.stderr.strip().splitlines()[-1:])}") from None
+    partial = cached.with_suffix(f".{os.getpid()}")
+    partial.write_text(json.dumps(verdict))
+    os.replace(partial, cached)
+    return verdict
+
+
+def _cache_folder() -> Path:
+    folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "eagle3-xla" / "plans"
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder
+
+
+def _key(recipe: Recipe) -> str:
+    digest = hashlib.sha256(json.dumps(dataclasses.asdict(recipe), sort_keys=True).encode())
+    digest.update(plan_config(recipe.target.path).to_json_string().encode())
+    digest.update(" ".join(metadata.version(name) for name in COMPILER).encode())
+    for file in sorted(Path(eagle3_xla.__file__).parent.rglob("*.py")):
+        digest.update(file.read_bytes())
+    return digest.hexdigest()[:32]
+
+
+def _table(rows: list[dict]) -> str:
+    heads = ("dp x tp", "batch", "accum.", "HBM GiB", "step ms", "tokens/s", "MFU", "hours")
+    lines = ["{:>8} {:>6} {:>7} {:>9} {:>8} {:>9} {:>5} {:>6}".format(*heads)]
+    for row in rows:
+        hbm = row["hbm_bytes_per_chip"] / 1024**3
+        line = f"{row['dp']:>4} x {row['tp']:<2} {row['batch_size']:>5} {row['gradient_accumulation']:>7} {hbm:>9.2f}"
+        if not row["fits"]:
+            lines.append(f"{line} does not fit")
+            continue
+        hours = f"{row['modelled_hours']:.2f}" if row["modelled_hours"] else "-"
+        line += f" {row['modelled_step_seconds'] * 1e3:>8.0f} {row['tokens_per_second']:>9,.0f} {row['mfu']:>5.0%}"
+        lines.append(f"{line} {hours:>6}")
+    return "\n".join([*lines, "modelled, not measured on a chip"])

@@ -1,0 +1,120 @@
+"""`plan`: does a recipe fit a slice, how long does it take, what does it cost."""
+
+import json
+import os
+import time
+from pathlib import Path
+
+from eagle3_xla.config import Recipe, UserError
+from eagle3_xla.plan.report import verdict_screen
+from eagle3_xla.target.known import plan_config
+from eagle3_xla.train.flops import flops_per_token
+
+
+def plan(recipe: Recipe) -> dict:
+    """The verdict with its `screen`, and `ok`: whether the recipe fits."""
+    verdict = compile_verdict(recipe)
+    return {"ok": verdict["fits"], **verdict, "screen": verdict_screen(verdict)}
+
+
+def compile_verdict(recipe: Recipe) -> dict:
+    """Compile the recipe's step for `plan.topology` and report on it; the keys are those of --json.
+
+    Raises UserError for a topology, mesh or target that can't be planned.
+    """
+    # The step is lowered for virtual CPU devices, one for each chip.
+    os.environ.update(PJRT_DEVICE="CPU", CPU_NUM_DEVICES=str(recipe.xla.dp * recipe.xla.tp))
+    from eagle3_xla.xla.tpu import DoesNotFit, compile_for, find_topology
+
+    topology = find_topology(recipe.plan.topology)
+    if recipe.xla.dp * recipe.xla.tp != topology.chips:
+        raise UserError(
+            f"xla.dp * xla.tp = {recipe.xla.dp} * {recipe.xla.tp} = {recipe.xla.dp * recipe.xla.tp}, but "
+            f"{topology.name} has {topology.chips} chips"
+        )
+    if recipe.xla.device != "xla":
+        raise UserError(f"xla.device is {recipe.xla.device}; only device xla is compiled for a TPU")
+    target = plan_config(recipe.target.path)
+    _refuse_indivisible(recipe, target)
+
+    from eagle3_xla.plan.lowering import lower_step
+    from eagle3_xla.xla.time_model import STATED_ERROR, model_time
+
+    started = time.perf_counter()
+    lowered = lower_step(recipe, target)
+    limit = topology.chip.hbm_bytes
+    verdict = {"topology": topology.name, "chips": topology.chips, "mesh": {"dp": recipe.xla.dp, "tp": recipe.xla.tp}}
+    try:
+        resident = sum(argument.bytes for argument in lowered.arguments)
+        if resident > limit:  # weights and optimizer alone: nothing needs to be compiled
+            largest = sorted(lowered.arguments, key=lambda argument: -argument.bytes)[:10]
+            raise DoesNotFit(resident, [(a.bytes, a.shape, a.name) for a in largest])
+        executable = compile_for(topology, lowered.hlo, lowered.state)
+    except DoesNotFit as refusal:
+        buffers = [{"bytes": size, "shape": shape, "name": name} for size, shape, name in refusal.largest]
+        refused = {"fits": False, "hbm_bytes_per_chip": refusal.needed, "hbm_limit_bytes": limit}
+        return verdict | refused | {"largest_buffers": buffers, "advice": _advice(recipe)}
+    step = model_time(executable.text, topology)
+    tokens = recipe.train.batch_size * recipe.xla.dp * recipe.data.row_length
+    rate = tokens / step.total
+    total = recipe.plan.tokens or _prepared_tokens(recipe)
+    hours = total / rate / 3600 if total else None
+    model_flops = flops_per_token(target, recipe)
+    price = recipe.plan.price_per_chip_hour
+    memory = executable.memory
+    return verdict | {
+        "fits": memory.total <= limit,
+        "hbm_bytes_per_chip": memory.total,
+        "hbm_limit_bytes": limit,
+        "hbm": memory._asdict(),
+        "state_donated": set(lowered.state) <= executable.donated,
+        "flops_per_chip": executable.flops,
+        "model_flops_per_chip": model_flops * tokens / topology.chips,
+        "mfu": model_flops * rate / (topology.chips * topology.chip.peak_flops),
+        "collectives": dict(step.counts),
+        "collective_bytes": dict(step.bytes),
+        "modelled_step_seconds": step.total,
+        "modelled_parts": {
+            "matmul": step.matmul,
+            "memory": step.memory,
+            "collectives": step.collectives,
+            "hidden_collectives": step.hidden_collectives,
+        },
+        "modelled_error": STATED_ERROR,
+        "tokens_per_step": tokens,
+        "tokens_per_second": rate,
+        "tokens": total,
+        "modelled_hours": hours,
+        "chip_hours": hours and hours * topology.chips,
+        "dollars": hours * topology.chips * price if hours and price else None,
+        "seconds": time.perf_counter() - started,
+    }
+
+
+def _refuse_indivisible(recipe: Recipe, target) -> None:
+    for name in ("num_key_value_heads", "num_attention_heads", "intermediate_size"):
+        if getattr(target, name) % recipe.xla.tp:
+            raise UserError(
+                f"xla.tp is {recipe.xla.tp}, which does not divide the target's {name} {getattr(target, name)}"
+            )
+
+
+def _prepared_tokens(recipe: Recipe) -> int | None:
+    """Positions of the whole run, from the prepared data."""
+    manifest = Path(recipe.data.prepared) / "manifest.json"
+    if not recipe.data.prepared or not manifest.exists():
+        return None
+    rows = json.loads(manifest.read_text())["train"]["rows"]
+    return rows * recipe.data.row_length * recipe.train.epochs
+
+
+def _advice(recipe: Recipe) -> str:
+    ways = []
+    if recipe.train.batch_size > 1:
+        ways.append(
+            f"train.batch_size={recipe.train.batch_size // 2} with "
+            f"train.gradient_accumulation={recipe.train.gradient_accumulation * 2} (the same update)"
+        )
+    ways.append("a larger xla.tp with a smaller xla.dp (fewer copies of the weights)")
+    ways.append("a shorter data.row_length, a smaller data.draft_vocab_size, or a larger slice")
+    return "; ".join(ways)

@@ -1,0 +1,17 @@
+"""Configs of well-known targets, so that a plan needs neither weights nor a hub."""
+
+from importlib import resources
+from pathlib import Path
+
+from eagle3_xla.data.tokenizer import load_config
+
+
+def plan_config(path: str):
+    """The Hugging Face config of a folder (config.json is enough) or of a hub id; raises UserError when there is none.
+
+    Hub ids whose config ships in target/configs/ are read from there.
+    """
+    shipped = Path(str(resources.files("eagle3_xla.target") / "configs")) / Path(path).name
+    if path.count("/") == 1 and not Path(path).exists() and shipped.is_dir():
+        return load_config(str(shipped))
+    return load_config(path)

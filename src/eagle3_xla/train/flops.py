@@ -1,0 +1,30 @@
+"""The arithmetic that a step's maths needs, whatever a compiler makes of it: the numerator of MFU."""
+
+from eagle3_xla.config import Recipe
+
+
+def flops_per_token(target, recipe: Recipe) -> float:
+    """FLOPs of one position of a micro-step; target: its Hugging Face config.
+
+    A matmul with an [m, n] weight is 2 m n. The target runs forward: its layers, the full vocabulary's logits. The
+    head runs forward and backward (3 times forward, nothing for rematerialisation): fc once, its layer and the draft
+    vocabulary's logits at every TTT step. Causal attention sees half of T keys on average.
+
+        target = 2 (L (H (2 A + 2 K) + 3 H I) + H V) + 2 L A T        A = heads x head_dim, K = kv_heads x head_dim
+        draft  = 3 (2 * 3 H H + ttt (2 (2 H (A + 2 K) + A H + 3 H I + H D) + 2 A T))
+        MFU    = flops_per_token * tokens per second / (chips * peak bf16 FLOP/s of a chip)
+    """
+    hidden, inner, length, ttt = (
+        target.hidden_size,
+        target.intermediate_size,
+        recipe.data.row_length,
+        recipe.loss.ttt_length,
+    )
+    head_dim = getattr(target, "head_dim", None) or hidden // target.num_attention_heads
+    queries, keys = target.num_attention_heads * head_dim, target.num_key_value_heads * head_dim
+    layer = hidden * (2 * queries + 2 * keys) + 3 * hidden * inner
+    frozen = 2 * (target.num_hidden_layers * layer + hidden * target.vocab_size)
+    frozen += target.num_hidden_layers * 2 * queries * length
+    step = 2 * hidden * (queries + 2 * keys) + queries * hidden + 3 * hidden * inner
+    step = 2 * (step + hidden * recipe.data.draft_vocab_size) + 2 * queries * length
+    return frozen + 3 * (2 * 3 * hidden * hidden + ttt * step)

@@ -1,0 +1,122 @@
+"""The lowered step is the step that train runs; what the HLO reader and the time model make of a schedule."""
+
+import subprocess
+import sys
+
+import pytest
+
+from eagle3_xla.xla.hlo import parse
+from eagle3_xla.xla.time_model import HOP_SECONDS, ICI_EFFICIENCY, Ici, model_time
+from eagle3_xla.xla.tpu import V4, find_topology
+
+# Lowers the same recipe twice, from real weights on virtual devices and from placeholders, and prints both modules'
+# instructions: opcodes with result shapes, without the calls that carry a placeholder's sharding.
+COMPARE = """
+import collections, os, re, sys
+os.environ.update(PJRT_DEVICE="CPU", CPU_NUM_DEVICES="4")
+import torch, torch_xla
+from eagle3_xla.config import load_recipe
+from eagle3_xla.draft.model import Eagle3Head, draft_config
+from eagle3_xla.plan.lowering import TOTAL_STEPS, lower_step
+from eagle3_xla.target.model import Target, load_target
+from eagle3_xla.train.optimizer import AdamW
+from eagle3_xla.train.step import TrainStep
+from eagle3_xla.xla.spmd import SpmdBackend
+
+class Traced(SpmdBackend):
+    def compile(self, function):
+        return function
+
+recipe = load_recipe(None, sys.argv[1:])
+backend = Traced(recipe.xla)
+D, T = recipe.data.draft_vocab_size, recipe.data.row_length
+target = Target(load_target(recipe.target.path, torch.float32), torch.arange(D))
+head = backend.place_head(Eagle3Head(draft_config(target.model.config, D)))
+target = backend.place_target(target)
+scale = {"fc.weight": torch.ones(head.fc.in_features)}
+optimizer = AdamW(dict(head.named_parameters()), recipe.train, TOTAL_STEPS, backend, scale)
+t2d = torch.zeros(target.model.config.vocab_size, dtype=torch.bool)
+step = TrainStep(recipe, backend, target, head, torch.zeros(D, dtype=torch.int64), t2d, optimizer)
+rows = recipe.train.batch_size * recipe.xla.dp
+batch = {n: torch.ones(rows, T, dtype=torch.int32) for n in ("input_ids", "position_ids", "document_ids")}
+batch = backend.put({**batch, "loss_mask": torch.ones(rows, T, dtype=torch.bool)})
+backend.settle()
+outputs = [step.run(recipe.train.gradient_accumulation - 1, batch), *head.parameters(), *optimizer.state().values()]
+outputs += [p.grad for p in head.parameters() if p.grad is not None]
+trained = torch_xla._XLAC._get_xla_tensors_hlo_proto(outputs)
+planned = lower_step(recipe, target.model.config).hlo
+
+def instructions(proto):
+    from jaxlib import _jax
+    text = _jax.XlaComputation(proto).get_hlo_module().to_string()
+    found = re.findall(r" = (\\S+?)(?:\\{\\S*)? ([a-z][a-z\\-]*)\\(", text)
+    return collections.Counter(f for f in found if f[1] != "custom-call")
+
+trained, planned = instructions(trained), instructions(planned)
+print(sum(trained.values()), "instructions; only trained:", trained - planned, "only planned:", planned - trained)
+sys.stdout.flush()
+os._exit(0 if trained == planned and sum(trained.values()) > 1000 else 1)
+"""
+
+
+@pytest.mark.parametrize("accumulation", [1, 2])
+def test_plan_lowers_what_train_runs(small_run, accumulation):
+    settings = [*small_run, "xla.device=xla", "xla.dp=2", "xla.tp=2", f"train.gradient_accumulation={accumulation}"]
+    done = subprocess.run([sys.executable, "-c", COMPARE, *settings], capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+def test_topologies():
+    v4 = find_topology("v4-32")
+    assert v4.chips == 16 and v4.compiler_name == "v4:2x2x4"  # Google counts TensorCores, two in a v4 chip
+    assert find_topology("v4:2x2x4") == v4 and find_topology("v5litepod-16").name == "v5e-16"
+    assert v4.coordinates()[:5] == [(0, 0, 0), (1, 0, 0), (0, 1, 0), (1, 1, 0), (0, 0, 1)]
+
+
+SCHEDULE = """HloModule m, is_scheduled=true
+
+%add (x: f32[], y: f32[]) -> f32[] {
+  %x = f32[] parameter(0)
+  %y = f32[] parameter(1)
+  ROOT %s = f32[] add(%x, %y)
+}
+
+%body (p: (s32[], bf16[1024,1024])) -> (s32[], bf16[1024,1024]) {
+  %p = (s32[], bf16[1024,1024]{1,0:T(8,128)(2,1)}) parameter(0)
+  %a = bf16[1024,1024]{1,0:T(8,128)(2,1)} get-tuple-element(%p), index=1
+  %m = bf16[1024,1024]{1,0:T(8,128)(2,1)} convolution(%a, %a), backend_config={"estimated_cycles":"105000"}
+  %r = bf16[1024,1024]{1,0:T(8,128)(2,1)} all-reduce(%m), replica_groups=[4,4]<=[16], to_apply=%add
+}
+
+ENTRY %main (q: bf16[1024,1024]) -> bf16[1024,1024] {
+  %q = bf16[1024,1024]{1,0:T(8,128)(2,1)} parameter(0)
+  %narrow = f32[8,1]{1,0:T(8,128)} copy(%q)
+  %w = (s32[], bf16[1024,1024]) while(%q), body=%body, backend_config={"known_trip_count":{"n":"5"}}
+  %s = (bf16[1024,1024]{1,0}, bf16[4096,1024]{1,0}) all-gather-start(%q), replica_groups=[4,4]<=[4,4]T(1,0)
+  %big = bf16[16384,8192]{1,0:T(8,128)(2,1)} copy(%q)
+  ROOT %d = bf16[4096,1024]{1,0} all-gather-done(%s)
+}
+"""
+
+
+def test_loops_count_their_trips_and_asynchronous_collectives_hide():
+    time = model_time(SCHEDULE, find_topology("v4-32"))
+    assert time.matmul == pytest.approx(5 * 105000 / V4.clock)
+    assert time.counts == {"all-reduce": 5, "all-gather": 1}
+    assert time.bytes == {"all-reduce": 5 * 2 * 1024**2, "all-gather": 8 * 1024**2}
+    assert time.hidden_collectives > 0 and time.collectives == pytest.approx(
+        5 * Ici(find_topology("v4-32")).seconds("all-reduce", 2 * 1024**2, parse(SCHEDULE)[0]["body"][-1].groups())
+    )
+
+
+def test_tiles_pad_and_groups_follow_the_torus():
+    computations, entry = parse(SCHEDULE)
+    narrow, gather = computations[entry][1], computations[entry][3]
+    assert narrow.arrays[0].bytes == 8 * 128 * 4  # one column takes a tile's 128
+    groups = gather.groups()
+    assert groups[0].tolist() == [0, 4, 8, 12]  # along z of a 2x2x4
+    ici, size = Ici(find_topology("v4-32")), 10**8
+    rate = V4.link_rate * ICI_EFFICIENCY
+    assert ici.seconds("all-gather", size, groups) == pytest.approx(size * 3 / 4 / rate + 3 * HOP_SECONDS)
+    plane = gather.groups().T  # 2x2 in the plane: two links
+    assert ici.seconds("all-gather", size, plane) == pytest.approx(size * 3 / 4 / (2 * rate) + 2 * HOP_SECONDS)

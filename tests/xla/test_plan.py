@@ -1,0 +1,67 @@
+"""`plan` with the real TPU compiler, on Qwen2.5-7B with 8 of its 28 layers."""
+
+import json
+import os
+from importlib import resources
+
+import pytest
+
+RECIPE = "qwen2.5-7b-v4-32"
+
+
+@pytest.fixture(scope="module")
+def shallow(tmp_path_factory):
+    """A folder with a config.json alone: Qwen2.5-7B, 8 layers."""
+    shipped = resources.files("eagle3_xla.target") / "configs" / "Qwen2.5-7B-Instruct" / "config.json"
+    folder = tmp_path_factory.mktemp("shallow")
+    config = json.loads(shipped.read_text()) | {"num_hidden_layers": 8}
+    (folder / "config.json").write_text(json.dumps(config))
+    return folder
+
+
+@pytest.mark.slow
+def test_the_reference_recipe_fits_and_moves_what_it_should(cli, shallow):
+    done = cli("plan", "--config", RECIPE, "--json", f"--target.path={shallow}", "--loss.ttt_length=2")
+    assert done.returncode == 0, done.stderr
+    verdict = json.loads(done.stdout)
+    assert verdict["topology"] == "v4-32" and verdict["chips"] == 16 and verdict["fits"]
+    assert verdict["hbm_bytes_per_chip"] < 0.25 * verdict["hbm_limit_bytes"]
+    assert verdict["state_donated"] and verdict["hbm"]["aliased"] == verdict["hbm"]["outputs"] - 1024
+    assert verdict["collectives"] == {}
+    assert 0.2 < verdict["mfu"] < 1
+
+
+def test_what_cannot_fit_is_said_before_compiling(cli):
+    done = cli("plan", "--config", RECIPE, "--topology", "v5e-16", "--xla.dp=16", "--xla.tp=1")
+    assert done.returncode == 1, done.stderr
+    for part in (
+        "does not fit v5e-16: 16 chips, dp=16 x tp=1",
+        "of 15.75 GiB",
+        "bfloat16[152064,3584]",
+        "larger xla.tp",
+    ):
+        assert part in done.stdout
+
+
+@pytest.mark.parametrize(
+    "arguments, part",
+    [
+        (["--topology", "v9-1"], "unknown topology 'v9-1'; known: v4-8 = v4:2x2x1, 4 chips, "),
+        (["--topology", "v4-16"], "xla.dp * xla.tp = 4 * 4 = 16, but v4-16 has 8 chips"),
+        (["--xla.dp=2", "--xla.tp=8"], "xla.tp is 8, which does not divide the target's num_key_value_heads 4"),
+        (["--xla.device=cpu"], "xla.device is cpu"),
+        (["--target.path=/nowhere"], "no target at '/nowhere'"),
+    ],
+)
+def test_refused(cli, arguments, part):
+    done = cli("plan", "--config", RECIPE, *arguments)
+    assert done.returncode == 2, done.stderr
+    assert part in done.stderr and "Traceback" not in done.stderr
+
+
+def test_a_missing_compiler_is_named(cli, shallow, tmp_path):
+    (tmp_path / "libtpu.py").write_text("raise ImportError('not installed here')")
+    path = os.pathsep.join([str(tmp_path), os.environ.get("PYTHONPATH", "")])
+    done = cli("plan", "--config", RECIPE, f"--target.path={shallow}", environment={"PYTHONPATH": path})
+    assert done.returncode == 2
+    assert "the TPU compiler is not installed" in done.stderr and "eagle3-xla[plan]" in done.stderr
