@@ -136,3 +136,14 @@ def run_cli(*arguments, environment: dict | None = None, timeout: float = 600) -
 @pytest.fixture
 def cli():
     return run_cli
+
+
+def pytest_addoption(parser):
+    parser.addoption("--quickstart", type=Path, help="a finished quickstart folder for the engine tests")
+
+
+@pytest.fixture(scope="session")
+def quickstart_run(tmp_path_factory) -> tuple[subprocess.CompletedProcess, Path]:
+    """The quickstart as a user gets it, with half a minute of training instead of ten: (process, its folder)."""
+    out = tmp_path_factory.mktemp("quickstart") / "out"
+    return run_cli("quickstart", "--out", out, "--minutes", "0.5", timeout=900), out

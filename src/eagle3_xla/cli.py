@@ -84,6 +84,25 @@ def _parser() -> argparse.ArgumentParser:
     verb.add_argument("--top-p", type=float, default=1.0)
     verb.add_argument("--seed", type=int, default=0, help="of sampled answers")
     verb.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
+
+    server = argparse.ArgumentParser(add_help=False, parents=[common])
+    server.add_argument("--server", required=True, metavar="URL", help="a running SGLang or vLLM server")
+    server.add_argument("--prompts", required=True, help="JSONL; the first user turn of each row is asked")
+    server.add_argument("--limit", type=int, default=0, help="only the first prompts")
+
+    verb = verbs.add_parser("bench", parents=[server], help="acceptance length and speed of a running server")
+    verb.add_argument("--baseline", default="", metavar="URL", help="the same server without the head: gives speed-up")
+    verb.add_argument("--target", default="", help="whose chat template (default: the one that the server names)")
+    verb.add_argument("--concurrency", default="1", help="requests in flight, such as 1,4,16 (default: 1)")
+    verb.add_argument("--max-new-tokens", type=int, default=128)
+    verb.add_argument("--temperature", type=float, default=0.0, help="0 is greedy (default)")
+    verb.add_argument("--top-p", type=float, default=1.0)
+
+    verb = verbs.add_parser("gap", parents=[server], help="served against offline acceptance; names the cause")
+    verb.add_argument("--target", required=True)
+    verb.add_argument("--draft", required=True, help="the exported head that the server serves")
+    verb.add_argument("--max-new-tokens", type=int, default=128)
+    verb.add_argument("--dtype", default="float32", choices=("float32", "bfloat16"), help="of the offline side")
     return parser
 
 
@@ -147,4 +166,33 @@ def _eval(options, overrides) -> dict:
     return evaluate(options.target, options.draft, options.prompts, settings)
 
 
-VERBS = {"quickstart": _quickstart, "prepare": _prepare, "train": _train, "export": _export, "eval": _eval}
+def _bench(options, overrides) -> dict:
+    from eagle3_xla.serve.bench import BenchOptions, bench
+    from eagle3_xla.serve.client import Request
+
+    try:
+        concurrency = [int(number) for number in options.concurrency.split(",")]
+    except ValueError:
+        raise UserError(f"--concurrency {options.concurrency}: numbers such as 1,4,16 are expected") from None
+    request = Request(options.max_new_tokens, options.temperature, options.top_p)
+    settings = BenchOptions(options.limit, concurrency, options.target, request)
+    return bench(options.server, options.prompts, settings, options.baseline)
+
+
+def _gap(options, overrides) -> dict:
+    from eagle3_xla.evaluate.run import EvalOptions
+    from eagle3_xla.serve.gap import gap
+
+    settings = EvalOptions(options.limit, options.max_new_tokens, dtype=options.dtype)
+    return gap(options.target, options.draft, options.prompts, options.server, settings)
+
+
+VERBS = {
+    "quickstart": _quickstart,
+    "prepare": _prepare,
+    "train": _train,
+    "export": _export,
+    "eval": _eval,
+    "bench": _bench,
+    "gap": _gap,
+}

@@ -16,6 +16,13 @@ import tempfile
 import time
 import urllib.request
 from pathlib import Path
+from typing import NamedTuple
+
+
+class Running(NamedTuple):
+    url: str
+    process: subprocess.Popen
+
 
 HERE = Path(__file__).resolve().parent
 ENVIRONMENTS = Path(os.environ.get("EAGLE3_ENGINES", HERE.parents[1] / ".engines"))
@@ -37,7 +44,8 @@ def free_port() -> int:
 def sglang_command(target: Path, head: Path | None, port: int, steps: int, topk: int, draft_tokens: int) -> list[str]:
     """SGLang on the CPU in float32; every other setting is the engine's own default for a small machine."""
     command = [engine_python("sglang"), "-m", "sglang.launch_server", "--model-path", target, "--port", port]
-    command += "--device cpu --dtype float32 --disable-cuda-graph --skip-server-warmup --log-level warning".split()
+    command += "--device cpu --dtype float32 --disable-cuda-graph --log-level warning".split()
+    command += "--skip-server-warmup --sleep-on-idle".split()
     command += "--prefill-attention-backend intel_amx --decode-attention-backend intel_amx".split()
     command += "--mem-fraction-static 0.3 --max-total-tokens 8192 --max-running-requests 8".split()
     if head:
@@ -77,7 +85,7 @@ def serve(
     log: Path | None = None,
     port: int | None = None,
 ):
-    """Run a server until the block ends; yields its URL. Raises RuntimeError with its last lines when it dies."""
+    """Run a server until the block ends. Raises RuntimeError with the end of its log when it dies at the start."""
     port = port or free_port()
     if engine == "sglang":
         command = sglang_command(target, head, port, steps, topk, draft_tokens or steps + 1)
@@ -90,7 +98,7 @@ def serve(
         )
     try:
         wait_until_healthy(f"http://127.0.0.1:{port}/health", process, log)
-        yield f"http://127.0.0.1:{port}"
+        yield Running(f"http://127.0.0.1:{port}", process)
     finally:
         # The engine's workers are children of the server: all in a session of their own.
         with contextlib.suppress(ProcessLookupError):
@@ -121,8 +129,8 @@ def main() -> None:
     parser.add_argument("--port", type=int)
     options = vars(parser.parse_args())
     started = time.monotonic()
-    with serve(**options) as url:
-        print(f"{options['engine']} answers at {url} after {time.monotonic() - started:.0f} s; Ctrl-C ends it")
+    with serve(**options) as server:
+        print(f"{options['engine']} answers at {server.url} after {time.monotonic() - started:.0f} s; Ctrl-C ends it")
         with contextlib.suppress(KeyboardInterrupt):
             signal.pause()
 
