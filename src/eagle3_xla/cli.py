@@ -88,7 +88,7 @@ def _parser() -> argparse.ArgumentParser:
     verb = verbs.add_parser("patch", parents=[common], help="what an installed SGLang or sglang-jax lacks for Qwen2")
     verb.add_argument("action", choices=("check", "apply", "revert"))
     verb.add_argument("--engine", help="sglang or sglang-jax (default: the one that is there)")
-    verb.add_argument("--path", help="a checkout, virtual environment or site-packages folder (default: installed here)")
+    verb.add_argument("--path", help="a checkout, a virtual environment or site-packages (default: installed here)")
     return parser
 
 

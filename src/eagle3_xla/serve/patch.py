@@ -5,6 +5,7 @@ copy, and the copy takes the file's place in one step: an engine is never half p
 bytes with a package cache (hard or symbolic links) leaves the cache as it was.
 """
 
+import contextlib
 import importlib.metadata
 import importlib.util
 import os
@@ -62,9 +63,10 @@ def patch(action: str, engine: str | None = None, path: str | None = None) -> di
     source = file.read_bytes()
     status, changed = _status(found, source)
     about = f"{found.name} {version} at {package}"
+    given = f" --path {path}" if path else ""
     if action == "check":
         message = {
-            "needed": "its Qwen2 lacks set_eagle3_layers_to_capture(); `eagle3-xla patch apply` adds it",
+            "needed": f"its Qwen2 lacks set_eagle3_layers_to_capture(); `eagle3-xla patch apply{given}` adds it",
             "native": "its Qwen2 takes EAGLE3 heads as it is; nothing to do",
             "applied": "patched",
             "unknown": f"the patch doesn't fit its {MODEL}; {found.releases}",
@@ -76,7 +78,7 @@ def patch(action: str, engine: str | None = None, path: str | None = None) -> di
         status = "applied" if action == "apply" else "needed"
         message = "patched" if action == "apply" else "the patch is taken back"
     else:
-        message = {"native": "has it natively; nothing to do", "applied": "patched already"}.get(status, "not patched")
+        message = {"native": "has it by itself, nothing to do", "applied": "patched already"}.get(status, "not patched")
     return {
         "engine": found.name,
         "version": version,
@@ -89,15 +91,16 @@ def patch(action: str, engine: str | None = None, path: str | None = None) -> di
 
 def patch_file(name: str) -> Path:
     """A file of patches/: in the repository, or among the data files of the installed package."""
-    here = Path(__file__).parents[3] / "patches" / name
-    if here.is_file():
-        return here
-    try:
-        for file in importlib.metadata.files("eagle3-xla") or ():
-            if file.name == name:
-                return Path(file.locate())
-    except importlib.metadata.PackageNotFoundError:
-        pass
+    places = [
+        Path(__file__).parents[3] / "patches" / name,
+        Path(__file__).parents[2] / "share" / "eagle3-xla" / "patches" / name,  # pip install --target
+    ]
+    with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+        files = importlib.metadata.files("eagle3-xla") or ()
+        places += [Path(file.locate()) for file in files if file.name == name]
+    for place in places:
+        if place.is_file():
+            return place
     raise UserError(f"{name} is neither beside this program nor among its installed files; install eagle3-xla again")
 
 
@@ -111,7 +114,9 @@ def _locate(name: str | None, path: str | None) -> tuple[Engine, Path]:
     if not found:
         engines = " or ".join(engine.name for engine in wanted)
         where = f"in {path}" if path else "installed here"
-        hint = "a checkout, a virtual environment or a site-packages folder is expected" if path else "name it by --path"
+        hint = (
+            "a checkout, a virtual environment or a site-packages folder is expected" if path else "name it by --path"
+        )
         raise UserError(f"no {engines} {where} ({MODEL} of its package is looked for); {hint}")
     if len(found) > 1:
         raise UserError(f"both engines are there; say --engine {' or --engine '.join(ENGINES)}")
@@ -144,7 +149,7 @@ def _version(engine: Engine, package: Path) -> str:
         done = subprocess.run(command, capture_output=True, text=True)
         if done.returncode == 0:
             return done.stdout.strip()
-    return "of unknown version"
+    return "unknown"
 
 
 def _status(engine: Engine, source: bytes) -> tuple[str, bytes | None]:
