@@ -147,7 +147,7 @@ def test_an_installed_wheel_brings_the_patches(tmp_path):
         place = tmp_path / how.strip("-")
         subprocess.run([*pip, "install", "--no-deps", "--ignore-installed", how, place, wheel], check=True)
         package = next(place.rglob("eagle3_xla"))
-        code = "from eagle3_xla.serve.patch import ENGINES, patch_file\nfor e in ENGINES.values(): print(patch_file(e.patch))"
+        code = "from eagle3_xla.serve.patch import *; [print(patch_file(engine.patch)) for engine in ENGINES.values()]"
         environment = os.environ | {"PYTHONPATH": str(package.parent)}
         done = subprocess.run([sys.executable, "-c", code], env=environment, cwd=place, capture_output=True, text=True)
         assert done.returncode == 0, done.stderr
