@@ -82,7 +82,12 @@ def _parser() -> argparse.ArgumentParser:
     verb.add_argument("--prompts", required=True, help="JSONL; the first user turn of each row is asked")
     verb.add_argument("--limit", type=int, default=0, help="only the first prompts")
     verb.add_argument("--max-new-tokens", type=int, default=128)
-    verb.add_argument("--draft-tokens", type=int, default=5, help="length of the draft chain (default: 5)")
+    verb.add_argument("--draft-tokens", type=int, default=5, help="drafts checked in a target call (default: 5)")
+    verb.add_argument("--topk", type=int, default=1, help="drafts per node: 1 is a chain (default), more a tree")
+    verb.add_argument("--steps", type=int, default=0, help="depth of a tree (default: 5)")
+    verb.add_argument("--temperature", type=float, default=0.0, help="0 is greedy (default)")
+    verb.add_argument("--top-p", type=float, default=1.0)
+    verb.add_argument("--seed", type=int, default=0, help="of sampled answers")
     verb.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
 
     verb = verbs.add_parser("patch", parents=[common], help="what an installed SGLang or sglang-jax lacks for Qwen2")
@@ -147,7 +152,8 @@ def _export(options, overrides) -> dict:
 def _eval(options, overrides) -> dict:
     from eagle3_xla.evaluate.run import EvalOptions, evaluate
 
-    settings = EvalOptions(options.limit, options.max_new_tokens, options.draft_tokens, options.device)
+    names = "limit max_new_tokens draft_tokens topk steps temperature top_p seed device".split()
+    settings = EvalOptions(**{name: getattr(options, name) for name in names})
     return evaluate(options.target, options.draft, options.prompts, settings)
 
 
