@@ -38,7 +38,7 @@ def main(arguments: list[str] | None = None) -> int:
         print(json.dumps({key: value for key, value in result.items() if key != "screen"}))
     else:
         print(result["screen"] if "screen" in result else _table(result))
-    return 0
+    return 1 if result.get("ok") is False else 0
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -71,6 +71,11 @@ def _parser() -> argparse.ArgumentParser:
     verb.add_argument("--out", required=True)
     verb.add_argument("--dtype", default="bfloat16", help="bfloat16 (default), float16 or float32")
 
+    verb = verbs.add_parser("doctor", parents=[common], help="check a head against the rules of every engine")
+    verb.add_argument("head", metavar="DIR", help="an exported head, ours or anyone's")
+    verb.add_argument("--target", required=True, help="folder or hub id of the model it drafts for")
+    verb.add_argument("--fix", action="store_true", help="mend what config.json gets wrong, where that is safe")
+
     verb = verbs.add_parser("eval", parents=[common], help="acceptance of a head, from real decoding")
     verb.add_argument("--target", required=True)
     verb.add_argument("--draft", required=True, help="an exported head")
@@ -84,6 +89,11 @@ def _parser() -> argparse.ArgumentParser:
     verb.add_argument("--top-p", type=float, default=1.0)
     verb.add_argument("--seed", type=int, default=0, help="of sampled answers")
     verb.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
+
+    verb = verbs.add_parser("patch", parents=[common], help="what an installed SGLang or sglang-jax lacks for Qwen2")
+    verb.add_argument("action", choices=("check", "apply", "revert"))
+    verb.add_argument("--engine", help="sglang or sglang-jax (default: the one that is there)")
+    verb.add_argument("--path", help="a checkout, a virtual environment or site-packages (default: installed here)")
 
     server = argparse.ArgumentParser(add_help=False, parents=[common])
     server.add_argument("--server", required=True, metavar="URL", help="a running SGLang or vLLM server")
@@ -166,6 +176,18 @@ def _eval(options, overrides) -> dict:
     return evaluate(options.target, options.draft, options.prompts, settings)
 
 
+def _doctor(options, overrides) -> dict:
+    from eagle3_xla.doctor.run import doctor
+
+    return doctor(Path(options.head), options.target, options.fix)
+
+
+def _patch(options, overrides) -> dict:
+    from eagle3_xla.serve.patch import patch
+
+    return patch(options.action, options.engine, options.path)
+
+
 def _bench(options, overrides) -> dict:
     from eagle3_xla.serve.bench import BenchOptions, bench
     from eagle3_xla.serve.client import Request
@@ -193,6 +215,8 @@ VERBS = {
     "train": _train,
     "export": _export,
     "eval": _eval,
+    "doctor": _doctor,
+    "patch": _patch,
     "bench": _bench,
     "gap": _gap,
 }
