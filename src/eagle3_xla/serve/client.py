@@ -105,6 +105,15 @@ class Server:
             raise ConnectionError(f"{self.url}{path} ended its answer without a token")
         return self.answer(chunks, first, time.perf_counter() - started)
 
+    def fetch(self, method: str, path: str) -> httpx.Response:
+        try:
+            return self.http.request(method, path)
+        except httpx.HTTPError as error:
+            raise self._gone(error) from None
+
+    def _gone(self, error: Exception) -> ConnectionError:
+        return ConnectionError(f"the server at {self.url} died or hangs ({_reason(error)}); its log says why")
+
     def counters(self) -> Drafts | None:
         """Drafts since the server's start, all requests together; None where each answer has its own."""
         return None
@@ -149,7 +158,7 @@ class SGLang(Server):
         return Answer(tokens, first, seconds, drafts)
 
     def forget(self) -> None:
-        self.http.post("/flush_cache")
+        self.fetch("POST", "/flush_cache")
 
 
 class VLLM(Server):
@@ -178,8 +187,7 @@ class VLLM(Server):
     def counters(self) -> Drafts | None:
         last = None
         while True:  # counted a moment after the answer has left
-            text = self.http.get("/metrics").text
-            drafts = self._read(text)
+            drafts = self._read(self.fetch("GET", "/metrics").text)
             if drafts == last:
                 return drafts
             last = drafts
