@@ -72,10 +72,9 @@ def small_target(embedded_target, tokenizer, tmp_path_factory) -> Path:
     return out
 
 
-@pytest.fixture
-def chat_file(tmp_path) -> Path:
+def write_chats(folder: Path) -> Path:
     """32 short chats in ShareGPT form."""
-    file = tmp_path / "chats.jsonl"
+    file = folder / "chats.jsonl"
     with file.open("w") as handle:
         for i in range(32):
             question, answer = CHATS[i % len(CHATS)]
@@ -84,8 +83,7 @@ def chat_file(tmp_path) -> Path:
     return file
 
 
-@pytest.fixture
-def small_run(small_target, chat_file, tmp_path) -> list[str]:
+def small_settings(small_target, chat_file, tmp_path) -> list[str]:
     """Settings of a run that trains on the small target in seconds."""
     return [
         f"target.path={small_target}",
@@ -108,6 +106,22 @@ def small_run(small_target, chat_file, tmp_path) -> list[str]:
     ]
 
 
+@pytest.fixture
+def chat_file(tmp_path) -> Path:
+    return write_chats(tmp_path)
+
+
+@pytest.fixture
+def small_run(small_target, chat_file, tmp_path) -> list[str]:
+    return small_settings(small_target, chat_file, tmp_path)
+
+
+@pytest.fixture(scope="session")
+def small_run_in(small_target):
+    """small_run for fixtures that outlive a test: folder -> settings."""
+    return lambda folder: small_settings(small_target, write_chats(folder), folder)
+
+
 def run_cli(*arguments, environment: dict | None = None, timeout: float = 600) -> subprocess.CompletedProcess:
     """`python -m eagle3_xla ...` as a user runs it, in a process of its own."""
     return subprocess.run(
@@ -122,3 +136,14 @@ def run_cli(*arguments, environment: dict | None = None, timeout: float = 600) -
 @pytest.fixture
 def cli():
     return run_cli
+
+
+def pytest_addoption(parser):
+    parser.addoption("--quickstart", type=Path, help="a finished quickstart folder for the engine tests")
+
+
+@pytest.fixture(scope="session")
+def quickstart_run(tmp_path_factory) -> tuple[subprocess.CompletedProcess, Path]:
+    """The quickstart as a user gets it, with half a minute of training instead of ten: (process, its folder)."""
+    out = tmp_path_factory.mktemp("quickstart") / "out"
+    return run_cli("quickstart", "--out", out, "--minutes", "0.5", timeout=900), out

@@ -1,4 +1,4 @@
-"""The quickstart as a user gets it, on the embedded target, with a minute of training instead of ten."""
+"""The quickstart as a user gets it, on the embedded target."""
 
 import json
 
@@ -9,9 +9,8 @@ from eagle3_xla import quickstart as module
 
 
 @pytest.mark.slow
-def test_quickstart(cli, tmp_path):
-    out = tmp_path / "out"
-    done = cli("quickstart", "--out", out, "--minutes", "0.5", timeout=900)
+def test_quickstart(quickstart_run):
+    done, out = quickstart_run
     assert done.returncode == 0, done.stderr[-3000:]
     for part in ("acceptance length tau", "same tokens as the target alone: yes", "Serve it", "launch_server"):
         assert part in done.stdout

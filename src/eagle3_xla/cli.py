@@ -40,7 +40,7 @@ def main(arguments: list[str] | None = None) -> int:
         print(json.dumps({key: value for key, value in result.items() if key != "screen"}))
     else:
         print(result["screen"] if "screen" in result else _table(result))
-    return 0
+    return 1 if result.get("ok") is False else 0
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -77,14 +77,48 @@ def _parser() -> argparse.ArgumentParser:
     verb.add_argument("--out", required=True)
     verb.add_argument("--dtype", default="bfloat16", help="bfloat16 (default), float16 or float32")
 
+    verb = verbs.add_parser("doctor", parents=[common], help="check a head against the rules of every engine")
+    verb.add_argument("head", metavar="DIR", help="an exported head, ours or anyone's")
+    verb.add_argument("--target", required=True, help="folder or hub id of the model it drafts for")
+    verb.add_argument("--fix", action="store_true", help="mend what config.json gets wrong, where that is safe")
+
     verb = verbs.add_parser("eval", parents=[common], help="acceptance of a head, from real decoding")
     verb.add_argument("--target", required=True)
     verb.add_argument("--draft", required=True, help="an exported head")
     verb.add_argument("--prompts", required=True, help="JSONL; the first user turn of each row is asked")
     verb.add_argument("--limit", type=int, default=0, help="only the first prompts")
     verb.add_argument("--max-new-tokens", type=int, default=128)
-    verb.add_argument("--draft-tokens", type=int, default=5, help="length of the draft chain (default: 5)")
+    verb.add_argument("--draft-tokens", type=int, default=5, help="drafts checked in a target call (default: 5)")
+    verb.add_argument("--topk", type=int, default=1, help="drafts per node: 1 is a chain (default), more a tree")
+    verb.add_argument("--steps", type=int, default=0, help="depth of a tree (default: 5)")
+    verb.add_argument("--temperature", type=float, default=0.0, help="0 is greedy (default)")
+    verb.add_argument("--top-p", type=float, default=1.0)
+    verb.add_argument("--seed", type=int, default=0, help="of sampled answers")
     verb.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
+
+    verb = verbs.add_parser("patch", parents=[common], help="what an installed SGLang or sglang-jax lacks for Qwen2")
+    verb.add_argument("action", choices=("check", "apply", "revert"))
+    verb.add_argument("--engine", help="sglang or sglang-jax (default: the one that is there)")
+    verb.add_argument("--path", help="a checkout, a virtual environment or site-packages (default: installed here)")
+
+    server = argparse.ArgumentParser(add_help=False, parents=[common])
+    server.add_argument("--server", required=True, metavar="URL", help="a running SGLang or vLLM server")
+    server.add_argument("--prompts", required=True, help="JSONL; the first user turn of each row is asked")
+    server.add_argument("--limit", type=int, default=0, help="only the first prompts")
+
+    verb = verbs.add_parser("bench", parents=[server], help="acceptance length and speed of a running server")
+    verb.add_argument("--baseline", default="", metavar="URL", help="the same server without the head: gives speed-up")
+    verb.add_argument("--target", default="", help="whose chat template (default: the one that the server names)")
+    verb.add_argument("--concurrency", default="1", help="requests in flight, such as 1,4,16 (default: 1)")
+    verb.add_argument("--max-new-tokens", type=int, default=128)
+    verb.add_argument("--temperature", type=float, default=0.0, help="0 is greedy (default)")
+    verb.add_argument("--top-p", type=float, default=1.0)
+
+    verb = verbs.add_parser("gap", parents=[server], help="served against offline acceptance; names the cause")
+    verb.add_argument("--target", required=True)
+    verb.add_argument("--draft", required=True, help="the exported head that the server serves")
+    verb.add_argument("--max-new-tokens", type=int, default=128)
+    verb.add_argument("--dtype", default="float32", choices=("float32", "bfloat16"), help="of the offline side")
     return parser
 
 
@@ -151,8 +185,42 @@ def _export(options, overrides) -> dict:
 def _eval(options, overrides) -> dict:
     from eagle3_xla.evaluate.run import EvalOptions, evaluate
 
-    settings = EvalOptions(options.limit, options.max_new_tokens, options.draft_tokens, options.device)
+    names = "limit max_new_tokens draft_tokens topk steps temperature top_p seed device".split()
+    settings = EvalOptions(**{name: getattr(options, name) for name in names})
     return evaluate(options.target, options.draft, options.prompts, settings)
+
+
+def _doctor(options, overrides) -> dict:
+    from eagle3_xla.doctor.run import doctor
+
+    return doctor(Path(options.head), options.target, options.fix)
+
+
+def _patch(options, overrides) -> dict:
+    from eagle3_xla.serve.patch import patch
+
+    return patch(options.action, options.engine, options.path)
+
+
+def _bench(options, overrides) -> dict:
+    from eagle3_xla.serve.bench import BenchOptions, bench
+    from eagle3_xla.serve.client import Request
+
+    try:
+        concurrency = [int(number) for number in options.concurrency.split(",")]
+    except ValueError:
+        raise UserError(f"--concurrency {options.concurrency}: numbers such as 1,4,16 are expected") from None
+    request = Request(options.max_new_tokens, options.temperature, options.top_p)
+    settings = BenchOptions(options.limit, concurrency, options.target, request)
+    return bench(options.server, options.prompts, settings, options.baseline)
+
+
+def _gap(options, overrides) -> dict:
+    from eagle3_xla.evaluate.run import EvalOptions
+    from eagle3_xla.serve.gap import gap
+
+    settings = EvalOptions(options.limit, options.max_new_tokens, dtype=options.dtype)
+    return gap(options.target, options.draft, options.prompts, options.server, settings)
 
 
 VERBS = {
@@ -162,4 +230,8 @@ VERBS = {
     "train": _train,
     "export": _export,
     "eval": _eval,
+    "doctor": _doctor,
+    "patch": _patch,
+    "bench": _bench,
+    "gap": _gap,
 }

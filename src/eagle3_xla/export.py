@@ -2,6 +2,9 @@
 
 config.json         LlamaForCausalLMEagle3, as the engines' readers expect it
 model.safetensors   fc, midlayer, norm, lm_head, d2t (int64 offsets), t2d (bool); the embedding is the target's
+
+The metadata of model.safetensors also holds what weights can't tell: how the head was trained. Engines ignore it;
+`doctor` compares config.json, which travels and is edited by hand, with it.
 """
 
 import json
@@ -16,6 +19,17 @@ from eagle3_xla.draft.model import Eagle3Head
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 EXPORTED = "model.safetensors"
+RECORD = "eagle3_xla"  # key in the metadata of model.safetensors
+# Settings of the training that no tensor's shape shows.
+TRAINED = (
+    "num_attention_heads",
+    "num_key_value_heads",
+    "head_dim",
+    "hidden_act",
+    "rms_norm_eps",
+    "rope_theta",
+    "rope_scaling",
+)
 
 
 def export(checkpoint: Path, out: Path, dtype: str = "bfloat16") -> dict:
@@ -39,7 +53,9 @@ def export(checkpoint: Path, out: Path, dtype: str = "bfloat16") -> dict:
     out.mkdir(parents=True, exist_ok=True)
     config = serving_config(saved.draft_config, len(saved.d2t), dtype)
     tensors = {name: value.to(DTYPES[dtype]).contiguous() for name, value in saved.head.items()}
-    save_file({**tensors, "d2t": saved.d2t, "t2d": saved.t2d}, out / EXPORTED, metadata={"format": "pt"})
+    record = {key: config[key] for key in TRAINED} | {"aux_layers": "default"}
+    metadata = {"format": "pt", RECORD: json.dumps(record)}
+    save_file({**tensors, "d2t": saved.d2t, "t2d": saved.t2d}, out / EXPORTED, metadata=metadata)
     (out / "config.json").write_text(json.dumps(config, indent=2) + "\n")
     chosen = f"step {saved.micro_step} ({why})"
     return {"out": str(out), "micro_step": saved.micro_step, "tau": saved.tau, "chosen": chosen, "dtype": dtype}

@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from tqdm import tqdm
@@ -11,7 +12,8 @@ from eagle3_xla.data.chat import read_prompts
 from eagle3_xla.data.prepare import data_file
 from eagle3_xla.data.tokenizer import load_tokenizer, stop_token_ids
 from eagle3_xla.data.vocab import draft_ids_of
-from eagle3_xla.evaluate.decode import ChainDecoder, Generation, decode_plain
+from eagle3_xla.draft.model import Eagle3Head
+from eagle3_xla.evaluate.decode import Choice, Generation, SpeculativeDecoder, decode_plain
 from eagle3_xla.export import load_head
 from eagle3_xla.loss.unroll import unroll
 from eagle3_xla.target.model import Target, load_target
@@ -19,61 +21,136 @@ from eagle3_xla.target.model import Target, load_target
 
 @dataclass
 class EvalOptions:
-    """limit: first prompts of the file, 0 for all; draft_tokens: length of the chain; device: cpu or cuda;
+    """limit: first prompts of the file, 0 for all; draft_tokens, topk, steps: the shape of the drafts (decode.py),
+    steps 0: as deep as draft_tokens allow, at most 5 in a tree; temperature 0: greedy; device: cpu or cuda;
     baseline: decode without the head too, for its speed and for `identical`.
     """
 
     limit: int = 0
     max_new_tokens: int = 128
     draft_tokens: int = 5
+    topk: int = 1
+    steps: int = 0
+    temperature: float = 0.0
+    top_p: float = 1.0
+    seed: int = 0
     device: str = "cpu"
     dtype: str = "float32"
     baseline: bool = True
 
+    def __post_init__(self):
+        for name in ("max_new_tokens", "draft_tokens", "topk"):
+            if getattr(self, name) < 1:
+                raise UserError(f"--{name.replace('_', '-')} must be at least 1")
+        self.steps = self.steps or (self.draft_tokens if self.topk == 1 else min(5, self.draft_tokens))
+        if self.topk == 1 and self.steps != self.draft_tokens:
+            raise UserError(f"a chain of {self.draft_tokens} drafts takes as many steps, not --steps {self.steps}")
+        if not 1 <= self.steps <= self.draft_tokens:
+            raise UserError(f"--steps {self.steps}: choose 1 to --draft-tokens ({self.draft_tokens})")
+        if self.temperature < 0 or not 0 < self.top_p <= 1:
+            raise UserError("--temperature can't be negative, and --top-p lies above 0, up to 1")
+
+
+class Pair(NamedTuple):
+    """A target and a head made for it. layers: the target's 0-based layers whose outputs the head reads."""
+
+    model: torch.nn.Module
+    head: Eagle3Head
+    d2t: torch.Tensor
+    layers: tuple[int, ...] | None
+
+    def on(self, options: EvalOptions) -> tuple[Target, Eagle3Head]:
+        target = Target(self.model, draft_ids_of(self.d2t), self.layers).to(options.device)
+        return target, self.head.to(options.device, getattr(torch, options.dtype))
+
 
 def evaluate(target_path: str, draft: str, prompts: str, options: EvalOptions) -> dict:
-    """Decode every prompt greedily with and without the head; see `summary` for what comes back."""
-    head, d2t = load_head(Path(draft))
+    """Decode every prompt with and without the head; see `summary` for what comes back."""
+    pair = load_pair(target_path, draft, options)
     tokenizer = load_tokenizer(target_path)
+    ids = prompt_ids(tokenizer, prompts, options, pair.model.config.max_position_embeddings)
+    stop_ids = stop_token_ids(target_path, tokenizer)
+    with_head = decode_all(pair, ids, stop_ids, options)
+    target, head = pair.on(options)
+    plain, hits = [], []
+    for i, (prompt, generation) in enumerate(zip(tqdm(ids, desc="eval, baseline", unit="prompt"), with_head)):
+        if options.baseline:
+            plain.append(decode_plain(target, prompt, options.max_new_tokens, stop_ids, _choice(options, i)))
+        hits.append(teacher_forced_hits(target, head, pair.d2t, prompt + generation.tokens, options.steps))
+    return summary(with_head, plain, hits, options)
+
+
+def load_pair(target_path: str, draft: str, options: EvalOptions) -> Pair:
+    """Load a target and an exported head. Raises UserError when the head was made for another target."""
+    head, d2t = load_head(Path(draft))
     model = load_target(target_path, getattr(torch, options.dtype))
     if model.config.vocab_size != head.config.vocab_size or model.config.hidden_size != head.config.hidden_size:
         raise UserError(
             f"the head at {draft} was made for another target: vocabulary {head.config.vocab_size} and hidden size "
             f"{head.config.hidden_size}, but {target_path} has {model.config.vocab_size} and {model.config.hidden_size}"
         )
+    return Pair(model, head, d2t, layers_of(head.config))
+
+
+def layers_of(config) -> tuple[int, ...] | None:
+    """The 0-based target layers that a head's config.json asks for; None when it leaves them to the default.
+
+    SGLang's ids (in eagle_config) are these layers; vLLM's (at top level) count the embedding as 0, so are one more.
+    """
+    ids = (getattr(config, "eagle_config", None) or {}).get("eagle_aux_hidden_state_layer_ids")
+    if ids:
+        return tuple(ids)
+    ids = getattr(config, "eagle_aux_hidden_state_layer_ids", None)
+    return tuple(i - 1 for i in ids) if ids else None
+
+
+def prompt_ids(tokenizer, prompts: str, options: EvalOptions, longest: int) -> list[list[int]]:
+    """Token ids of the file's prompts in the target's chat template, ready for its answer.
+
+    Raises UserError when one leaves no room for the answer in `longest` tokens.
+    """
     messages = read_prompts(data_file(prompts))[: options.limit or None]
-    target = Target(model, draft_ids_of(d2t)).to(options.device)
-    head = head.to(options.device, getattr(torch, options.dtype))
-    decoder = ChainDecoder(target, head, d2t, options.draft_tokens)
-    stop_ids = stop_token_ids(target_path, tokenizer)
-    with_head, plain, hits = [], [], []
-    for chat in tqdm(messages, desc="eval", unit="prompt"):
-        ids = tokenizer.apply_chat_template(chat, add_generation_prompt=True, tokenize=True, return_dict=True)[
-            "input_ids"
-        ]
-        if len(ids) + options.max_new_tokens > model.config.max_position_embeddings:
-            raise UserError(f"a prompt of {len(ids)} tokens leaves no room for {options.max_new_tokens} more")
-        with_head.append(decoder.decode(ids, options.max_new_tokens, stop_ids))
-        if options.baseline:
-            plain.append(decode_plain(target, ids, options.max_new_tokens, stop_ids))
-        hits.append(teacher_forced_hits(target, head, d2t, ids + with_head[-1].tokens, options.draft_tokens))
-    return summary(with_head, plain, hits, options)
+    render = dict(add_generation_prompt=True, tokenize=True, return_dict=True)
+    ids = [tokenizer.apply_chat_template(chat, **render)["input_ids"] for chat in messages]
+    for i, prompt in enumerate(ids, 1):
+        if len(prompt) + options.max_new_tokens > longest:
+            raise UserError(
+                f"{prompts}: prompt {i} has {len(prompt)} tokens; with {options.max_new_tokens} new ones it exceeds "
+                f"the {longest} of the target"
+            )
+    return ids
+
+
+def decode_all(pair: Pair, prompts: list[list[int]], stop_ids: set[int], options: EvalOptions) -> list[Generation]:
+    """Decode every prompt with the head."""
+    target, head = pair.on(options)
+    decoder = SpeculativeDecoder(target, head, pair.d2t, options.draft_tokens, options.topk, options.steps)
+    return [
+        decoder.decode(prompt, options.max_new_tokens, stop_ids, _choice(options, i))
+        for i, prompt in enumerate(tqdm(prompts, desc="eval", unit="prompt"))
+    ]
+
+
+def _choice(options: EvalOptions, prompt: int) -> Choice:
+    return Choice(options.temperature, options.top_p, options.seed, prompt)
 
 
 def summary(with_head: list[Generation], plain: list[Generation], hits: list, options: EvalOptions) -> dict:
     """The figures, by the names that scripts rely on.
 
-    tau: 1 + mean accepted drafts per target call (prefill is no such call); acceptance[k]: share of the calls whose
-    draft at position k was accepted; acceptance_conditional[k]: given that all before it were; acc_all_positions[k]:
-    hits on teacher-forced text over ALL positions, the user's included: not acceptance, kept to compare with others.
+    tau: 1 + mean accepted drafts per target call, over all calls of all answers together (Generation says what
+    counts), which is vLLM's mean acceptance length. SGLang's `spec_accept_length` divides all new tokens by the calls,
+    prefill's token included, and is a little higher on short answers; `bench` computes tau from its counts of drafts.
+    acceptance[k]: share of the calls that accepted a draft at depth k; acceptance_conditional[k]: of those that
+    accepted all before it; acc_all_positions[k]: hits on teacher-forced text over ALL positions, the user's included:
+    not acceptance, kept to compare with others.
     """
     accepted = [a for generation in with_head for a in generation.accepted]
-    proposed = [p for generation in with_head for p in generation.proposed]
-    acceptance, conditional = acceptance_by_position(accepted, proposed, options.draft_tokens)
+    acceptance, conditional = acceptance_by_position(accepted, options.steps)
     calls, tokens = len(accepted), sum(len(generation.tokens) for generation in with_head)
     columns = list(zip(*hits))
     return {
-        "tau": 1 + sum(accepted) / calls if calls else 1.0,
+        "tau": tau(with_head),
         "acceptance": acceptance,
         "acceptance_conditional": conditional,
         "acc_all_positions": [sum(h for h, _ in column) / sum(n for _, n in column) for column in columns],
@@ -84,19 +161,24 @@ def summary(with_head: list[Generation], plain: list[Generation], hits: list, op
         "prompts": len(with_head),
         "tokens": tokens,
         "draft_tokens": options.draft_tokens,
+        "topk": options.topk,
+        "steps": options.steps,
+        "temperature": options.temperature,
         "max_new_tokens": options.max_new_tokens,
     }
 
 
-def acceptance_by_position(accepted: list[int], proposed: list[int], depth: int) -> tuple[list[float], list[float]]:
-    """(plain, conditional) acceptance per draft position, over the calls that had a draft there."""
-    plain, conditional = [], []
-    for k in range(depth):
-        drafted = [a for a, p in zip(accepted, proposed) if p > k]
-        reached = [a for a in drafted if a >= k]
-        hits = sum(a > k for a in reached)
-        plain.append(hits / len(drafted) if drafted else 0.0)
-        conditional.append(hits / len(reached) if reached else 0.0)
+def tau(generations: list[Generation]) -> float:
+    """Acceptance length: 1 + mean accepted drafts per target call."""
+    accepted = [a for generation in generations for a in generation.accepted]
+    return 1 + sum(accepted) / len(accepted) if accepted else 1.0
+
+
+def acceptance_by_position(accepted: list[int], depth: int) -> tuple[list[float], list[float]]:
+    """(plain, conditional) acceptance per depth, over the target calls."""
+    reached = [sum(a >= k for a in accepted) for k in range(depth + 1)]
+    plain = [reached[k + 1] / len(accepted) if accepted else 0.0 for k in range(depth)]
+    conditional = [reached[k + 1] / reached[k] if reached[k] else 0.0 for k in range(depth)]
     return plain, conditional
 
 

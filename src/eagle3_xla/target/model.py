@@ -66,13 +66,14 @@ def load_target(path: str, dtype: torch.dtype):
 class Target(nn.Module):
     """The frozen target with its aux hidden states and its teacher on the draft vocabulary.
 
-    draft_ids [D] int64: target ids of the draft vocabulary, ascending.
+    draft_ids [D] int64: target ids of the draft vocabulary, ascending; layers: 0-based decoder layers whose outputs
+    are the aux states (default: aux_layers).
     """
 
-    def __init__(self, model, draft_ids: torch.Tensor):
+    def __init__(self, model, draft_ids: torch.Tensor, layers: tuple[int, ...] | None = None):
         super().__init__()
         self.model = model
-        self.layers = aux_layers(model.config.num_hidden_layers)
+        self.layers = layers or aux_layers(model.config.num_hidden_layers)
         self._captured: dict[int, torch.Tensor] = {}
         for layer in self.layers:
             model.model.layers[layer].register_forward_hook(self._capture(layer))

@@ -1,0 +1,298 @@
+"""The rules for config.json. Each takes (head, target) and returns one Finding.
+
+What a rule holds the file against: the weights where they tell, the record of the training where there is one, the
+target else. Without a record a doubt about the training is a warning, and no fix is offered for it.
+"""
+
+from eagle3_xla.doctor.files import Finding, Head, Target
+from eagle3_xla.target.model import MIN_LAYERS, aux_layers
+
+ARCHITECTURE = "LlamaForCausalLMEagle3"
+FLAGS = ("norm_output", "norm_before_residual", "norm_before_fc")
+
+
+def architecture(head: Head, target: Target) -> Finding:
+    names, kind = head.config.get("architectures"), head.config.get("model_type")
+    if names == [ARCHITECTURE] and kind == "llama":
+        return Finding("architecture", "pass", ARCHITECTURE)
+    message = f"architectures is {names} and model_type {kind!r}: engines choose the model class by them and load none "
+    message += f"or another one; they must be ['{ARCHITECTURE}'] and 'llama'"
+    ours = "midlayer.self_attn.q_proj.weight" in head.tensors
+    return Finding(
+        "architecture", "fail", message, {"architectures": [ARCHITECTURE], "model_type": "llama"} if ours else None
+    )
+
+
+def one_layer(head: Head, target: Target) -> Finding:
+    layers = head.config.get("num_hidden_layers")
+    if layers == 1:
+        return Finding("one_layer", "pass", "num_hidden_layers 1")
+    message = (
+        f"num_hidden_layers is {layers} and the head has one layer: SGLang 0.5.1 and sglang-jax refuse it, others "
+    )
+    message += "build layers that no weight fills"
+    return Finding("one_layer", "fail", message, {"num_hidden_layers": 1})
+
+
+def vocabulary(head: Head, target: Target) -> Finding:
+    size, wanted = head.config.get("vocab_size"), target.config.vocab_size
+    if size == wanted:
+        return Finding("vocab_size", "pass", f"{size}, the target's")
+    message = (
+        f"vocab_size is {size} and the target's {wanted}: the target's embeddings, which engines lend to the head, "
+    )
+    message += "don't fit"
+    return Finding("vocab_size", "fail", message, {"vocab_size": wanted})
+
+
+def draft_vocabulary(head: Head, target: Target) -> Finding:
+    size, rows = head.config.get("draft_vocab_size"), (head.shape("lm_head.weight") or (None,))[0]
+    if size == rows and size is not None:
+        return Finding("draft_vocab_size", "pass", f"{size} rows of lm_head")
+    message = f"draft_vocab_size is {size if size is not None else 'missing'} and lm_head has {rows} rows: SGLang and "
+    message += "sglang-jax stop at loading"
+    return Finding("draft_vocab_size", "fail", message, {"draft_vocab_size": rows} if rows else None)
+
+
+def sizes(head: Head, target: Target) -> Finding:
+    """hidden_size and intermediate_size, which the weights tell."""
+    wanted = {
+        "hidden_size": (head.shape("fc.weight") or (None,))[0],
+        "intermediate_size": (head.shape("midlayer.mlp.gate_proj.weight") or (None,))[0],
+    }
+    wrong = {key: value for key, value in wanted.items() if value and head.config.get(key) != value}
+    if not wrong:
+        return Finding("sizes", "pass", "hidden_size and intermediate_size are the weights'")
+    text = ", ".join(f"{key} is {head.config.get(key)}, the weights' {value}" for key, value in wrong.items())
+    return Finding("sizes", "fail", f"{text}: no engine loads the weights", wrong)
+
+
+def target_size(head: Head, target: Target) -> Finding:
+    """The features that the head reads and the embedding that it borrows are the target's."""
+    config, hidden = head.config, target.config.hidden_size
+    given = config.get("target_hidden_size")
+    fc = head.shape("fc.weight")
+    if fc and fc != (hidden, 3 * hidden):
+        message = f"fc.weight is {list(fc)} and the target's hidden size {hidden}, so [{hidden}, {3 * hidden}] is "
+        return Finding("target_size", "fail", message + "expected: this is a head for another target")
+    if given is None:
+        return Finding("target_size", "pass", f"hidden size {hidden}")
+    message = (
+        f"target_hidden_size is {given}; when it equals hidden_size it must be left out, for one reader of it then "
+    )
+    message += "doesn't load the embeddings"
+    return Finding("target_size", "warn" if given == hidden else "fail", message, {"target_hidden_size": None})
+
+
+def heads(head: Head, target: Target) -> Finding:
+    config, q, k = head.config, *(head.shape(f"midlayer.self_attn.{name}_proj.weight") for name in "qk")
+    keys = ("num_attention_heads", "num_key_value_heads", "head_dim")
+    given = tuple(config.get(key) for key in keys)
+    if not given[2] and given[0]:
+        given = (*given[:2], config.get("hidden_size", 0) // given[0])  # what readers assume
+    if not q or not k:
+        return Finding("heads", "fail", "the attention's weights are missing")
+    of_target = (target.config.num_attention_heads, target.config.num_key_value_heads, target.head_dim)
+    known = tuple(head.record[key] for key in keys) if head.record else None
+    fits = all(isinstance(value, int) for value in given) and (given[0] * given[2], given[1] * given[2]) == (q[0], k[0])
+    if fits and (given == known or known is None):
+        status = "pass" if known or given == of_target else "warn"
+        other = "" if status == "pass" else f", the target's are {of_target}: check what the head was trained with"
+        return Finding("heads", status, f"heads, KV heads, head_dim {given}{other}")
+    wanted = known or of_target
+    safe = (wanted[0] * wanted[2], wanted[1] * wanted[2]) == (q[0], k[0])
+    message = f"heads, KV heads, head_dim are {given}, and {wanted} " + ("were trained" if known else "fit the weights")
+    if not safe:
+        message = f"heads, KV heads, head_dim are {given}: q_proj and k_proj have {q[0]} and {k[0]} rows"
+    message += ": engines split the attention wrongly or stop at loading"
+    return Finding("heads", "fail", message, dict(zip(keys, wanted)) if safe else None)
+
+
+def max_positions(head: Head, target: Target) -> Finding:
+    given, wanted = head.config.get("max_position_embeddings"), target.config.max_position_embeddings
+    if isinstance(given, int) and given >= wanted:
+        return Finding("max_position_embeddings", "pass", f"{given}, the target's {wanted}")
+    what = "missing, which means 2048 to engines" if given is None else f"{given}"
+    message = f"max_position_embeddings is {what}, the target's {wanted}: acceptance collapses beyond it, and SGLang "
+    message += "refuses to start with the target's context length"
+    return Finding("max_position_embeddings", "fail", message, {"max_position_embeddings": wanted})
+
+
+def rope_theta(head: Head, target: Target) -> Finding:
+    config = head.config
+    top, nested = config.get("rope_theta"), (config.get("rope_parameters") or {}).get("rope_theta")
+    trained = head.record["rope_theta"] if head.record else None
+    of_target = target.config.rope_theta
+    if head.record and (trained != top or nested not in (None, trained)):
+        fix = {"rope_theta": trained}
+        if nested is not None:
+            fix["rope_parameters"] = config["rope_parameters"] | fix
+        message = f"rope_theta is {top} (rope_parameters: {nested}), and the head was trained with {trained}: every "
+        return Finding("rope_theta", "fail", message + "position is rotated wrongly and acceptance collapses", fix)
+    if top is None and nested is None:
+        message = (
+            f"rope_theta is missing, which means 10000 to engines; the target's is {of_target}: right only if the "
+        )
+        return Finding("rope_theta", "warn", message + "head was trained so")
+    if top is None:
+        message = f"rope_theta {nested} is in rope_parameters alone: readers before transformers 5 take 10000"
+        return Finding("rope_theta", "fail" if nested != 10000 else "warn", message, {"rope_theta": nested})
+    if nested not in (None, top):
+        message = f"rope_theta is {top} at the top level and {nested} in rope_parameters: old and new readers differ"
+        return Finding("rope_theta", "fail", message)
+    if not head.record and top != of_target:
+        message = f"rope_theta is {top}, the target's {of_target}: right only if the head was trained so"
+        return Finding("rope_theta", "warn", message)
+    return Finding("rope_theta", "pass", f"{top}")
+
+
+def rope_scaling(head: Head, target: Target) -> Finding:
+    given = head.config.get("rope_scaling") or None
+    wanted = head.record["rope_scaling"] if head.record else (getattr(target.config, "rope_scaling", None) or None)
+    if given == wanted:
+        return Finding("rope_scaling", "pass", f"{given}")
+    whose = "trained with" if head.record else "the target's"
+    message = f"rope_scaling is {given}, {whose} {wanted}: positions are scaled otherwise than in training"
+    if not head.record:
+        return Finding("rope_scaling", "warn", message)
+    nested = {"rope_theta": head.record["rope_theta"], **(wanted or {"rope_type": "default"})}
+    return Finding("rope_scaling", "fail", message, {"rope_scaling": wanted, "rope_parameters": nested})
+
+
+def activation(head: Head, target: Target) -> Finding:
+    """hidden_act and rms_norm_eps: what they are when missing, and what they should be."""
+    assumed = {"hidden_act": "silu", "rms_norm_eps": 1e-6}
+    given = {key: head.config.get(key, value) for key, value in assumed.items()}
+    wanted = {key: (head.record or {}).get(key, getattr(target.config, key, given[key])) for key in assumed}
+    wrong = {key: value for key, value in wanted.items() if given[key] != value}
+    if not wrong:
+        return Finding("activation", "pass", f"{given['hidden_act']}, eps {given['rms_norm_eps']}")
+    text = ", ".join(f"{key} is {given[key]}, {value} was trained" for key, value in wrong.items())
+    if head.record:
+        return Finding("activation", "fail", f"{text}: the head computes something else", wrong)
+    text = ", ".join(f"{key} is {given[key]}, the target's {value}" for key, value in wrong.items())
+    return Finding("activation", "warn", f"{text}: right only if the head was trained so")
+
+
+def norm_flags(head: Head, target: Target) -> Finding:
+    nested = head.config.get("eagle_config") or {}
+    here = {key: head.config[key] for key in FLAGS if key in head.config}
+    inside = {key: nested[key] for key in FLAGS if key in nested}
+    if not here and not inside:
+        return Finding("norm_flags", "pass", "none, which every engine reads alike")
+    text = ", ".join(f"{key} {value}" for key, value in (here | inside).items())
+    message = f"{text}: engines differ in what they make of these (norm_output cost 3.40 -> 2.55 accepted tokens)"
+    fix = dict.fromkeys(here)
+    if inside:
+        fix["eagle_config"] = {key: value for key, value in nested.items() if key not in FLAGS} or None
+    if not any((here | inside).values()):
+        return Finding("norm_flags", "warn", message + "; leave them out", fix)
+    if head.record:
+        return Finding("norm_flags", "fail", message + "; the head was trained without", fix)
+    return Finding("norm_flags", "fail", message + "; serve it only in the engine that it was trained for")
+
+
+def fc_norm(head: Head, target: Target) -> Finding:
+    """RMSNorm of each aux state: weights and flag belong together, and old engines know neither."""
+    flag, weights = bool(head.config.get("fc_norm")), any(name.startswith("fc_norm.") for name in head.tensors)
+    if not flag and not weights:
+        return Finding("fc_norm", "pass", "none")
+    if flag and weights:
+        message = "fc_norm is used: SGLang 0.5.21 and vLLM 0.32 read it, SGLang 0.5.1 and sglang-jax drop it silently"
+        return Finding("fc_norm", "warn", message)
+    if weights:
+        message = "fc_norm weights without `fc_norm: true`: engines drop them silently"
+        return Finding("fc_norm", "fail", message, {"fc_norm": True})
+    return Finding("fc_norm", "fail", "fc_norm is set and its weights are missing", {"fc_norm": None})
+
+
+def biases(head: Head, target: Target) -> Finding:
+    wrong = [key for key in ("attention_bias", "mlp_bias", "bias") if head.config.get(key)]
+    if not wrong or any(name.endswith(".bias") for name in head.tensors):
+        return Finding("biases", "pass", "none promised that the weights lack" if not wrong else "as the weights")
+    message = f"{', '.join(wrong)} set, and the weights have no bias: engines add biases that no weight fills"
+    return Finding("biases", "fail", message, dict.fromkeys(wrong, False))
+
+
+def tied(head: Head, target: Target) -> Finding:
+    given = head.config.get("tie_word_embeddings", False)
+    if not given:
+        return Finding("tie_word_embeddings", "pass", "false")
+    message = "tie_word_embeddings is true: engines score drafts by the embedding in place of the head's own lm_head"
+    return Finding("tie_word_embeddings", "fail", message, {"tie_word_embeddings": False})
+
+
+def dtype(head: Head, target: Target) -> Finding:
+    given = head.config.get("torch_dtype") or head.config.get("dtype")
+    kinds = {str(value.dtype).removeprefix("torch.") for value in head.tensors.values() if value.is_floating_point()}
+    if len(kinds) != 1 or given == (kind := kinds.pop()):
+        return Finding("torch_dtype", "pass", f"{given}")
+    message = f"torch_dtype is {given or 'missing'} and the weights are {kind}"
+    return Finding("torch_dtype", "warn", message + ": engines cast them unasked", {"torch_dtype": kind})
+
+
+def aux_layer_ids(head: Head, target: Target) -> Finding:
+    """Which decoder layers each engine would capture: 0-based, from the ids that it reads.
+
+    SGLang: ids under eagle_config are layers. vLLM: ids at the top level, else those under eagle_config, are indices
+    of Hugging Face's hidden_states, one more than the layer. sglang-jax: none of them.
+    """
+    number = target.config.num_hidden_layers
+    if number < MIN_LAYERS:
+        message = f"the target has {number} layers; the default aux layers are distinct from {MIN_LAYERS} on"
+        return Finding("aux_layers", "fail", message)
+    default, config = list(aux_layers(number)), head.config
+    key = "eagle_aux_hidden_state_layer_ids"
+    nested = config.get("eagle_config") or {}
+    inner, top = nested.get(key), config.get(key)
+    for ids in (inner, top):
+        if ids is not None and not _three_layers(ids, number):
+            return Finding("aux_layers", "fail", f"{key} is {ids}; three distinct layers of {number} are expected")
+    sglang = inner or default
+    vllm = [i - 1 for i in (top or inner)] if top or inner else default
+    trained = default if head.record else None
+    rest = {name: value for name, value in nested.items() if name != key}
+    fix = {name: value for name, value in ((key, None), ("eagle_config", rest or None)) if name in config}
+    if nested.get("use_aux_hidden_state") is False:
+        message = "eagle_config.use_aux_hidden_state is false: engines then hand the last hidden state to fc"
+        return Finding("aux_layers", "fail", message, {"eagle_config": {**nested, "use_aux_hidden_state": True}})
+    says = f"SGLang would capture layers {sglang}, vLLM {vllm}"
+    if sglang == vllm == default:
+        return Finding("aux_layers", "pass", f"{default}, the default ones")
+    if trained:
+        message = f"{says}; the head was trained on {trained}: acceptance falls (3.40 -> 2.01 for ids off by one)"
+        return Finding("aux_layers", "fail", message, fix)
+    if sglang != vllm:
+        message = f"{says}: one of them is wrong; vLLM counts Hugging Face's hidden_states, so its ids go to the top "
+        message += "level, one higher than those under eagle_config"
+        return Finding("aux_layers", "fail", message, fix if sglang == default else None)
+    if sglang in ([i + 1 for i in default], [i - 1 for i in default]):
+        return Finding("aux_layers", "fail", f"{says}: the default layers {default} off by one")
+    message = f"{says}, not the default {default}: sglang-jax and the CUDA graphs of SGLang up to 0.5.3 take only those"
+    return Finding("aux_layers", "warn", message)
+
+
+def _three_layers(ids, number: int) -> bool:
+    whole = isinstance(ids, list) and all(isinstance(i, int) and 0 <= i <= number for i in ids)
+    return whole and len(set(ids)) == len(ids) == 3
+
+
+RULES = (
+    architecture,
+    one_layer,
+    vocabulary,
+    draft_vocabulary,
+    sizes,
+    target_size,
+    heads,
+    aux_layer_ids,
+    max_positions,
+    rope_theta,
+    rope_scaling,
+    activation,
+    norm_flags,
+    fc_norm,
+    biases,
+    tied,
+    dtype,
+)

@@ -1,0 +1,71 @@
+"""`doctor`: every rule on one head and its target, and the safe repairs."""
+
+import json
+import os
+from pathlib import Path
+
+from eagle3_xla.doctor import config_rules, weight_rules
+from eagle3_xla.doctor.files import Finding, Head, Target, read_head, read_target
+
+
+def doctor(folder: Path, target_path: str, fix: bool = False) -> dict:
+    """Check the head at `folder` against its target; with `fix`, mend config.json where that is safe and check again.
+
+    Returns ok (no rule fails), rules (rule, status pass | warn | fail, message), fixed (field -> [before, after]).
+    Weights are never written. Raises UserError when there is no head or no target.
+    """
+    target = read_target(target_path)
+    head = read_head(folder)
+    findings = examine(head, target)
+    fixed: dict[str, list] = {}
+    if fix:
+        # A repaired size lets other rules see more, so look again.
+        for _ in range(3):
+            changes = _changes(head, findings)
+            for field, value in changes.items():
+                fixed[field] = [fixed.get(field, [head.config.get(field)])[0], value]
+                head.config.pop(field, None)
+                head.config |= {} if value is None else {field: value}
+            findings = examine(head, target)
+        if fixed:
+            _write(head)
+    ok = all(finding.status != "fail" for finding in findings)
+    rules = [{"rule": finding.rule, "status": finding.status, "message": finding.message} for finding in findings]
+    return {"ok": ok, "rules": rules, "fixed": fixed, "screen": _screen(folder, findings, fixed, fix)}
+
+
+def examine(head: Head, target: Target) -> list[Finding]:
+    findings = [rule(head, target) for rule in config_rules.RULES]
+    findings.append(weight_rules.weight_file(head, target))
+    if head.tensors:
+        findings += [rule(head, target) for rule in weight_rules.RULES]
+    return [*findings, weight_rules.tokenizer(head, target)]
+
+
+def _changes(head: Head, findings: list[Finding]) -> dict:
+    changes = {}
+    for finding in findings:
+        changes |= finding.fix or {} if finding.status != "pass" else {}
+    return {field: value for field, value in changes.items() if head.config.get(field) != value}
+
+
+def _write(head: Head) -> None:
+    file = head.folder / "config.json"
+    temporary = head.folder / ".config.json.eagle3-xla"
+    try:
+        temporary.write_text(json.dumps(head.config, indent=2) + "\n")
+        os.replace(temporary, file)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def _screen(folder: Path, findings: list[Finding], fixed: dict, fix: bool) -> str:
+    width = max(len(finding.rule) for finding in findings)
+    lines = [f"{finding.status}  {finding.rule:<{width}}  {finding.message}" for finding in findings]
+    for field, (before, after) in fixed.items():
+        lines.append(f"fixed {field}: {before} -> {'dropped' if after is None else after}")
+    counts = {status: sum(finding.status == status for finding in findings) for status in ("fail", "warn")}
+    lines.append(f"{folder}: {counts['fail']} rules fail, {counts['warn']} warn")
+    if not fix and any(finding.fix and finding.status != "pass" for finding in findings):
+        lines.append("--fix mends what config.json alone gets wrong")
+    return "\n".join(lines)

@@ -1,0 +1,157 @@
+"""`bench`: acceptance length and speed of a running server, through its public API."""
+
+import statistics
+import time
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+
+from tqdm import tqdm
+
+from eagle3_xla.config import UserError
+from eagle3_xla.data.tokenizer import load_tokenizer
+from eagle3_xla.evaluate.run import EvalOptions, prompt_ids
+from eagle3_xla.serve.client import Answer, Drafts, Request, Server, connect
+
+
+@dataclass
+class BenchOptions:
+    """limit: first prompts of the file, 0 for all; concurrency: requests in flight, one measurement each; target:
+    folder or hub id of the tokenizer and chat template, by default the one the server names.
+    """
+
+    limit: int = 0
+    concurrency: list[int] = field(default_factory=lambda: [1])
+    target: str = ""
+    request: Request = field(default_factory=Request)
+
+    def __post_init__(self):
+        if not self.concurrency or min(self.concurrency) < 1:
+            raise UserError("--concurrency takes numbers of requests in flight, such as 1,4,16")
+
+
+def bench(url: str, prompts: str, options: BenchOptions, baseline_url: str = "") -> dict:
+    """Send every prompt at each concurrency, to the baseline server too. See `_row` for the figures."""
+    server = connect(url)
+    baseline = connect(baseline_url) if baseline_url else None
+    if baseline and baseline.steps:
+        raise UserError(f"--baseline {baseline_url} drafts too; start it without its speculative settings")
+    ids = server_prompts(server, prompts, options.target, options.limit, options.request)
+    rows = []
+    for concurrency in options.concurrency:
+        answers, drafts, seconds = run_prompts(server, ids, options.request, concurrency)
+        row = _row(concurrency, answers, drafts, seconds)
+        if baseline:
+            plain, _, plain_seconds = run_prompts(baseline, ids, options.request, concurrency)
+            row["baseline_tokens_per_second"] = _tokens(plain) / plain_seconds
+            row["baseline_time_to_first_token"] = statistics.median(answer.first for answer in plain)
+            row["speedup"] = row["tokens_per_second"] / row["baseline_tokens_per_second"]
+            if not options.request.temperature:
+                row["identical"] = [answer.tokens for answer in answers] == [answer.tokens for answer in plain]
+        rows.append(row)
+    result = {
+        "engine": server.engine,
+        "version": server.version,
+        "server": server.url,
+        "steps": server.steps,
+        "topk": server.topk,
+        "draft_tokens": server.draft_tokens,
+        "prompts": len(ids),
+        "max_new_tokens": options.request.max_new_tokens,
+        "temperature": options.request.temperature,
+        **{key: value for key, value in rows[0].items() if key != "concurrency"},
+        "concurrency": rows,
+    }
+    return result | {"screen": screen(result)}
+
+
+def server_prompts(server: Server, prompts: str, target: str, limit: int, request: Request) -> list[list[int]]:
+    """Token ids of the prompts. Both engines get the same ids, so no template of theirs comes between."""
+    path = target or server.model
+    try:
+        tokenizer = load_tokenizer(path)
+    except UserError as error:
+        if target:
+            raise
+        raise UserError(f"{error}; the server names that target, name one that is here with --target") from None
+    return prompt_ids(tokenizer, prompts, EvalOptions(limit=limit, max_new_tokens=request.max_new_tokens), 10**9)
+
+
+def run_prompts(server: Server, ids: list[list[int]], request: Request, concurrency: int):
+    """(answers in the order of the prompts, Drafts or None, seconds). Raises ConnectionError when the server fails."""
+    server.generate(ids[0], Request(max_new_tokens=4), salt="warm-up")  # what starts late starts before the clock
+    server.forget()
+    before, answers = server.counters(), []
+    salt = f"{time.time_ns()}"
+    bar = tqdm(total=len(ids), desc=f"{server.url}, {concurrency} in flight", unit="prompt")
+    started = time.perf_counter()
+    with ThreadPoolExecutor(concurrency) as pool:
+        try:
+            for answer in pool.map(lambda prompt: server.generate(prompt, request, salt), ids):
+                answers.append(answer)
+                bar.update()
+        except ConnectionError as error:
+            pool.shutdown(cancel_futures=True)
+            bar.close()
+            raise ConnectionError(f"after {len(answers)} of {len(ids)} answers: {error}") from None
+    seconds = time.perf_counter() - started
+    bar.close()
+    return answers, _drafts(answers, before, server.counters()), seconds
+
+
+def _drafts(answers: list[Answer], before: Drafts | None, after: Drafts | None) -> Drafts | None:
+    if after is not None:
+        reached = [b - a for a, b in zip(before.reached, after.reached)]
+        return Drafts(after.calls - before.calls, after.accepted - before.accepted, reached)
+    parts = [answer.drafts for answer in answers if answer.drafts is not None]
+    if not parts:
+        return None
+    reached = [sum(column) for column in zip(*(part.reached for part in parts))]
+    return Drafts(sum(part.calls for part in parts), sum(part.accepted for part in parts), reached)
+
+
+def _row(concurrency: int, answers: list[Answer], drafts: Drafts | None, seconds: float) -> dict:
+    """Figures of one measurement.
+
+    acceptance_length: 1 + accepted drafts per target call, `eval`'s tau (None without a head); acceptance[k]: share of
+    the calls that accepted the draft at depth k; tokens_per_second: of all requests together; time_to_first_token:
+    median, seconds.
+    """
+    return {
+        "concurrency": concurrency,
+        "acceptance_length": drafts and drafts.acceptance_length,
+        "acceptance": drafts.acceptance if drafts else [],
+        "tokens_per_second": _tokens(answers) / seconds,
+        "time_to_first_token": statistics.median(answer.first for answer in answers),
+        "speedup": None,
+        "tokens": _tokens(answers),
+        "seconds": seconds,
+    }
+
+
+def _tokens(answers: list[Answer]) -> int:
+    return sum(len(answer.tokens) for answer in answers)
+
+
+def screen(result: dict) -> str:
+    """The table that a person reads."""
+    head = "no head"
+    if result["steps"]:
+        shape = f"chain of {result['draft_tokens']}" if result["topk"] == 1 else f"tree of {result['draft_tokens']}"
+        head = f"{shape} drafts"
+    how = f"temperature {result['temperature']:g}" if result["temperature"] else "greedy"
+    lines = [
+        f"{result['engine']} {result['version']} at {result['server']}, {head}; {result['prompts']} prompts, "
+        f"{how}, at most {result['max_new_tokens']} new tokens",
+        "in flight  acceptance length  tokens/s  first token  speed-up  acceptance by depth",
+    ]
+    for row in result["concurrency"]:
+        length = f"{row['acceptance_length']:.3f}" if row["acceptance_length"] else "-"
+        speedup = f"{row['speedup']:.2f}x" if row["speedup"] else "-"
+        depth = " ".join(f"{share:.1%}" for share in row["acceptance"])
+        lines.append(
+            f"{row['concurrency']:9}  {length:>17}  {row['tokens_per_second']:8.1f}  "
+            f"{row['time_to_first_token']:9.3f} s  {speedup:>8}  {depth}"
+        )
+    if any(row.get("identical") is False for row in result["concurrency"]):
+        lines.append("the greedy answers are NOT those of the baseline server")
+    return "\n".join(lines)

@@ -1,0 +1,254 @@
+"""One good export, broken in one thing at a time: each known failure is named, and mended where that is safe."""
+
+import json
+import shutil
+
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+
+from eagle3_xla import checkpoint
+from eagle3_xla.config import UserError
+from eagle3_xla.data.tokenizer import load_config
+from eagle3_xla.doctor.run import doctor
+from eagle3_xla.draft.model import Eagle3Head, draft_config
+from eagle3_xla.export import export
+
+IDS = "eagle_aux_hidden_state_layer_ids"
+DRAFT_VOCABULARY = 128
+
+
+@pytest.fixture(scope="module")
+def good(small_target, tmp_path_factory):
+    """A head with the small target's sizes and random weights, exported from a checkpoint."""
+    folder = tmp_path_factory.mktemp("good")
+    config = load_config(str(small_target))
+    torch.manual_seed(0)
+    head = Eagle3Head(draft_config(config, DRAFT_VOCABULARY))
+    ids = torch.arange(DRAFT_VOCABULARY) * 3
+    ids[-1] = config.vocab_size - 1
+    ids[0] = 2  # <|im_end|> ends the target's answers
+    ids = ids.sort().values
+    saved = checkpoint.Checkpoint(
+        micro_step=1,
+        head={name: value.detach() for name, value in head.state_dict().items()},
+        optimizer={"step": torch.ones(())},
+        d2t=ids - torch.arange(DRAFT_VOCABULARY),
+        t2d=torch.zeros(config.vocab_size, dtype=torch.bool).index_fill(0, ids, True),
+        recipe={},
+        data_key="",
+        draft_config=head.config.to_dict(),
+    )
+    export(checkpoint.save(folder / "checkpoints", saved, keep=1), folder / "head", "float32")
+    return folder / "head"
+
+
+def edit(folder, change, foreign: bool = False) -> None:
+    """change(config, tensors) in place. foreign: without the record that only our exports carry."""
+    config = json.loads((folder / "config.json").read_text())
+    with safe_open(folder / "model.safetensors", framework="pt") as file:
+        tensors = {name: file.get_tensor(name) for name in file.keys()}
+        metadata = {"format": "pt"} if foreign else file.metadata()
+    change(config, tensors)
+    (folder / "config.json").write_text(json.dumps(config))
+    save_file({name: value.contiguous() for name, value in tensors.items()}, folder / "model.safetensors", metadata)
+
+
+def setting(**fields):
+    return lambda config, tensors: config.update(fields)
+
+
+def without(*fields):
+    return lambda config, tensors: [config.pop(field) for field in fields]
+
+
+def weights(name, make):
+    """Replace a tensor by make(it); None drops it."""
+
+    def change(config, tensors):
+        tensors[name] = make(tensors[name])
+        if tensors[name] is None:
+            del tensors[name]
+
+    return change
+
+
+def rename(old, new):
+    return lambda config, tensors: tensors.update({new: tensors.pop(old)})
+
+
+def rope_alone(config, tensors):
+    config.pop("rope_theta")
+
+
+def absolute(d2t):
+    return d2t + torch.arange(len(d2t))
+
+
+# what is broken, rule, status, mended by --fix
+BROKEN = {
+    "shifted layer ids": (setting(eagle_config={IDS: [2, 4, 5]}), "aux_layers", "fail", True),
+    "ids for SGLang, none for vLLM": (setting(eagle_config={IDS: [1, 3, 4]}), "aux_layers", "fail", True),
+    "two layer ids": (setting(eagle_config={IDS: [1, 3]}), "aux_layers", "fail", False),
+    "no aux states": (setting(eagle_config={"use_aux_hidden_state": False}), "aux_layers", "fail", True),
+    "dropped d2t": (weights("d2t", lambda d2t: None), "d2t", "fail", False),
+    "d2t of target ids": (weights("d2t", absolute), "d2t", "fail", False),
+    "d2t as floats": (weights("d2t", torch.Tensor.float), "d2t", "fail", False),
+    "d2t of another head": (weights("d2t", torch.zeros_like), "d2t", "fail", False),
+    "wrong theta": (setting(rope_theta=1e6), "rope_theta", "fail", True),
+    "theta where old readers don't look": (rope_alone, "rope_theta", "fail", True),
+    "other RoPE scaling": (setting(rope_scaling={"rope_type": "linear", "factor": 2.0}), "rope_scaling", "fail", True),
+    "2048 positions": (setting(max_position_embeddings=512), "max_position_embeddings", "fail", True),
+    "no positions": (without("max_position_embeddings"), "max_position_embeddings", "fail", True),
+    "normed output": (setting(norm_output=True), "norm_flags", "fail", True),
+    "norm before residual": (setting(norm_before_residual=True), "norm_flags", "fail", True),
+    "random embeddings": (
+        lambda config, tensors: tensors.update({"embed_tokens.weight": torch.randn(config["vocab_size"], 64)}),
+        "embedding",
+        "fail",
+        False,
+    ),
+    "tied lm_head": (setting(tie_word_embeddings=True), "tie_word_embeddings", "fail", True),
+    "no draft vocabulary": (without("draft_vocab_size"), "draft_vocab_size", "fail", True),
+    "other vocabulary": (setting(vocab_size=152064), "vocab_size", "fail", True),
+    "target size twice": (setting(target_hidden_size=64), "target_size", "warn", True),
+    "plain Llama": (setting(architectures=["LlamaForCausalLM"]), "architecture", "fail", True),
+    "layers of the target": (setting(num_hidden_layers=8), "one_layer", "fail", True),
+    "other heads, same sizes": (
+        setting(num_attention_heads=4, num_key_value_heads=2, head_dim=16),
+        "heads",
+        "fail",
+        True,
+    ),
+    "no head_dim": (setting(head_dim=None, num_attention_heads=16), "heads", "fail", True),
+    "other eps": (setting(rms_norm_eps=1e-3), "activation", "fail", True),
+    "biases": (setting(attention_bias=True), "biases", "fail", True),
+    "renamed weights": (rename("norm.weight", "model.norm.weight"), "tensor_names", "fail", False),
+    "fc_norm without its flag": (
+        lambda config, tensors: tensors.update({f"fc_norm.{i}.weight": torch.ones(64) for i in range(3)}),
+        "fc_norm",
+        "fail",
+        True,
+    ),
+    "NaN": (weights("fc.weight", lambda fc: fc * float("nan")), "tensor_values", "fail", False),
+    "zeros": (weights("lm_head.weight", torch.zeros_like), "tensor_values", "fail", False),
+    "a head for another target": (weights("fc.weight", lambda fc: fc[:, :96]), "target_size", "fail", False),
+    "wrong dtype": (setting(torch_dtype="bfloat16"), "torch_dtype", "warn", True),
+    "no t2d": (weights("t2d", lambda t2d: None), "t2d", "warn", False),
+    "t2d of another vocabulary": (weights("t2d", lambda t2d: t2d[:1000]), "t2d", "fail", False),
+}
+
+
+def status(result, rule):
+    return next(found["status"] for found in result["rules"] if found["rule"] == rule)
+
+
+def settings(folder) -> dict:
+    config = json.loads((folder / "config.json").read_text())
+    return {key: value for key, value in config.items() if value is not None}
+
+
+def test_a_good_head(good, small_target):
+    result = doctor(good, str(small_target))
+    assert result["ok"] and {found["status"] for found in result["rules"]} == {"pass"}, result["screen"]
+    assert len(result["rules"]) >= 24
+
+
+@pytest.mark.parametrize("name", BROKEN)
+def test_broken(name, good, small_target, tmp_path):
+    change, rule, expected, mended = BROKEN[name]
+    head = tmp_path / "head"
+    shutil.copytree(good, head)
+    edit(head, change)
+    broken = (head / "config.json").read_text()
+    result = doctor(head, str(small_target))
+    assert status(result, rule) == expected, result["screen"]
+    assert result["ok"] == (expected != "fail")
+    others = [found["rule"] for found in result["rules"] if found["status"] == "fail" and found["rule"] != rule]
+    assert len(others) <= 1, result["screen"]  # a broken size may show in the shapes too
+    assert (head / "config.json").read_text() == broken
+    before = (head / "model.safetensors").read_bytes()
+    result = doctor(head, str(small_target), fix=True)
+    assert (status(result, rule) == "pass") == mended or rule == "fc_norm", result["screen"]
+    assert (head / "model.safetensors").read_bytes() == before
+    if mended:
+        assert result["ok"] and result["fixed"]
+        config, original = settings(head), settings(good)
+        assert config == original or rule in ("fc_norm", "aux_layers")
+    else:
+        assert (head / "config.json").read_text() == broken
+
+
+@pytest.mark.parametrize("name", ["wrong theta", "other eps", "other heads, same sizes", "normed output"])
+def test_a_doubt_about_a_foreign_head_is_not_mended(name, good, small_target, tmp_path):
+    """Without a record of its training, only its maker knows."""
+    change, rule, *_ = BROKEN[name]
+    head = tmp_path / "head"
+    shutil.copytree(good, head)
+    edit(head, setting(), foreign=True)
+    assert doctor(head, str(small_target))["ok"]
+    edit(head, change, foreign=True)
+    broken = (head / "config.json").read_text()
+    result = doctor(head, str(small_target), fix=True)
+    assert status(result, rule) in ("warn", "fail") and not result["fixed"], result["screen"]
+    assert (head / "config.json").read_text() == broken
+
+
+def test_foreign_layer_ids(good, small_target, tmp_path):
+    head = tmp_path / "head"
+    shutil.copytree(good, head)
+    for inner, top, expected, mended in (
+        ([1, 3, 4], [2, 4, 5], "pass", True),
+        ([1, 3, 4], None, "fail", True),  # SGLang reads the default layers, vLLM those before
+        ([2, 4, 5], None, "fail", False),
+        ([0, 2, 5], [1, 3, 6], "warn", False),
+        (None, [2, 4, 5], "pass", True),
+        (None, [1, 3, 4], "fail", True),
+        ([1, 3, "4"], None, "fail", False),
+    ):
+        edit(head, setting(**{"eagle_config": {IDS: inner}, IDS: top}), foreign=True)
+        assert status(doctor(head, str(small_target)), "aux_layers") == expected, (inner, top)
+        assert (status(doctor(head, str(small_target), fix=True), "aux_layers") == "pass") == mended, (inner, top)
+
+
+def test_targets(good, small_target, tmp_path):
+    """What is wrong with the target's folder shows too."""
+    target = tmp_path / "target"
+    shutil.copytree(small_target, target)
+    tokenizer = json.loads((target / "tokenizer_config.json").read_text()) | {"tokenizer_class": "TokenizersBackend"}
+    (target / "tokenizer_config.json").write_text(json.dumps(tokenizer))
+    result = doctor(good, str(target))
+    assert status(result, "target_tokenizer") == "fail" and not result["ok"]
+    config = json.loads((target / "config.json").read_text()) | {"num_hidden_layers": 6, "layer_types": None}
+    (target / "config.json").write_text(json.dumps(config))
+    assert status(doctor(good, str(target)), "aux_layers") == "fail"
+
+
+def test_unreadable(good, small_target, tmp_path):
+    head = tmp_path / "head"
+    shutil.copytree(good, head)
+    file = head / "model.safetensors"
+    content = file.read_bytes()
+    for broken in (content[:-100], content[:20], b"", b"\x00" * 500):
+        file.write_bytes(broken)
+        result = doctor(head, str(small_target))
+        assert status(result, "weight_file") == "fail" and not result["ok"]
+    file.rename(head / "pytorch_model.bin")
+    assert status(doctor(head, str(small_target)), "weight_file") == "fail"
+    for text, part in (("{", "not JSON"), ("[]", "not a JSON object"), ('{"head_dim": "8"}', "head_dim is '8'")):
+        (head / "config.json").write_text(text)
+        with pytest.raises(UserError, match=part):
+            doctor(head, str(small_target))
+
+
+def test_command_line(cli, good, small_target, tmp_path):
+    head = tmp_path / "head"
+    shutil.copytree(good, head)
+    edit(head, without("max_position_embeddings"))
+    done = cli("doctor", head, "--target", small_target, "--json")
+    assert done.returncode == 1 and not json.loads(done.stdout)["ok"], done.stderr
+    done = cli("doctor", head, "--target", small_target, "--fix")
+    assert done.returncode == 0 and "fixed max_position_embeddings: None -> 1024" in done.stdout, done.stdout
+    done = cli("doctor", tmp_path, "--target", small_target)
+    assert done.returncode == 2 and "no head at" in done.stderr and done.stderr.count("\n") == 1, done.stderr

@@ -1,0 +1,139 @@
+"""Start an engine's real HTTP server on this machine: SGLang or vLLM, with or without a head.
+
+    PYTHONPATH=tests python -m engines.servers sglang --target quickstart/target [--head quickstart/head] [--topk 4]
+
+The environments come from environments.sh, which is run when they are needed.
+"""
+
+import argparse
+import contextlib
+import json
+import os
+import signal
+import socket
+import subprocess
+import tempfile
+import time
+import urllib.request
+from pathlib import Path
+from typing import NamedTuple
+
+
+class Running(NamedTuple):
+    url: str
+    process: subprocess.Popen
+
+
+HERE = Path(__file__).resolve().parent
+ENVIRONMENTS = Path(os.environ.get("EAGLE3_ENGINES", HERE.parents[1] / ".engines"))
+START_SECONDS = 300
+
+
+def engine_python(name: str) -> Path:
+    """The Python of an engine's environment; makes the environment, or waits for the start that makes it."""
+    subprocess.run(["bash", HERE / "environments.sh", "-d", ENVIRONMENTS, name], check=True, stdout=subprocess.DEVNULL)
+    return ENVIRONMENTS / name / "bin" / "python"
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+def sglang_command(target: Path, head: Path | None, port: int, steps: int, topk: int, draft_tokens: int) -> list[str]:
+    """SGLang on the CPU in float32; every other setting is the engine's own default for a small machine."""
+    command = [engine_python("sglang"), "-m", "sglang.launch_server", "--model-path", target, "--port", port]
+    command += "--device cpu --dtype float32 --disable-cuda-graph --log-level warning".split()
+    command += "--skip-server-warmup --sleep-on-idle".split()
+    command += "--prefill-attention-backend intel_amx --decode-attention-backend intel_amx".split()
+    command += "--mem-fraction-static 0.3 --max-total-tokens 8192 --max-running-requests 8".split()
+    if head:
+        command += ["--speculative-algorithm", "EAGLE3", "--speculative-draft-model-path", head]
+        command += ["--speculative-num-steps", steps, "--speculative-eagle-topk", topk]
+        command += ["--speculative-num-draft-tokens", draft_tokens]
+    return [str(part) for part in command]
+
+
+def vllm_command(target: Path, head: Path | None, port: int, steps: int) -> list[str]:
+    command = [engine_python("vllm"), "-m", "vllm.entrypoints.openai.api_server", "--model", target, "--port", port]
+    command += "--dtype float32 --max-model-len 4096 --max-num-seqs 8 --enforce-eager --no-enable-log-requests".split()
+    if head:
+        speculative = {"method": "eagle3", "model": str(head), "num_speculative_tokens": steps}
+        command += ["--speculative-config", json.dumps(speculative)]
+    return [str(part) for part in command]
+
+
+def engine_environment(engine: str) -> dict[str, str]:
+    own = {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
+    if engine == "sglang":
+        own |= {"PYTHONPATH": str(HERE / "stand_ins"), "SGLANG_USE_CPU_ENGINE": "1"}
+    else:
+        own |= {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_CPU_OMP_THREADS_BIND": "nobind", "PYTHONPATH": ""}
+        own |= {"VLLM_NO_USAGE_STATS": "1", "OMP_NUM_THREADS": str(os.cpu_count())}
+    return os.environ | own
+
+
+@contextlib.contextmanager
+def serve(
+    engine: str,
+    target: Path,
+    head: Path | None = None,
+    steps: int = 5,
+    topk: int = 1,
+    draft_tokens: int | None = None,
+    log: Path | None = None,
+    port: int | None = None,
+):
+    """Run a server until the block ends. Raises RuntimeError with the end of its log when it dies at the start."""
+    port = port or free_port()
+    if engine == "sglang":
+        command = sglang_command(target, head, port, steps, topk, draft_tokens or steps + 1)
+    else:
+        command = vllm_command(target, head, port, steps)
+    log = log or Path(tempfile.mkdtemp()) / f"{engine}.log"
+    with log.open("w") as file:
+        process = subprocess.Popen(
+            command, stdout=file, stderr=subprocess.STDOUT, env=engine_environment(engine), start_new_session=True
+        )
+    try:
+        wait_until_healthy(f"http://127.0.0.1:{port}/health", process, log)
+        yield Running(f"http://127.0.0.1:{port}", process)
+    finally:
+        # The engine's workers are children of the server: all in a session of their own.
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+
+
+def wait_until_healthy(url: str, process: subprocess.Popen, log: Path) -> None:
+    deadline = time.monotonic() + START_SECONDS
+    while time.monotonic() < deadline:
+        if process.poll() is not None:
+            raise RuntimeError(f"the server died with {process.returncode}:\n{log.read_text()[-3000:]}")
+        with contextlib.suppress(OSError), urllib.request.urlopen(url, timeout=5) as answer:
+            if answer.status == 200:
+                return
+        time.sleep(0.5)
+    raise RuntimeError(f"no server at {url} after {START_SECONDS} s:\n{log.read_text()[-3000:]}")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("engine", choices=("sglang", "vllm"))
+    parser.add_argument("--target", type=Path, required=True)
+    parser.add_argument("--head", type=Path)
+    parser.add_argument("--steps", type=int, default=5)
+    parser.add_argument("--topk", type=int, default=1, help="SGLang only")
+    parser.add_argument("--draft-tokens", type=int, help="SGLang only; default: steps + 1")
+    parser.add_argument("--port", type=int)
+    options = vars(parser.parse_args())
+    started = time.monotonic()
+    with serve(**options) as server:
+        print(f"{options['engine']} answers at {server.url} after {time.monotonic() - started:.0f} s; Ctrl-C ends it")
+        with contextlib.suppress(KeyboardInterrupt):
+            signal.pause()
+
+
+if __name__ == "__main__":
+    main()

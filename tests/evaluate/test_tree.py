@@ -1,0 +1,108 @@
+"""Trees and sampling: the output stays the target's own, a tree accepts more than its chain, figures are the law's."""
+
+import pytest
+import torch
+
+from eagle3_xla.config import UserError
+from eagle3_xla.evaluate.decode import Choice, SpeculativeDecoder, Tree, decode_plain
+from eagle3_xla.evaluate.run import EvalOptions, layers_of, tau
+
+
+def test_tree_by_hand():
+    """Root 7; children a (0.6), b (0.3); below a: c (0.9), d (0.05); below b: e (0.99)."""
+    tree = Tree([7])
+    a, b = tree.add(10, 0, -0.51), tree.add(11, 0, -1.2)
+    c, d, e = tree.add(12, a, -0.1), tree.add(13, a, -3.0), tree.add(14, b, -0.01)
+    assert tree.path(d) == [0, a, d] and tree.best([c, d, e], 2) == [c, e]
+    pruned = tree.pruned(3)
+    assert pruned.tokens == [7, 10, 11, 12] and pruned.parents == [-1, 0, 0, 1]
+    assert pruned.visible().int().tolist() == [[1, 0, 0, 0], [1, 1, 0, 0], [1, 0, 1, 0], [1, 1, 0, 1]]
+    certain = Tree([7])
+    certain.add(1, certain.add(2, certain.add(3, 0, 0.0), 0.0), 0.0)  # equal scores: no child without its parent
+    assert certain.pruned(2).parents == [-1, 0, 1]
+
+
+def test_trees_keep_the_targets_output(trained, small_pair):
+    target, head, d2t = small_pair
+    chain_accepted, tree_accepted = [], []
+    for seed, length in enumerate((5, 30)):
+        prompt = torch.randint(0, 1000, (length,), generator=torch.Generator().manual_seed(seed)).tolist()
+        golden = decode_plain(target, prompt, 60, set()).tokens
+        for topk, steps, drafts in ((1, 4, 4), (2, 3, 6), (4, 4, 15), (3, 1, 3)):
+            ours = SpeculativeDecoder(target, head, d2t, drafts, topk, steps).decode(prompt, 60, set())
+            assert ours.tokens == golden, (topk, steps, drafts)
+            assert max(ours.accepted) <= steps
+            if (topk, steps) == (1, 4):
+                chain_accepted.append(ours)
+            if (topk, steps) == (4, 4):
+                tree_accepted.append(ours)
+    assert tau(tree_accepted) > tau(chain_accepted) > 1.0  # a wide tree holds the chain
+
+
+def test_sampled_output_is_the_targets_own(trained, small_pair):
+    target, head, d2t = small_pair
+    prompt = list(range(5, 15))
+    answers = set()
+    for seed in range(3):
+        choose = Choice(temperature=1.2, top_p=0.9, seed=seed)
+        golden = decode_plain(target, prompt, 40, set(), choose).tokens
+        for topk, steps, drafts in ((1, 4, 4), (3, 3, 8)):
+            decoder = SpeculativeDecoder(target, head, d2t, drafts, topk, steps)
+            assert decoder.decode(prompt, 40, set(), choose).tokens == golden
+        answers.add(tuple(golden))
+    assert len(answers) == 3
+
+
+def test_samples_follow_the_distribution():
+    logits = torch.tensor([2.0, 1.0, 0.0, -1.0])
+    counts = torch.zeros(4)
+    for position in range(4000):
+        counts[Choice(temperature=0.8, seed=1)(logits, position)] += 1
+    assert torch.allclose(counts / 4000, (logits / 0.8).softmax(-1), atol=0.03)
+    kept = {Choice(temperature=0.8, top_p=0.9, seed=2)(logits, position) for position in range(500)}
+    assert kept == {0, 1}  # 0.74 + 0.21 reach 0.9
+    assert Choice()(logits, 0) == 0
+
+
+def test_calls_count_whole(trained, small_pair):
+    """The last call counts all that it accepted, although the length limit or an end token cuts the answer there."""
+    target, head, d2t = small_pair
+    decoder = SpeculativeDecoder(target, head, d2t, 5)
+    prompt = list(range(5, 15))
+    whole = decoder.decode(prompt, 60, set())
+    calls = 0
+    for accepted in whole.accepted:
+        calls += 1
+        if accepted:
+            break
+    length = 1 + (calls - 1) + 1  # ends inside the first call that accepts a draft
+    cut = decoder.decode(prompt, length, set())
+    assert len(cut.tokens) == length and cut.accepted == whole.accepted[:calls]
+    end = whole.tokens[length - 1]
+    if end not in whole.tokens[: length - 1]:
+        assert decoder.decode(prompt, 60, {end}).accepted == whole.accepted[:calls]
+
+
+@pytest.mark.parametrize(
+    "settings, part",
+    [
+        ({"draft_tokens": 0}, "--draft-tokens must be at least 1"),
+        ({"topk": 4, "steps": 9}, "--steps 9: choose 1 to"),
+        ({"steps": 2}, "a chain of 5 drafts takes as many steps"),
+        ({"temperature": -1.0}, "--temperature can't be negative"),
+    ],
+)
+def test_bad_shapes_are_refused(settings, part):
+    with pytest.raises(UserError, match=part):
+        EvalOptions(**settings)
+
+
+def test_layer_ids_of_both_engines():
+    class Config:
+        eagle_config = {"eagle_aux_hidden_state_layer_ids": [1, 14, 26]}
+
+    assert layers_of(Config()) == (1, 14, 26)
+    Config.eagle_config = None
+    Config.eagle_aux_hidden_state_layer_ids = [2, 15, 27]
+    assert layers_of(Config()) == (1, 14, 26)
+    assert layers_of(object()) is None
