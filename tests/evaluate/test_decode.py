@@ -8,6 +8,7 @@ import torch
 from eagle3_xla.config import load_recipe
 from eagle3_xla.data.prepare import load_prepared, prepare
 from eagle3_xla.data.vocab import d2t_t2d
+from eagle3_xla.draft.attention import causal_attention
 from eagle3_xla.draft.model import Eagle3Head, draft_config
 from eagle3_xla.evaluate.decode import Generation, SpeculativeDecoder, decode_plain
 from eagle3_xla.evaluate.run import EvalOptions, acceptance_by_position, evaluate, summary
@@ -52,14 +53,20 @@ def test_drafts_are_the_unrolls_drafts(trained, small_target):
     drafts = decoder._draft(states.aux[0, :rows], prompt[1 : rows + 1], 0, _DraftCache()).tokens[1:]
     # Unroll over the same text, with the head's own drafts where it would read tokens it does not know.
     text = torch.tensor([[*prompt[: rows + 1], *drafts]])
-    length, keys, values = text.shape[1], [], []
+    length = text.shape[1]
     aux = torch.zeros(1, length, states.aux.shape[-1])
     aux[:, :rows] = states.aux[:, :rows]
-    hidden, positions = head.features(aux), torch.arange(length)[None]
-    mask = torch.ones(1, 1, length, length, dtype=torch.bool).tril()
+    hidden, positions, keys, values = head.features(aux), torch.arange(length)[None], [], []
+    key0, value0 = head.context(target.embed_tokens(shift_left(text, 1)), hidden, positions)
+
+    def attend_context(query):
+        return causal_attention(query, key0, value0, torch.ones_like(text))
+
     for k, draft in enumerate(drafts):
         embeds = target.embed_tokens(shift_left(text, 1 + k))
-        hidden = head.ttt_step(embeds, hidden, positions + k, keys, values, mask)
+        hidden, key, value = head.ttt_step(k, embeds, hidden, positions + k, attend_context, keys, values)
+        if k > 0:
+            keys, values = [*keys, key], [*values, value]
         choice = int(head.logits(hidden)[0, rows - 1].argmax())
         assert choice + int(d2t[choice]) == draft
 

@@ -15,7 +15,7 @@ from eagle3_xla.data.vocab import draft_ids_of
 from eagle3_xla.draft.model import Eagle3Head
 from eagle3_xla.evaluate.decode import Choice, Generation, SpeculativeDecoder, decode_plain
 from eagle3_xla.export import load_head
-from eagle3_xla.loss.unroll import unroll
+from eagle3_xla.loss.unroll import teacher_positions, unroll
 from eagle3_xla.target.model import Target, load_target
 
 
@@ -197,7 +197,9 @@ def teacher_forced_hits(target: Target, head, d2t: torch.Tensor, ids: list[int],
     t2d[draft_ids_of(d2t)] = True
     d2t = d2t.to(target.device)
     config = LossConfig(ttt_length=steps, rows="specforge")
-    sums = unroll(head, target.embed_tokens, batch, states.aux, target.teacher(states), t2d, d2t, config).sums
+    known = (states.hidden, states.argmax, states.logsumexp)
+    teacher = target.teacher(*(teacher_positions(batch, x) for x in known))
+    sums = unroll(head, target.embed_tokens, batch, states.aux, teacher, t2d, d2t, config).sums
     return [(int(hits), int(rows)) for hits, rows in zip(sums.hits, sums.drafts)]
 
 

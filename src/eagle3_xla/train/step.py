@@ -43,6 +43,13 @@ class TrainStep:
         updates = (micro_step + 1) % self.accumulation == 0
         return metrics, self._update() if updates else None
 
+    @property
+    def graphs(self) -> dict:
+        """Name -> (compiled function, how often it runs for one update); all but `update` take a batch."""
+        if self.accumulation == 1:
+            return {"step": (self._step, 1)}
+        return {"gradients": (self._step, self.accumulation), "update": (self._update, 1)}
+
     def evaluate(self, batch: dict[str, torch.Tensor]) -> torch.Tensor:
         """Metrics of a batch without gradients."""
         return self._evaluate(batch)
