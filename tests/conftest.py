@@ -90,6 +90,7 @@ def small_settings(small_target, chat_file, tmp_path) -> list[str]:
         "target.dtype=float32",
         f"data.train=[{chat_file}]",
         f"data.heldout=[{chat_file}]",
+        "data.deduplicate=none",
         f"data.prepared={tmp_path / 'data'}",
         "data.row_length=64",
         "data.draft_vocab_size=128",

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from importlib import resources
 from pathlib import Path
 
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 RUN_FILE = "run.yaml"
@@ -25,14 +25,52 @@ class TargetConfig:
 
 
 @dataclass
+class Source:
+    """Where conversations come from. A plain string in a recipe is a source with that path."""
+
+    path: str = ""  # a JSONL, JSON or Parquet file, a folder, a hub id, or sharegpt | ultrachat | perfectblend
+    name: str = ""  # in manifest and held-out figures; default: each row's own `source`, else the file's name
+    share: float = 0.0  # relative part of data.conversations; 0: everything
+    cap: int = 0  # at most so many conversations of it; 0: no cap
+    read: int = 0  # stop after so many rows (a hub set is shuffled as it streams); 0: all rows
+    split: str = "train"  # hub sets and folders
+    file: str = ""  # hub sets and folders: this file of it
+    revision: str = ""  # hub sets: a commit, tag or branch
+
+
+@dataclass
 class DataConfig:
-    train: list[str] = field(default_factory=list)  # JSONL files of chats
-    heldout: list[str] = field(default_factory=list)
+    train: list[Source] = field(default_factory=list)
+    heldout: list[Source] = field(default_factory=list)  # empty: heldout_share of the training conversations
+    heldout_share: float = 0.02
     prepared: str = ""  # folder that `prepare` writes and `train` reads
+    conversations: int = 0  # size of the mix when the sources have shares
+    deduplicate: str = "near"  # near: also near-duplicates (MinHash, Jaccard 0.8) | exact | none
+    decontaminate: list[str] = field(default_factory=list)  # files of evaluation prompts, kept out of the training data
+    languages: list[str] = field(default_factory=list)  # ISO codes to keep, [en] for one; empty: all
+    tool_turns: str = "drop"  # drop: conversations with tool turns are left out | keep
+    truncated_answers: str = "keep"  # keep | drop: conversations marked `"finish": "length"`
+    last_turn_only: bool = False  # train on the last answer of each conversation alone
+    drop_system: float = 0.0  # share of conversations without the template's default system prompt
+    vary_system: float = 0.0  # share of conversations with one of system_prompts instead of it
+    system_prompts: list[str] = field(
+        default_factory=lambda: [
+            "You are a helpful assistant.",
+            "You are a knowledgeable assistant. Answer truthfully and to the point.",
+            "Answer the user's questions.",
+            "You are an expert who explains things clearly.",
+        ]
+    )
     row_length: int = 1024  # tokens in a packed row
+    packing: str = "packed"  # packed: several conversations in a row | bucketed: one, in the shortest row that holds it
+    buckets: list[int] = field(default_factory=list)  # row lengths besides row_length when bucketed
+    too_long: str = (
+        "cut"  # cut: a conversation longer than a row ends within a turn | turn: after its last whole answer
+    )
     draft_vocab_size: int = 32000
     max_tokens: int = 0  # stop after so many training tokens (in a seeded order of the chats); 0: all
     seed: int = 0
+    workers: int = 0  # processes; 0: one per core. The result does not depend on it
 
 
 @dataclass
@@ -95,6 +133,11 @@ class Recipe:
 
 CHOICES = {
     "target.dtype": ("float32", "bfloat16"),
+    "data.deduplicate": ("near", "exact", "none"),
+    "data.tool_turns": ("drop", "keep"),
+    "data.truncated_answers": ("keep", "drop"),
+    "data.packing": ("packed", "bucketed"),
+    "data.too_long": ("cut", "turn"),
     "loss.objective": ("kl", "lk_alpha", "lk_lambda"),
     "loss.rows": ("serving", "specforge"),
     "loss.mean_over": ("rows", "all"),
@@ -103,6 +146,8 @@ CHOICES = {
     "train.tracker": ("tensorboard", "wandb", "none"),
 }
 AT_LEAST = {
+    "data.conversations": 0,
+    "data.workers": 0,
     "data.row_length": 8,
     "data.draft_vocab_size": 1,
     "data.max_tokens": 0,
@@ -141,6 +186,7 @@ def load_recipe(name: str | None, overrides: list[str]) -> Recipe:
         changes = OmegaConf.from_dotlist(overrides)
         for layer in (given, changes):
             _check_keys(layer, schema, "")
+            _sources_from_strings(layer)
         merged = OmegaConf.merge(schema, given, changes)
         recipe = OmegaConf.to_object(merged)
     except OmegaConfBaseException as error:
@@ -192,6 +238,13 @@ def _check_keys(given: DictConfig, schema: DictConfig, prefix: str) -> None:
             _check_keys(given[key], schema[key], f"{full}.")
 
 
+def _sources_from_strings(given: DictConfig) -> None:
+    """`data.train: [chats.jsonl]` means `[{path: chats.jsonl}]`."""
+    for key in ("train", "heldout"):
+        if isinstance(sources := given.get("data", {}).get(key), ListConfig):
+            given.data[key] = [{"path": source} if isinstance(source, str) else source for source in sources]
+
+
 def _check_values(recipe: Recipe) -> None:
     def value(name: str):
         section, key = name.split(".")
@@ -203,9 +256,34 @@ def _check_values(recipe: Recipe) -> None:
     for name, least in AT_LEAST.items():
         if value(name) < least:
             raise UserError(f"setting {name} is {value(name)}; it must be at least {least}")
+    _check_sources(recipe.data)
     if not 0 < recipe.loss.decay <= 1:
         raise UserError(f"setting loss.decay is {recipe.loss.decay}; it must be in (0, 1]")
     if not recipe.train.lr > 0:
         raise UserError(f"setting train.lr is {recipe.train.lr}; it must be positive")
     if not 0 <= recipe.train.warmup < 1:
         raise UserError(f"setting train.warmup is {recipe.train.warmup}; it is a share of the steps in [0, 1)")
+
+
+def _check_sources(data: DataConfig) -> None:
+    for key in ("train", "heldout"):
+        for number, source in enumerate(getattr(data, key)):
+            if not source.path:
+                raise UserError(f"setting data.{key}[{number}].path is empty; name a file, a folder or a hub id")
+            for name in ("share", "cap", "read"):
+                if getattr(source, name) < 0:
+                    raise UserError(f"setting data.{key}[{number}].{name} is {getattr(source, name)}; 0 or more")
+    shares = [source.share for source in data.train]
+    if any(shares) and not all(shares):
+        missing = data.train[shares.index(0)].path
+        raise UserError(f"setting data.train: {missing} has no share, but other sources have; give each of them one")
+    if any(shares) != bool(data.conversations):
+        raise UserError("settings data.conversations and the sources' shares belong together; give both or neither")
+    if not 0 <= data.heldout_share < 1:
+        raise UserError(f"setting data.heldout_share is {data.heldout_share}; it is a share in [0, 1)")
+    if min(data.drop_system, data.vary_system) < 0 or data.drop_system + data.vary_system > 1:
+        raise UserError("settings data.drop_system and data.vary_system are shares; their sum must be at most 1")
+    if data.packing == "bucketed" and not all(8 <= length < data.row_length for length in data.buckets):
+        raise UserError(f"setting data.buckets is {data.buckets}; lengths from 8 to below data.row_length are expected")
+    if data.vary_system and not data.system_prompts:
+        raise UserError("setting data.vary_system is set, but data.system_prompts is empty")

@@ -2,20 +2,34 @@
 
 import json
 import random
+import unicodedata
 
 import pytest
 
-from eagle3_xla.config import UserError
-from eagle3_xla.data.chat import Chat, encode_chat, read_chats, read_prompts
+from eagle3_xla.config import DataConfig
+from eagle3_xla.data.chat import ChatEncoder, read_prompts
+from eagle3_xla.data.clean import Chat, Unusable
+from eagle3_xla.data.tokenizer import load_tokenizer, stop_token_ids
 
-WORDS = "Hello world 12 naïve\ncode: def f(x): return x<|y|> 你好 ... end".split(" ")
+WORDS = (
+    "Hello world 12 3.14 naïve 你好 🙂👩‍🔬 <b>html</b> def\tf(x): `code` assistant user system -- ... \n \n\n     \r\n "
+    "| end <|y|> e\u0301 \u200b ```python\nprint(1)\n``` {json: [1]} $x^2$"
+).split(" ")
+END = {"qwen2.5": "<|im_end|>", "qwen3": "<|im_end|>", "smollm2": "<|im_end|>", "llama-3": "<|eot_id|>"}
 
 
-def random_chat(rng: random.Random) -> Chat:
-    messages = [{"role": "system", "content": "Be brief."}] if rng.random() < 0.3 else []
-    for _ in range(rng.randint(1, 4)):
+def random_text(rng: random.Random) -> str:
+    return "".join(rng.choice(WORDS) + rng.choice(["", " ", " ", "\n"]) for _ in range(rng.randint(1, 12)))
+
+
+def random_chat(rng: random.Random, turns: int = 0) -> Chat:
+    messages = [{"role": "system", "content": random_text(rng)}] if rng.random() < 0.3 else []
+    for _ in range(turns or rng.randint(1, 5)):
         for role in ("user", "assistant"):
-            messages.append({"role": role, "content": " ".join(rng.choices(WORDS, k=rng.randint(1, 12)))})
+            text = ""
+            while not text.strip():
+                text = random_text(rng)
+            messages.append({"role": role, "content": text})
     return Chat(messages, True, "test", "here:1")
 
 
@@ -30,47 +44,137 @@ def spans(ids, mask):
     return out
 
 
-def test_mask_is_the_assistant_and_its_end_of_turn(tokenizer):
-    rng = random.Random(0)
-    for _ in range(200):
-        chat = random_chat(rng)
-        ids, mask = encode_chat(tokenizer, chat)
+def encoder(folder, **settings) -> ChatEncoder:
+    tokenizer = load_tokenizer(str(folder))
+    return ChatEncoder(tokenizer, stop_token_ids(str(folder), tokenizer), DataConfig(row_length=2048, **settings))
+
+
+def shown(family: str, answer: str, last: bool) -> str:
+    """An answer as the family's template shows it."""
+    if family == "llama-3":
+        answer = answer.strip()
+    if family == "qwen3" and last:
+        answer = answer.lstrip("\n")
+    return answer if family == "smollm2" else unicodedata.normalize("NFC", answer)  # the tokenizer's own normaliser
+
+
+@pytest.mark.parametrize("family", sorted(END))
+def test_mask_is_the_assistant_and_its_end_of_turn(family, template_targets):
+    rng, coder = random.Random(family), encoder(template_targets[family])
+    chats = [random_chat(rng) for _ in range(200)]
+    for chat, encoded in zip(chats, coder.encode(chats), strict=True):
         answers = [m["content"] for m in chat.messages if m["role"] == "assistant"]
-        assert [tokenizer.decode(span) for span in spans(ids, mask)] == [f"{answer}<|im_end|>" for answer in answers]
+        expected = [shown(family, a, a is answers[-1]) + END[family] for a in answers]
+        assert [coder.tokenizer.decode(span) for span in spans(encoded.ids, encoded.mask)] == expected
+        whole = coder.tokenizer.apply_chat_template(chat.messages, tokenize=False)
+        assert coder.tokenizer.decode(encoded.ids) == (
+            whole if family == "smollm2" else unicodedata.normalize("NFC", whole)
+        )
 
 
-def test_cut_answer_does_not_end_its_turn(tokenizer):
-    messages = [{"role": "user", "content": "Count."}, {"role": "assistant", "content": "1 2 3"}]
-    ids, mask = encode_chat(tokenizer, Chat(messages, False, "test", "here:1"))
-    assert [tokenizer.decode(span) for span in spans(ids, mask)] == ["1 2 3"]
+@pytest.mark.parametrize("family", sorted(END))
+def test_ids_are_the_templates_own(family, template_targets):
+    """Where no answer starts with the whitespace that ends the prompt, the ids equal the whole chat's."""
+    rng, coder = random.Random(1), encoder(template_targets[family])
+    chats = [random_chat(rng) for _ in range(50)]
+    for chat in chats:
+        chat.messages = [m | {"content": f"A {m['content']} z"} for m in chat.messages]
+    for chat, encoded in zip(chats, coder.encode(chats), strict=True):
+        assert encoded.ids.tolist() == coder.tokenizer.apply_chat_template(chat.messages)
 
 
-def test_empty_mask_is_refused(tokenizer):
-    messages = [{"role": "user", "content": "Count."}, {"role": "assistant", "content": ""}]
-    with pytest.raises(UserError, match="here:1: no token of the assistant"):
-        encode_chat(tokenizer, Chat(messages, False, "test", "here:1"))
+def test_qwen25_default_system_prompt_is_in_the_prompt(template_targets):
+    coder = encoder(template_targets["qwen2.5"])
+    [encoded] = coder.encode([random_chat(random.Random(5), turns=1)])
+    assert coder.tokenizer.decode(encoded.ids).startswith("<|im_start|>system\nYou are Qwen, created by Alibaba Cloud.")
+    assert not encoded.mask[:20].any()
 
 
-@pytest.mark.parametrize(
-    "line, message",
-    [
-        ("", "empty line"),
-        ("{broken", "not valid JSON"),
-        ("[1]", "a JSON object was expected"),
-        ('{"text": "x"}', "neither `conversations` nor `messages`"),
-        ('{"messages": []}', "no turns"),
-        ('{"messages": [{"role": "user"}]}', "needs `role` and `content`"),
-        ('{"messages": [{"role": "user", "content": "hi"}]}', "no assistant turn"),
-        ('{"messages": [{"role": "robot", "content": "hi"}]}', "unknown role 'robot'"),
-        ('{"messages": [{"role": "assistant", "content": null}]}', "not a string"),
-    ],
-)
-def test_a_bad_line_is_named(tmp_path, line, message):
-    good = '{"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]}'
-    file = tmp_path / "chats.jsonl"
-    file.write_text(f"{good}\n{line}\n{good}\n")
-    with pytest.raises(UserError, match=f"chats.jsonl:2: .*{message}"):
-        read_chats(file)
+def test_qwen3_thoughts(template_targets):
+    """The last answer's own thought is trained on; an earlier one, which the template leaves out, masks its answer."""
+    coder = encoder(template_targets["qwen3"])
+    thought = "<think>\nhm\n</think>\n\n"
+    turns = [("user", "a"), ("assistant", f"{thought}b"), ("user", "c"), ("assistant", f"{thought}d")]
+    [encoded] = coder.encode([Chat([{"role": r, "content": c} for r, c in turns], True, "t", "here:1")])
+    assert [coder.tokenizer.decode(s) for s in spans(encoded.ids, encoded.mask)] == [f"{thought}d<|im_end|>"]
+
+
+def test_last_turn_only(template_targets):
+    for family, folder in template_targets.items():
+        coder = encoder(folder, last_turn_only=True)
+        chat = random_chat(random.Random(2), turns=3)
+        [encoded] = coder.encode([chat])
+        text = shown(family, chat.messages[-1]["content"], True) + END[family]
+        assert [coder.tokenizer.decode(s) for s in spans(encoded.ids, encoded.mask)] == [text]
+
+
+@pytest.mark.parametrize("family", sorted(END))
+def test_cutting_keeps_the_mask_right(family, template_targets):
+    chats = [random_chat(random.Random(i), turns=4) for i in range(30)]
+    whole = encoder(template_targets[family]).encode(chats)
+    cut = encoder(template_targets[family])
+    cut.data.row_length = 48
+    for full, short in zip(whole, cut.encode(chats)):
+        if isinstance(short, Unusable):
+            assert short.reason == "answer_after_row_length" and full.mask[:48].sum() < 2
+            continue
+        assert short.cut == (len(full.ids) > 48)
+        assert short.ids.tolist() == full.ids[:48].tolist() and short.mask.tolist() == full.mask[:48].tolist()
+    cut.data.too_long = "turn"
+    ends = [END[family]]
+    kept = [item for item in cut.encode(chats) if not isinstance(item, Unusable)]
+    assert 0 < len(kept) and all(len(item.ids) <= 48 for item in kept)
+    assert all(cut.tokenizer.decode(item.ids[-1:]) in ends for item in kept if item.cut)
+
+
+def test_system_prompts_dropped_and_varied(template_targets):
+    chats = [random_chat(random.Random(i), turns=1) for i in range(200)]
+    chats = [chat for chat in chats if chat.messages[0]["role"] == "user"]
+    starts = {"qwen2.5": "<|im_start|>user", "smollm2": "<|im_start|>user"}
+    for family, start in starts.items():
+        coder = encoder(template_targets[family], drop_system=0.3, vary_system=0.3)
+        texts = [coder.tokenizer.decode(item.ids) for item in coder.encode(chats)]
+        dropped = sum(text.startswith(start) for text in texts)
+        varied = sum(any(f"system\n{p}<|im_end|>" in text for p in coder.data.system_prompts) for text in texts)
+        assert 0.2 < dropped / len(chats) < 0.4 and 0.2 < varied / len(chats) < 0.4
+        for chat, item in zip(chats, coder.encode(chats)):
+            answer = shown(family, chat.messages[-1]["content"], True) + "<|im_end|>"
+            assert [coder.tokenizer.decode(s) for s in spans(item.ids, item.mask)] == [answer]
+    coder = encoder(template_targets["llama-3"], drop_system=1.0)  # no default system prompt: nothing to drop but it
+    assert coder.tokenizer.decode(coder.encode(chats)[0].ids).startswith("<|begin_of_text|><|start_header_id|>user")
+
+
+def test_cut_answer_does_not_end_its_turn(template_targets):
+    messages = [{"role": "user", "content": "Count."}, {"role": "assistant", "content": "1 2 🙂"}]
+    for folder in template_targets.values():
+        coder = encoder(folder)
+        [encoded] = coder.encode([Chat(messages, False, "test", "here:1")])
+        assert [coder.tokenizer.decode(s) for s in spans(encoded.ids, encoded.mask)] == ["1 2 🙂"]
+
+
+def test_tool_turns_are_context(template_targets):
+    tool = {"type": "function", "function": {"name": "add", "description": "d", "parameters": {"type": "object"}}}
+    call = {"type": "function", "function": {"name": "add", "arguments": {"a": 1}}}
+    messages = [
+        {"role": "user", "content": "1 + 1?"},
+        {"role": "assistant", "content": "", "tool_calls": [call]},
+        {"role": "tool", "content": "2"},
+        {"role": "assistant", "content": "It is 2."},
+    ]
+    coder = encoder(template_targets["qwen2.5"], tool_turns="keep")
+    [encoded] = coder.encode([Chat(messages, True, "test", "here:1", tools=[tool])])
+    first, second = [coder.tokenizer.decode(s) for s in spans(encoded.ids, encoded.mask)]
+    assert '{"name": "add", "arguments": {"a": 1}}' in first and first.endswith("<|im_end|>")
+    assert second == "It is 2.<|im_end|>"
+    assert '"description": "d"' in coder.tokenizer.decode(encoded.ids)
+
+
+def test_what_a_template_cannot_show_is_left_out(template_targets):
+    coder = encoder(template_targets["smollm2"])
+    empty = Chat([{"role": "user", "content": "a"}, {"role": "assistant", "content": ""}], False, "test", "here:1")
+    assert coder.encode([empty])[0].reason == "no_answer_tokens"
+    coder.tokenizer.chat_template = "{{ raise_exception('roles must alternate') }}"
+    assert "roles must alternate" in str(coder.encode([empty])[0])
 
 
 def test_prompts_in_every_form(tmp_path):

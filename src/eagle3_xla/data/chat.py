@@ -1,57 +1,39 @@
-"""Chats to token ids with the target's own chat template, and the mask of the tokens the assistant wrote."""
+"""Evaluation prompts, and chats to token ids with the mask of what the assistant wrote.
 
-import json
+The mask comes from prefix differences of the target's own chat template. An answer is what the template adds to the
+prompt that an engine would be given at that point (everything before it, plus the generation prompt), up to its
+end-of-turn token; what the template writes after that token (often a newline) is not the assistant's.
+"""
+
+import random
 from dataclasses import dataclass
 from pathlib import Path
 
-from eagle3_xla.config import UserError
+import numpy as np
 
-ROLES = {"human": "user", "gpt": "assistant", "user": "user", "assistant": "assistant", "system": "system"}
+from eagle3_xla.config import DataConfig, UserError
+from eagle3_xla.data.clean import ROLES, Chat, Unusable
+from eagle3_xla.data.files import read_rows
+
+LONGEST_TOKEN = 40  # characters a token, on average over a whole row: no text has so many
 
 
 @dataclass
-class Chat:
-    """One conversation.
+class Encoded:
+    """ids [n] int32 and mask [n] bool, true on the tokens that count; cut: the chat was longer than a row."""
 
-    messages: OpenAI form, [{"role": ..., "content": ...}]; complete: False when the last answer was cut by a length
-    limit (so the target never wrote its end-of-turn token there); source: where the chat comes from; where: FILE:LINE.
-    """
-
-    messages: list[dict]
-    complete: bool
-    source: str
-    where: str
-
-
-def read_chats(path: Path) -> list[Chat]:
-    """Read a JSONL file with `conversations` (ShareGPT: from/value) or `messages` (OpenAI: role/content) in each line.
-
-    A field `finish: "length"` says that the last answer was cut off. Raises UserError naming the file and the line.
-    """
-    chats = []
-    for where, row in read_jsonl(path):
-        if "messages" in row:
-            turns, role_key, text_key = row["messages"], "role", "content"
-        elif "conversations" in row:
-            turns, role_key, text_key = row["conversations"], "from", "value"
-        else:
-            raise UserError(f"{where}: neither `conversations` nor `messages` in this row")
-        if not isinstance(turns, list) or not turns:
-            raise UserError(f"{where}: the conversation has no turns")
-        messages = [_message(turn, role_key, text_key, where) for turn in turns]
-        if not any(message["role"] == "assistant" for message in messages):
-            raise UserError(f"{where}: no assistant turn, so there is nothing to train on")
-        chats.append(Chat(messages, row.get("finish") != "length", str(row.get("source", path.stem)), where))
-    return chats
+    ids: np.ndarray
+    mask: np.ndarray
+    cut: bool
 
 
 def read_prompts(path: Path) -> list[list[dict]]:
-    """Read evaluation prompts: JSONL rows with `conversations`, `messages`, `turns` or `prompt`.
+    """Read evaluation prompts: rows with `conversations`, `messages`, `turns` or `prompt`.
 
     Returns the messages up to and including the first user turn of each row (a system turn before it is kept).
     """
     prompts = []
-    for where, row in read_jsonl(path):
+    for where, row in read_rows(path):
         if "prompt" in row:
             turns = [{"role": "user", "content": row["prompt"]}]
         elif "turns" in row and isinstance(row["turns"], list):
@@ -76,73 +58,169 @@ def read_prompts(path: Path) -> list[list[dict]]:
     return prompts
 
 
-def read_jsonl(path: Path) -> list[tuple[str, dict]]:
-    """All rows of a JSONL file as (FILE:LINE, object). Raises UserError on a missing, empty or broken file or line."""
-    path = Path(path)
-    if not path.is_file():
-        raise UserError(f"{path}: no such file")
-    rows = []
-    with path.open("rb") as file:
-        for number, line in enumerate(file, 1):
-            where = f"{path}:{number}"
-            if not line.strip():
-                raise UserError(f"{where}: empty line; remove it")
-            try:
-                row = json.loads(line)
-            except (json.JSONDecodeError, UnicodeDecodeError) as error:
-                raise UserError(f"{where}: not valid JSON ({error})") from None
-            if not isinstance(row, dict):
-                raise UserError(f"{where}: a JSON object was expected, not {type(row).__name__}")
-            rows.append((where, row))
-    if not rows:
-        raise UserError(f"{path}: the file is empty")
-    return rows
-
-
 def _message(turn, role_key: str, text_key: str, where: str) -> dict:
     if not isinstance(turn, dict) or role_key not in turn or text_key not in turn:
         raise UserError(f"{where}: a turn needs `{role_key}` and `{text_key}`")
     role, text = turn[role_key], turn[text_key]
-    if role not in ROLES:
+    if not isinstance(role, str) or role not in ROLES:
         raise UserError(f"{where}: unknown role {role!r}; known: {', '.join(ROLES)}")
     if not isinstance(text, str):
         raise UserError(f"{where}: the text of a {role} turn is {type(text).__name__}, not a string")
     return {"role": ROLES[role], "content": text}
 
 
-def encode_chat(tokenizer, chat: Chat) -> tuple[list[int], list[int]]:
-    """Token ids and loss mask (1 on tokens the assistant wrote, its end-of-turn token included) of one chat.
+class ChatEncoder:
+    """Chats to ids and masks with one tokenizer. stop_ids: the tokens that end an answer."""
 
-    The mask comes from prefix differences: an assistant turn is what the template adds to everything before it plus
-    the generation prompt. What the template writes after the end-of-turn token (often a newline) is not the
-    assistant's. Raises UserError when the template doesn't keep prefixes or the mask is empty.
-    """
-    messages = chat.messages
-    ids = _template(tokenizer, messages, chat.where)
-    mask = [0] * len(ids)
-    for i, message in enumerate(messages):
-        if message["role"] != "assistant":
-            continue
-        start = len(_template(tokenizer, messages[:i], chat.where, add_generation_prompt=True))
-        turn = _template(tokenizer, messages[: i + 1], chat.where)
-        if ids[: len(turn)] != turn:
-            raise UserError(f"{chat.where}: the chat template rewrites earlier turns; its assistant mask is unknown")
-        ends = [t for t in range(start, len(turn)) if ids[t] == tokenizer.eos_token_id]
-        end = ends[-1] + 1 if ends else len(turn)
-        if ends and i == len(messages) - 1 and not chat.complete:
-            end -= 1  # the answer was cut: the target did not end its turn here
-        mask[start:end] = [1] * max(end - start, 0)
-    if not any(mask):
-        raise UserError(f"{chat.where}: no token of the assistant is left to train on")
-    return ids, mask
+    def __init__(self, tokenizer, stop_ids: set[int], data: DataConfig):
+        if not tokenizer.is_fast:
+            raise UserError("the target's tokenizer has no fast version (tokenizer.json), which character offsets need")
+        self.tokenizer, self.data = tokenizer, data
+        self.stops = sorted(tokenizer.convert_ids_to_tokens(sorted(stop_ids)))
+        self.thinks = "enable_thinking" in str(tokenizer.chat_template)
+        self.default_system = self._default_system() if data.drop_system else (0, 0)
+
+    def encode(self, chats: list[Chat]) -> list[Encoded | Unusable]:
+        """Each chat's ids and mask, cut to data.row_length, or why it is left out."""
+        found: list = []
+        for chat in chats:
+            try:
+                found.append(self._spans(chat))
+            except Unusable as reason:
+                found.append(reason)
+        rendered = [item for item in found if not isinstance(item, Unusable)]
+        encodings = iter(self._tokenize([text for text, _, _ in rendered]))
+        return [
+            item if isinstance(item, Unusable) else self._encoded(item[0], item[1], item[2], next(encodings))
+            for item in found
+        ]
+
+    def _spans(self, chat: Chat) -> tuple[str, list[tuple[int, int]], bool]:
+        """The chat's text, the character spans of its answers, and whether it was too long for a row even so."""
+        messages, shortened = self._shorten(self._vary_system(chat))
+        answers = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
+        prefixes = [messages[:i] for i in answers]
+        prompts = [self._render(prefixes, chat, add_generation_prompt=True)]
+        if self.thinks:  # a prompt that tells the model not to think holds an empty thought, which is not the model's
+            prompts.insert(0, self._render(prefixes, chat, add_generation_prompt=True, enable_thinking=False))
+        turns = self._render([messages[: i + 1] for i in answers], chat)
+        text = turns[-1]
+        spans = []
+        for number, turn in enumerate(turns):
+            start, body = self._place(
+                text, turn, [kind[number] for kind in prompts], messages[answers[number]]["content"]
+            )
+            if start is None:  # the template shows this answer otherwise once others follow: it was never written so
+                spans.append(None)
+                continue
+            ends = [body.rfind(stop) + (len(stop) if chat.complete or turn is not text else 0) for stop in self.stops]
+            end = max((end for stop, end in zip(self.stops, ends) if stop in body), default=len(body))
+            spans.append((start, start + end))
+        spans = [span for span in (spans[-1:] if self.data.last_turn_only else spans) if span]
+        if not spans:
+            raise Unusable("no_answer_in_template", "the chat template shows no answer after its generation prompt")
+        cut_start, cut_end = self.default_system
+        if cut_end and messages[0]["role"] != "system" and self._draw(chat) < self.data.drop_system:
+            text = text[:cut_start] + text[cut_end:]
+            spans = [(start - cut_end + cut_start, end - cut_end + cut_start) for start, end in spans]
+        return text, spans, shortened
+
+    def _place(self, text: str, turn: str, prompts: list[str], content: str) -> tuple[int | None, str]:
+        """Where in `text` the answer starts that `turn` adds to its prompt, and its text with what follows it.
+
+        prompts: the forms that the prompt before it may have; turn: the chat up to and including the answer.
+        """
+        prompt = next((prompt for prompt in prompts if turn.startswith(prompt)), None)
+        if prompt is None:
+            return None, ""
+        # Some templates strip the last answer alone; the same answer with more after it is then shown as it is.
+        for body in (turn[len(prompt) :], *(content + stop for stop in self.stops)):
+            for shown in prompts:
+                if text.startswith(shown) and text.startswith(body, len(shown)):
+                    return len(shown), body
+        return None, ""
+
+    def _encoded(self, text: str, spans: list, shortened: bool, encoding) -> Encoded | Unusable:
+        ids, bounds = self._token_spans(text, spans, encoding)
+        length, cut = self.data.row_length, shortened or len(ids) > self.data.row_length
+        if cut and self.data.too_long == "turn":
+            length = max((end for _, end in bounds if end <= length), default=0)
+        mask = np.zeros(min(len(ids), length), bool)
+        for start, end in bounds:
+            mask[start:end] = True
+        # A row is drafted at only when two answer tokens follow each other (loss/unroll.py).
+        if not (mask[1:] & mask[:-1]).any():
+            if bounds and bounds[-1][1] > length:
+                return Unusable("answer_after_row_length", f"no answer within {self.data.row_length} tokens")
+            return Unusable("no_answer_tokens", "no token of the assistant is left to train on")
+        return Encoded(np.asarray(ids[:length], np.int32), mask, cut)
+
+    def _token_spans(self, text: str, spans: list, encoding) -> tuple[list[int], list[tuple[int, int]]]:
+        """Token ids and the token spans of the character spans.
+
+        A token across a boundary (an answer that starts with the whitespace that ends the prompt) never occurs in
+        serving, where prompt and answer are tokenised apart: then the pieces are tokenised apart here too.
+        """
+        bounds = [tuple(_token_at(text, encoding, char) for char in span) for span in spans]
+        if all(None not in span for span in bounds):
+            return encoding.ids, bounds
+        edges = [0, *(char for span in spans for char in span), len(text)]
+        pieces = self._tokenize([text[start:end] for start, end in zip(edges, edges[1:])])
+        starts = np.cumsum([0] + [len(piece.ids) for piece in pieces])
+        bounds = [(int(starts[2 * i + 1]), int(starts[2 * i + 2])) for i in range(len(spans))]
+        return [token for piece in pieces for token in piece.ids], bounds
+
+    def _tokenize(self, texts: list[str]) -> list:
+        return self.tokenizer.backend_tokenizer.encode_batch(texts, add_special_tokens=False)
+
+    def _shorten(self, messages: list[dict]) -> tuple[list[dict], bool]:
+        """Without the exchanges that lie far beyond a row, so that they aren't tokenised for nothing."""
+        limit, length = LONGEST_TOKEN * self.data.row_length, 0
+        for number, message in enumerate(messages[:-1]):
+            length += len(message["content"])
+            if message["role"] == "assistant" and length > limit:
+                return messages[: number + 1], True
+        return messages, False
+
+    def _vary_system(self, chat: Chat) -> list[dict]:
+        data = self.data
+        if chat.messages[0]["role"] == "system" or not data.vary_system:
+            return chat.messages
+        draw = self._draw(chat) - data.drop_system
+        if not 0 <= draw < data.vary_system:
+            return chat.messages
+        prompt = data.system_prompts[int(draw / data.vary_system * len(data.system_prompts))]
+        return [{"role": "system", "content": prompt}, *chat.messages]
+
+    def _draw(self, chat: Chat) -> float:
+        """A number in [0, 1) that depends on the chat and the seed alone."""
+        return random.Random(f"{self.data.seed} {chat.messages[0]['content']} {chat.messages[-1]['content']}").random()
+
+    def _default_system(self) -> tuple[int, int]:
+        """Characters of a rendered chat where the template puts its own system prompt; (0, 0) when it has none."""
+        user, answer = {"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}
+        one, two, three = (self._render([chat], None)[0] for chat in ([user], [user, answer], [user, answer, user]))
+        block = three[len(two) :] if three.startswith(two) else ""
+        if not block or not one.endswith(block):
+            raise UserError("setting data.drop_system: this chat template doesn't show where its system prompt ends")
+        bos = self.tokenizer.bos_token or ""
+        start = len(bos) if bos and one.startswith(bos) and bos not in block else 0
+        return (start, len(one) - len(block)) if len(one) - len(block) > start else (0, 0)
+
+    def _render(self, conversations: list[list[dict]], chat: Chat | None, **options) -> list[str]:
+        from jinja2 import TemplateError
+
+        try:
+            return self.tokenizer.apply_chat_template(
+                conversations, tools=chat.tools if chat else None, tokenize=False, **options
+            )
+        except (TemplateError, TypeError, AttributeError) as error:  # the last two: tool calls of an unexpected form
+            raise Unusable("refused_by_template", f"the target's chat template refuses it ({error})") from None
 
 
-def _template(tokenizer, messages: list[dict], where: str, add_generation_prompt: bool = False) -> list[int]:
-    from jinja2 import TemplateError
-
-    try:
-        return tokenizer.apply_chat_template(
-            messages, add_generation_prompt=add_generation_prompt, tokenize=True, return_dict=True
-        )["input_ids"]
-    except TemplateError as error:
-        raise UserError(f"{where}: the target's chat template refuses this conversation ({error})") from None
+def _token_at(text: str, encoding, char: int) -> int | None:
+    """The token that starts at this character (the end of the text: the number of tokens); None: none does."""
+    if char == len(text):
+        return len(encoding.ids)
+    token = encoding.char_to_token(char)
+    return token if token is not None and encoding.token_to_chars(token)[0] == char else None

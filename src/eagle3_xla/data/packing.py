@@ -1,4 +1,4 @@
-"""Conversations into rows of one fixed length: several documents a row, so that little is padding."""
+"""Conversations into rows of fixed lengths: several documents a row, so that little is padding, or one a row."""
 
 import bisect
 
@@ -23,25 +23,36 @@ def pack(lengths: list[int], row_length: int) -> list[list[int]]:
     return rows
 
 
-def row_arrays(documents: list[tuple[list[int], list[int]]], row_length: int, pad_id: int) -> dict[str, np.ndarray]:
-    """One packed row from its (ids, mask) documents.
+def bucket(lengths: list[int], row_lengths: list[int]) -> dict[int, list[int]]:
+    """Indices of the conversations for each row length: the shortest that holds them. Empty lengths are left out."""
+    row_lengths = sorted(row_lengths)
+    rows: dict[int, list[int]] = {length: [] for length in row_lengths}
+    for index, length in enumerate(lengths):
+        rows[row_lengths[bisect.bisect_left(row_lengths, length)]].append(index)
+    return {length: indices for length, indices in rows.items() if indices}
 
-    input_ids [T] int32; loss_mask [T] bool; document_ids [T] int16, 1, 2, ... and 0 on padding; position_ids [T]
-    int32, from 0 in each document.
+
+def row_arrays(rows: list[list[tuple]], row_length: int, pad_id: int) -> dict[str, np.ndarray]:
+    """Packed rows from the (ids, mask) documents of each.
+
+    input_ids [R, T] int32; loss_mask [R, T] bool; document_ids [R, T] int16, 1, 2, ... and 0 on padding; position_ids
+    [R, T] int32, from 0 in each document.
     """
-    row = {
-        "input_ids": np.full(row_length, pad_id, np.int32),
-        "loss_mask": np.zeros(row_length, bool),
-        "document_ids": np.full(row_length, PADDING, np.int16),
-        "position_ids": np.zeros(row_length, np.int32),
+    shape = (len(rows), row_length)
+    arrays = {
+        "input_ids": np.full(shape, pad_id, np.int32),
+        "loss_mask": np.zeros(shape, bool),
+        "document_ids": np.full(shape, PADDING, np.int16),
+        "position_ids": np.zeros(shape, np.int32),
     }
-    start = 0
-    for number, (ids, mask) in enumerate(documents, 1):
-        span = slice(start, start + len(ids))
-        row["input_ids"][span] = ids
-        row["loss_mask"][span] = mask
-        row["document_ids"][span] = number
-        row["position_ids"][span] = np.arange(len(ids))
-        start += len(ids)
-    assert start <= row_length
-    return row
+    for number, documents in enumerate(rows):
+        start = 0
+        for document, (ids, mask) in enumerate(documents, 1):
+            span = slice(start, start + len(ids))
+            arrays["input_ids"][number, span] = ids
+            arrays["loss_mask"][number, span] = mask
+            arrays["document_ids"][number, span] = document
+            arrays["position_ids"][number, span] = np.arange(len(ids))
+            start += len(ids)
+        assert start <= row_length
+    return arrays

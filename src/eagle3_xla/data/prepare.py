@@ -1,85 +1,98 @@
-"""`prepare`: chats -> packed rows of token ids, a manifest and the draft vocabulary, in one folder.
+"""`prepare`: sources of chats -> packed rows of token ids, a manifest and the draft vocabulary, in one folder.
 
-train/ heldout/     Arrow datasets of packed rows (see packing.row_arrays)
+train/ heldout/     Arrow datasets of rows (packing.row_arrays); heldout rows hold one source each, named by the column
+                    `source` (int8, index into the manifest's `heldout_sources`)
 draft_ids.json      target ids of the draft vocabulary, ascending
-manifest.json       what was read, kept and dropped, token counts, coverage, the key of everything that shaped it
+manifest.json       what was read, kept and dropped and why, token counts, coverage, and two fingerprints:
+                    `key` of the rows and the draft vocabulary, `inputs` of everything that shaped them
+.work/              spools and tokenised chunks of a run that was interrupted; gone when it is done
 """
 
 import hashlib
 import json
-import random
 import shutil
-from importlib import resources
+from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
 import torch
 
-from eagle3_xla.config import DataConfig, Recipe, UserError, claim_output, write_run_file
-from eagle3_xla.data.chat import Chat, encode_chat, read_chats
-from eagle3_xla.data.packing import pack, row_arrays
+from eagle3_xla.config import RUN_FILE, DataConfig, Recipe, Source, UserError, claim_output, write_run_file
+from eagle3_xla.data import sources
+from eagle3_xla.data.documents import Documents, tokenize
+from eagle3_xla.data.mix import mix
+from eagle3_xla.data.rows import write_rows
 from eagle3_xla.data.tokenizer import load_config, load_tokenizer, stop_token_ids
 from eagle3_xla.data.vocab import coverage, draft_vocabulary
 
-PACKAGED = "package:"  # package:train.jsonl is a file shipped in eagle3_xla/data/chats
-FORMAT = 1  # of the prepared folder; part of the key
+FREE = ("prepared", "workers")  # settings that shape no row
 
 
 def prepare(recipe: Recipe) -> dict:
-    """Write the prepared folder of `recipe.data`, unless it is there and current; return its manifest."""
+    """Write the prepared folder of `recipe.data`, unless it is there and current; return its manifest.
+
+    What an earlier `prepare` wrote stays whole until its successor is.
+    """
     data = recipe.data
     vocab_size = load_config(recipe.target.path).vocab_size
     tokenizer = load_tokenizer(recipe.target.path)
     stop_ids = stop_token_ids(recipe.target.path, tokenizer)
-    if not data.prepared:
-        raise UserError("setting data.prepared is empty; name the folder that `prepare` writes")
-    if data.draft_vocab_size > vocab_size:
-        raise UserError(
-            f"setting data.draft_vocab_size is {data.draft_vocab_size}; the target has only {vocab_size} tokens"
-        )
+    always = stop_ids | set(tokenizer.all_special_ids)
+    _check(data, vocab_size, len(always))
     out = claim_output(Path(data.prepared))
-    key = _key(data, tokenizer)
+    prints = {"train": [], "heldout": []}
+    for split, of in prints.items():
+        of += [sources.fingerprint(sources.resolve(source)) for source in getattr(data, split)]
+    inputs = _inputs_key(data, prints, tokenizer, stop_ids)
     if (out / "manifest.json").exists():
         manifest = json.loads((out / "manifest.json").read_text())
-        if manifest["key"] == key:
+        if manifest.get("inputs") == inputs:
             return manifest
-        (out / "manifest.json").unlink()
-    write_run_file(recipe, out)
+    if not (out / RUN_FILE).exists():
+        write_run_file(recipe, out)
+    work = out / ".work" / inputs[:16]
+    for stale in (out / ".work").glob("*"):
+        if stale != work:
+            shutil.rmtree(stale)
 
-    train_chats = _chats(data.train, "data.train")
-    heldout_chats = _chats(data.heldout, "data.heldout")
-    random.Random(data.seed).shuffle(train_chats)
-    train, train_report = _encode(tokenizer, train_chats, data.row_length)
-    heldout, heldout_report = _encode(tokenizer, heldout_chats, data.row_length)
+    chosen = mix(data, work)
+    train = tokenize(chosen.train, recipe.target.path, stop_ids, data, work / "train")
+    heldout = tokenize(chosen.heldout, recipe.target.path, stop_ids, data, work / "heldout")
+    for setting, documents in (("train", train), ("heldout", heldout)):
+        if not len(documents) and (setting == "train" or data.heldout):
+            first = [entry["first"] for reasons in documents.dropped.values() for entry in reasons.values()][:1]
+            raise UserError(f"no conversation of data.{setting} has a token to train on (the first: {first[0]})")
 
     counts = _answer_counts(train, vocab_size)  # over every answer, also those that max_tokens leaves out
     train = _first_tokens(train, data.max_tokens)
-    draft_ids = draft_vocabulary(counts, data.draft_vocab_size, stop_ids)
-    for split, documents, report in (("train", train, train_report), ("heldout", heldout, heldout_report)):
-        rows = _write_rows(out / split, documents, data.row_length, tokenizer.pad_token_id, data.seed)
-        tokens, answer = sum(len(ids) for ids, _ in documents), sum(sum(mask) for _, mask in documents)
-        padding = round(1 - tokens / (rows * data.row_length), 4)
-        report |= {"chats": len(documents), "rows": rows, "tokens": tokens, "answer_tokens": answer, "padding": padding}
+    draft_ids = draft_vocabulary(counts, data.draft_vocab_size, always)
+    digest = hashlib.sha256(draft_ids.tobytes())
+    reports = {}
+    for split, documents in (("train", train), ("heldout", heldout)):
+        reports[split] = write_rows(work / "rows" / split, documents, data, tokenizer.pad_token_id, split, digest)
     manifest = {
-        "key": key,
+        "key": digest.hexdigest(),
+        "inputs": inputs,
         "row_length": data.row_length,
         "vocab_size": vocab_size,
         "draft_vocab_size": len(draft_ids),
         "coverage_train": round(coverage(counts, draft_ids), 5),
         "coverage_heldout": round(coverage(_answer_counts(heldout, vocab_size), draft_ids), 5),
-        "train": train_report,
-        "heldout": heldout_report,
+        "train": reports["train"],
+        "heldout": reports["heldout"],
+        "heldout_sources": heldout.sources,
+        "sources": _source_reports(chosen.sources, prints, train, heldout),
+        "warnings": chosen.warnings,
     }
+    (out / "manifest.json").unlink(missing_ok=True)
+    for split in ("train", "heldout"):
+        shutil.rmtree(out / split, ignore_errors=True)
+        (work / "rows" / split).rename(out / split)
+    write_run_file(recipe, out)
     (out / "draft_ids.json").write_text(json.dumps(draft_ids.tolist()))
     (out / "manifest.json").write_text(json.dumps(manifest, indent=1))  # last: without it nothing is reused
+    shutil.rmtree(out / ".work")
     return manifest
-
-
-def data_file(name: str) -> Path:
-    """A path, or a file shipped with the package when it starts with `package:`."""
-    if name.startswith(PACKAGED):
-        return Path(str(resources.files("eagle3_xla.data") / "chats" / name.removeprefix(PACKAGED)))
-    return Path(name)
 
 
 def load_prepared(folder: str):
@@ -95,79 +108,53 @@ def load_prepared(folder: str):
     return *splits, draft_ids, manifest
 
 
-def _chats(files: list[str], setting: str) -> list[Chat]:
-    if not files:
-        raise UserError(f"setting {setting} is empty; name at least one JSONL file of chats")
-    return [chat for name in files for chat in read_chats(data_file(name))]
+def _check(data: DataConfig, vocab_size: int, always: int) -> None:
+    if not data.prepared:
+        raise UserError("setting data.prepared is empty; name the folder that `prepare` writes")
+    if not data.train:
+        raise UserError("setting data.train is empty; name at least one source of chats")
+    if not always <= data.draft_vocab_size <= vocab_size:
+        raise UserError(
+            f"setting data.draft_vocab_size is {data.draft_vocab_size}; the target has {vocab_size} tokens, "
+            f"{always} of them special"
+        )
 
 
-def _encode(tokenizer, chats: list[Chat], row_length: int) -> tuple[list, dict]:
-    """Documents (ids, mask) of at most `row_length` tokens: longer ones are cut, those without an answer dropped."""
-    documents, cut, dropped = [], 0, 0
-    for chat in chats:
-        ids, mask = encode_chat(tokenizer, chat)
-        if len(ids) > row_length:
-            ids, mask, cut = ids[:row_length], mask[:row_length], cut + 1
-        # A row is drafted at only when two answer tokens follow each other (loss/unroll.py).
-        if sum(mask) < 2:
-            dropped += 1
-            continue
-        documents.append((ids, mask))
-    if not documents:
-        raise UserError(f"no conversation has an answer within {row_length} tokens (setting data.row_length)")
-    return documents, {"read": len(chats), "cut_at_row_length": cut, "dropped_without_answer": dropped}
-
-
-def _first_tokens(documents: list, max_tokens: int) -> list:
-    """As many of the first documents as hold `max_tokens` tokens; 0: all."""
-    total = 0
-    for number, (ids, _) in enumerate(documents):
-        if max_tokens and total >= max_tokens:
-            return documents[:number]
-        total += len(ids)
-    return documents
-
-
-def _answer_counts(documents: list, vocab_size: int) -> np.ndarray:
-    """How often the assistant wrote each token, [vocab_size]."""
-    counts = np.zeros(vocab_size, np.int64)
-    for ids, mask in documents:
-        np.add.at(counts, np.asarray(ids)[np.asarray(mask, bool)], 1)
-    return counts
-
-
-def _write_rows(path: Path, documents: list, row_length: int, pad_id: int, seed: int) -> int:
-    from datasets import Dataset, Features, Sequence, Value, disable_progress_bars
-
-    rows = pack([len(ids) for ids, _ in documents], row_length)
-    random.Random(seed).shuffle(rows)
-    arrays = [row_arrays([documents[i] for i in row], row_length, pad_id) for row in rows]
-    features = Features(
-        input_ids=Sequence(Value("int32"), row_length),
-        loss_mask=Sequence(Value("bool"), row_length),
-        document_ids=Sequence(Value("int16"), row_length),
-        position_ids=Sequence(Value("int32"), row_length),
-    )
-    shutil.rmtree(path, ignore_errors=True)
-    disable_progress_bars()
-    dataset = Dataset.from_dict({k: [row[k] for row in arrays] for k in features}, features=features)
-    dataset.save_to_disk(str(path))
-    return len(rows)
-
-
-def _key(data: DataConfig, tokenizer) -> str:
-    """Fingerprint of everything that shapes the prepared rows: file contents, template, tokenizer, settings, format."""
+def _inputs_key(data: DataConfig, prints: dict, tokenizer, stop_ids: set[int]) -> str:
+    """Fingerprint of everything that shapes the prepared rows: content of the sources, template, tokenizer, settings,
+    and the code of this package."""
     digest = hashlib.sha256()
-    for name in [*data.train, "|", *data.heldout]:
-        file = data_file(name)
-        digest.update(file.read_bytes() if file.is_file() else name.encode())
-    settings = {
-        "row_length": data.row_length,
-        "draft": data.draft_vocab_size,
-        "max": data.max_tokens,
-        "seed": data.seed,
-    }
-    digest.update(json.dumps([FORMAT, settings, tokenizer.chat_template], sort_keys=True).encode())
-    digest.update(json.dumps(sorted(tokenizer.get_vocab().items())).encode())
-    digest.update(str(getattr(tokenizer, "backend_tokenizer", None) and tokenizer.backend_tokenizer.to_str()).encode())
+    for file in sorted(Path(__file__).parent.glob("*.py")):
+        digest.update(file.read_bytes())
+    for name in data.decontaminate:
+        digest.update(sources.fingerprint(Source(path=name)).encode())
+    settings = {key: value for key, value in asdict(data).items() if key not in FREE}
+    special = [tokenizer.pad_token_id, tokenizer.bos_token, sorted(tokenizer.all_special_ids), sorted(stop_ids)]
+    digest.update(json.dumps([settings, prints, tokenizer.chat_template, special], sort_keys=True).encode())
+    digest.update(tokenizer.backend_tokenizer.to_str().encode())
     return digest.hexdigest()
+
+
+def _first_tokens(documents: Documents, max_tokens: int) -> Documents:
+    """As many of the first documents as hold `max_tokens` tokens; 0: all."""
+    if not max_tokens:
+        return documents
+    return documents.first(int((documents.starts < max_tokens).sum()))
+
+
+def _answer_counts(documents: Documents, vocab_size: int) -> np.ndarray:
+    """How often the assistant wrote each token, [vocab_size]."""
+    return np.bincount(documents.ids[documents.mask], minlength=vocab_size).astype(np.int64)
+
+
+def _source_reports(reports: dict, prints: dict, train: Documents, heldout: Documents) -> list[dict]:
+    """Per source: what was read, dropped and why, kept; and its conversations and tokens in each split."""
+    fingerprints = [*prints["heldout"], *prints["train"]]
+    result = []
+    for (spool, report), fingerprint in zip(reports.items(), fingerprints, strict=True):
+        report = report | {"fingerprint": fingerprint}
+        for split, documents in (("train", train), ("heldout", heldout)):
+            report["dropped"] |= documents.dropped.get(spool, {})
+            report[split] = documents.tokens_of(spool)
+        result.append(report)
+    return result

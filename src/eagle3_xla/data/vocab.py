@@ -8,7 +8,7 @@ def draft_vocabulary(counts: np.ndarray, size: int, always: set[int]) -> np.ndar
     """Target ids of the draft vocabulary, ascending, [size] int64.
 
     counts [vocab_size]: how often the assistant wrote each token in the training split; always: ids that are in
-    whatever their count (the end-of-turn token). Ties and unseen tokens are filled by the lowest id.
+    whatever their count (special and end-of-turn tokens). Ties and unseen tokens are filled by the lowest id.
     """
     priority = counts.astype(np.float64)
     priority[sorted(always)] = np.inf

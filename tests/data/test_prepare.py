@@ -8,6 +8,7 @@ import torch
 
 from eagle3_xla.config import UserError, load_recipe
 from eagle3_xla.data.batches import batch_indices, steps_per_epoch
+from eagle3_xla.data.files import data_file, read_rows
 from eagle3_xla.data.packing import pack, row_arrays
 from eagle3_xla.data.prepare import load_prepared, prepare
 from eagle3_xla.data.vocab import coverage, d2t_t2d, draft_ids_of, draft_vocabulary
@@ -22,11 +23,11 @@ def test_packing_keeps_every_document_once_and_fits():
 
 
 def test_row_arrays():
-    row = row_arrays([([5, 6, 7], [0, 1, 1]), ([8, 9], [0, 1])], 7, pad_id=2)
-    assert row["input_ids"].tolist() == [5, 6, 7, 8, 9, 2, 2]
-    assert row["loss_mask"].tolist() == [False, True, True, False, True, False, False]
-    assert row["document_ids"].tolist() == [1, 1, 1, 2, 2, 0, 0]
-    assert row["position_ids"].tolist() == [0, 1, 2, 0, 1, 0, 0]
+    rows = row_arrays([[([5, 6, 7], [0, 1, 1]), ([8, 9], [0, 1])], [([4], [1])]], 7, pad_id=2)
+    assert rows["input_ids"].tolist() == [[5, 6, 7, 8, 9, 2, 2], [4, 2, 2, 2, 2, 2, 2]]
+    assert rows["loss_mask"][0].tolist() == [False, True, True, False, True, False, False]
+    assert rows["document_ids"].tolist() == [[1, 1, 1, 2, 2, 0, 0], [1, 0, 0, 0, 0, 0, 0]]
+    assert rows["position_ids"][0].tolist() == [0, 1, 2, 0, 1, 0, 0]
 
 
 def test_every_epoch_sees_every_row_in_another_order():
@@ -54,7 +55,7 @@ def test_prepare_is_reused_until_something_changes(small_run, chat_file):
     first = prepare(recipe)
     train, heldout, draft_ids, manifest = load_prepared(recipe.data.prepared)
     assert manifest == first == prepare(recipe)
-    assert manifest["train"]["read"] == 32 and manifest["coverage_train"] == 1.0
+    assert manifest["sources"][1]["read"] == 32 and manifest["coverage_train"] == 1.0
     assert len(draft_ids) == 128 and train[0]["input_ids"].shape == (64,)
     recipe.data.row_length = 96
     assert prepare(recipe)["row_length"] == 96
@@ -79,10 +80,7 @@ def test_prepared_folder_of_somebody_else_is_refused(small_run, tmp_path):
 
 
 def test_shipped_chats_are_readable():
-    from eagle3_xla.data.chat import read_chats
-    from eagle3_xla.data.prepare import data_file
-
-    chats = {name: read_chats(data_file(f"package:{name}.jsonl")) for name in ("train", "heldout")}
+    chats = {name: [row for _, row in read_rows(data_file(f"package:{name}.jsonl"))] for name in ("train", "heldout")}
     assert {name: len(rows) for name, rows in chats.items()} == {"train": 2563, "heldout": 83}
-    asked = {name: {json.dumps(chat.messages[0]) for chat in rows} for name, rows in chats.items()}
+    asked = {name: {json.dumps(row["conversations"][0]) for row in rows} for name, rows in chats.items()}
     assert not asked["train"] & asked["heldout"]

@@ -1,0 +1,60 @@
+"""A function over chunks in several processes, results in order: the same whatever the number of processes."""
+
+import multiprocessing
+import os
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+
+_function: Callable | None = None
+
+
+def ordered_map(make: Callable, arguments: tuple, chunks: Iterable, workers: int) -> Iterator:
+    """`make(*arguments)` in each process gives the function that turns a chunk into a result.
+
+    workers: processes, 0 for one per core; one chunk, or one worker, is done in this process. At most two chunks per
+    worker are in the air, so the chunks may be a stream larger than memory.
+    """
+    chunks = iter(chunks)
+    workers = workers or os.cpu_count() or 1
+    first = [chunk for chunk, _ in zip(chunks, range(2))]
+    if workers == 1 or len(first) < 2:
+        function = make(*arguments)
+        yield from map(function, first)
+        yield from map(function, chunks)
+        return
+    # Not fork: this process may hold threads of torch, tokenizers and Arrow.
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(workers, mp_context=context, initializer=_initialise, initargs=(make, arguments)) as pool:
+        waiting = deque(pool.submit(_call, chunk) for chunk in first)
+        try:
+            while waiting:
+                while len(waiting) < 2 * workers and (chunk := next(chunks, None)) is not None:
+                    waiting.append(pool.submit(_call, chunk))
+                yield waiting.popleft().result()
+        except BrokenProcessPool:
+            raise OSError("a worker process was killed, most likely for its memory; lower data.workers") from None
+        finally:
+            pool.shutdown(wait=True, cancel_futures=True)
+
+
+def batched(items: Iterable, size: int) -> Iterator[list]:
+    """Lists of `size` items; the last may be shorter."""
+    batch = []
+    for item in items:
+        batch.append(item)
+        if len(batch) == size:
+            yield batch
+            batch = []
+    if batch:
+        yield batch
+
+
+def _initialise(make: Callable, arguments: tuple) -> None:
+    global _function
+    _function = make(*arguments)
+
+
+def _call(chunk):
+    return _function(chunk)

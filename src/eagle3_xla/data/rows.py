@@ -1,0 +1,108 @@
+"""Tokenised conversations -> a dataset of rows on disk, the same bytes for the same conversations."""
+
+import random
+from pathlib import Path
+
+import numpy as np
+
+from eagle3_xla.config import DataConfig
+from eagle3_xla.data.documents import Documents
+from eagle3_xla.data.packing import bucket, pack, row_arrays
+
+ROWS_AT_ONCE = 1000
+MOST_SOURCES = 100  # of held-out rows, told apart
+
+
+def write_rows(path: Path, documents: Documents, data: DataConfig, pad_id: int, split: str, digest) -> dict:
+    """Write the rows of a split to `path`, update `digest` with their content, return the split's part of the manifest.
+
+    Packed: rows of data.row_length in a seeded order. Bucketed: grouped by length, `buckets` of the manifest says
+    where: [[length, first row, rows], ...]. Held-out rows hold one source each, which `source` names.
+    """
+    groups = _rows_by_length(documents, data, split == "heldout")
+    columns = {"input_ids": "int32", "loss_mask": "bool", "document_ids": "int16", "position_ids": "int32"}
+    fixed = data.packing == "packed"
+    writer = _Writer(path, columns, data.row_length if fixed else None, split == "heldout")
+    count, slots, buckets = 0, 0, []
+    for length, rows in groups:
+        buckets.append([length, count, len(rows)])
+        count, slots = count + len(rows), slots + len(rows) * length
+        for start in range(0, len(rows), ROWS_AT_ONCE):
+            some = rows[start : start + ROWS_AT_ONCE]
+            arrays = row_arrays([[documents.document(i) for i in row] for row in some], length, pad_id)
+            if split == "heldout":
+                arrays["source"] = np.array([documents.source[row[0]] for row in some], np.int8)
+            for values in arrays.values():
+                digest.update(values.tobytes())
+            writer.write(arrays)
+    writer.close(digest.hexdigest())
+    tokens = len(documents.ids)
+    report = {
+        "chats": len(documents),
+        "rows": count,
+        "tokens": tokens,
+        "answer_tokens": int(documents.mask.sum()),
+        "padding": round(1 - tokens / max(slots, 1), 4),
+        "cut_at_row_length": documents.cut,
+    }
+    return report if fixed else report | {"buckets": buckets}
+
+
+def _rows_by_length(documents: Documents, data: DataConfig, by_source: bool) -> list[tuple[int, list[list[int]]]]:
+    """(row length, rows as lists of document numbers), in a seeded order."""
+    order = random.Random(data.seed)
+    if data.packing == "bucketed":
+        groups = bucket(documents.lengths.tolist(), [*data.buckets, data.row_length])
+        result = [(length, [[index] for index in indices]) for length, indices in groups.items()]
+    else:
+        rows = []
+        for source in np.unique(documents.source) if by_source else [None]:
+            indices = np.arange(len(documents)) if source is None else np.flatnonzero(documents.source == source)
+            packed = pack(documents.lengths[indices].tolist(), data.row_length)
+            rows += [[int(indices[i]) for i in row] for row in packed]
+        result = [(data.row_length, rows)]
+    for _, rows in result:
+        order.shuffle(rows)
+    return result
+
+
+class _Writer:
+    """A `datasets` folder, written batch by batch. length: tokens in every row; None: rows of several lengths."""
+
+    def __init__(self, path: Path, columns: dict[str, str], length: int | None, with_source: bool):
+        from datasets import Features, Sequence, Value
+        from datasets.arrow_writer import ArrowWriter
+
+        self.path, self.file = path, path.with_suffix(".arrow")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        features = {name: Sequence(Value(kind), length or -1) for name, kind in columns.items()}
+        self.features = Features(features | ({"source": Value("int8")} if with_source else {}))
+        self.writer = ArrowWriter(features=self.features, path=str(self.file))
+
+    def write(self, arrays: dict[str, np.ndarray]) -> None:
+        """Columns [R, T], `source` [R]."""
+        import pyarrow as pa
+
+        def column(values: np.ndarray, kind: pa.DataType):
+            if values.ndim == 1:
+                return pa.array(values)
+            flat, length = pa.array(values.reshape(-1)), values.shape[1]
+            if pa.types.is_fixed_size_list(kind):
+                return pa.FixedSizeListArray.from_arrays(flat, length)
+            offsets = pa.array(np.arange(0, len(flat) + 1, length, dtype=np.int32))
+            return pa.ListArray.from_arrays(offsets, flat)
+
+        schema = self.features.arrow_schema
+        self.writer.write_table(pa.table([column(arrays[f.name], f.type) for f in schema], schema=schema))
+
+    def close(self, fingerprint: str) -> None:
+        from datasets import Dataset, DatasetInfo, disable_progress_bars
+        from datasets.table import MemoryMappedTable
+
+        self.writer.finalize()
+        self.writer.stream.close() if self.writer.stream else None
+        disable_progress_bars()
+        table = MemoryMappedTable.from_file(str(self.file))
+        dataset = Dataset(table, info=DatasetInfo(features=self.features), fingerprint=fingerprint[:16])
+        dataset.save_to_disk(str(self.path))
+        self.file.unlink()

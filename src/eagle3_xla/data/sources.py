@@ -1,0 +1,111 @@
+"""Sources of conversations: the three public sets by name, hub ids, folders and local files, all as streams of rows."""
+
+import hashlib
+from collections.abc import Iterator
+from dataclasses import asdict, replace
+from pathlib import Path
+
+from eagle3_xla.config import Source, UserError
+from eagle3_xla.data.files import PACKAGED, data_file, read_rows
+
+KNOWN = {
+    "sharegpt": Source(
+        path="anon8231489123/ShareGPT_Vicuna_unfiltered", file="ShareGPT_V3_unfiltered_cleaned_split.json"
+    ),
+    "ultrachat": Source(path="HuggingFaceH4/ultrachat_200k", split="train_sft"),
+    "perfectblend": Source(path="mlabonne/open-perfectblend", read=200_000),
+}
+SHUFFLE_BUFFER = 10_000  # rows; of a hub set that is not read to its end
+
+
+def resolve(source: Source) -> Source:
+    """A known set's name becomes its hub id, file and split; what the recipe sets otherwise stays."""
+    if source.path not in KNOWN or Path(source.path).exists():
+        return source
+    known, default = KNOWN[source.path], Source()
+    given = {key: value for key, value in asdict(source).items() if value != getattr(default, key)}
+    return replace(known, **(given | {"path": known.path, "name": source.name or source.path}))
+
+
+def label(source: Source) -> str:
+    """The source's name in manifest and figures."""
+    return source.name or data_file(source.path).name.split(".")[0]
+
+
+def is_file(source: Source) -> bool:
+    """Whether it is a local file (a folder or a hub id otherwise)."""
+    path = data_file(source.path)
+    looks_local = source.path.startswith((PACKAGED, "/", ".", "~")) or path.suffix or path.is_file()
+    return bool(looks_local) and not path.is_dir()
+
+
+def fingerprint(source: Source) -> str:
+    """sha256 of a local file or folder; the commit of a hub set."""
+    path = data_file(source.path)
+    if is_file(source):
+        if not path.is_file():
+            raise UserError(f"{path}: no such file")
+        with path.open("rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+    if path.is_dir():
+        digest = hashlib.sha256()
+        for file in sorted(path.rglob("*")):
+            if file.is_file():
+                digest.update(f"{file.relative_to(path)} {file.stat().st_size}".encode() + file.read_bytes())
+        return digest.hexdigest()
+    if len(source.revision) == 40:  # a commit: no need to ask
+        return source.revision
+    from huggingface_hub import HfApi
+    from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled
+
+    try:
+        return HfApi().dataset_info(source.path, revision=source.revision or None).sha
+    except (OfflineModeIsEnabled, HfHubHTTPError, ValueError, OSError) as error:
+        raise UserError(
+            f"source {source.path!r} is neither a file nor a folder here, and the hub did not answer "
+            f"({_line(error)}); download it and name the file"
+        ) from None
+
+
+def rows(source: Source, seed: int) -> Iterator[tuple[str, dict]]:
+    """The source's rows as (where, row); `seed` shuffles a stream that `read` ends early."""
+    stream = read_rows(data_file(source.path)) if is_file(source) else _dataset_rows(source, seed)
+    for number, row in enumerate(stream):
+        if source.read and number >= source.read:
+            return
+        yield row
+
+
+def _dataset_rows(source: Source, seed: int) -> Iterator[tuple[str, dict]]:
+    import datasets
+    import pyarrow
+
+    datasets.disable_progress_bars()
+    name = f"{source.path}[{source.split}]"
+    number = 0
+    try:
+        stream = datasets.load_dataset(
+            str(data_file(source.path)),
+            data_files=source.file or None,
+            split=source.split,
+            revision=source.revision or None,
+            streaming=True,
+        )
+        if source.read:
+            stream = stream.shuffle(seed=seed, buffer_size=SHUFFLE_BUFFER)
+        for row in stream:
+            number += 1
+            yield f"{name}:{number}", row
+    except (
+        OSError,
+        ValueError,
+        TypeError,
+        RuntimeError,
+        pyarrow.ArrowException,
+        datasets.exceptions.DatasetsError,
+    ) as e:
+        raise UserError(f"{name}:{number + 1}: can't be read as a dataset ({_line(e)})") from None
+
+
+def _line(error: BaseException) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
