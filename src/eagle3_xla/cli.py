@@ -13,7 +13,7 @@ from pathlib import Path
 from safetensors import SafetensorError
 
 from eagle3_xla import __version__
-from eagle3_xla.config import UserError, load_recipe, recipe_names
+from eagle3_xla.config import RunError, UserError, load_recipe, recipe_names
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -33,7 +33,7 @@ def main(arguments: list[str] | None = None) -> int:
     except KeyboardInterrupt:
         print(f"eagle3-xla {options.verb}: interrupted; start it again to continue", file=sys.stderr)
         return 1
-    except (OSError, SafetensorError) as error:  # the second: safetensors on a full disk
+    except (RunError, OSError, SafetensorError) as error:  # the second: safetensors on a full disk
         print(f"eagle3-xla {options.verb}: {error}", file=sys.stderr)
         return 1
     if options.json:
@@ -67,6 +67,9 @@ def _parser() -> argparse.ArgumentParser:
     verbs.add_parser("prepare", parents=[recipe], help="chats -> packed rows and the draft vocabulary")
     verb = verbs.add_parser("train", parents=[recipe], help="train a head; continues by itself")
     verb.add_argument("--max-steps", type=int, default=0, help="save and stop after so many further micro-steps")
+    verb.add_argument("--device", choices=("xla", "cpu", "cuda"), help="short for --xla.device")
+    verb.add_argument("--allow-recompile", action="store_true", help="go on when a step compiles again")
+    verb.add_argument("--profile", action="store_true", help="write a trace of three steps to train.out/profile")
 
     verb = verbs.add_parser("plan", parents=[recipe], help="what the TPU compiler says of a recipe; no TPU needed")
     verb.add_argument("--topology", help="v4-32, v5e-16, ... instead of the recipe's plan.topology")
@@ -162,10 +165,11 @@ def _prepare(options, overrides) -> dict:
 
 
 def _train(options, overrides) -> dict:
+    overrides += [f"xla.device={options.device}"] if options.device else []
     recipe = load_recipe(options.config, overrides)
     from eagle3_xla.train.loop import train
 
-    return train(recipe, options.max_steps)
+    return train(recipe, options.max_steps, options.allow_recompile, options.profile)
 
 
 def _plan(options, overrides) -> dict:

@@ -18,6 +18,10 @@ class UserError(ValueError):
     """A user's mistake: the command line prints the message as one line and exits with 2."""
 
 
+class RunError(RuntimeError):
+    """A failure that the message explains: the command line prints it as one line and exits with 1."""
+
+
 @dataclass
 class TargetConfig:
     path: str = ""  # folder or hub id of a Hugging Face causal LM
@@ -89,6 +93,7 @@ class XlaConfig:
     tp: int = 1  # tensor-parallel devices in a replica
     autocast: bool = True  # bf16 matmuls over fp32 master weights
     remat: bool = False  # compute each TTT step again in the backward pass: less memory, more work
+    peak_tflops: float = 0.0  # bf16 TFLOP/s of a device, for MFU; 0: what is known of this TPU
 
 
 @dataclass
@@ -109,8 +114,11 @@ class TrainConfig:
     seed: int = 0
     log_every: int = 10
     save_every: int = 500  # optimizer steps
-    heldout_rows: int = 64  # rows of the evaluation after each epoch; 0: none
-    keep: int = 2  # checkpoints
+    heldout_rows: int = 64  # rows of an evaluation, of all sources together; 0: none
+    eval_every: int = 0  # optimizer steps between evaluations; 0: at the end of each epoch
+    patience: int = 0  # stop after so many evaluations without a better acceptance length; 0: never
+    keep: int = 2  # the newest checkpoints; the best by acceptance length is kept too
+    warm_start: str = ""  # an exported head whose weights and draft vocabulary the run starts from
     tracker: str = "tensorboard"  # tensorboard | wandb | none
 
 
@@ -158,6 +166,9 @@ AT_LEAST = {
     "train.batch_size": 1,
     "train.gradient_accumulation": 1,
     "train.heldout_rows": 0,
+    "train.eval_every": 0,
+    "train.patience": 0,
+    "xla.peak_tflops": 0,
     "train.init_rows": 1,
     "train.log_every": 1,
     "train.save_every": 1,

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from eagle3_xla.config import UserError, load_recipe
-from eagle3_xla.data.batches import batch_indices, steps_per_epoch
+from eagle3_xla.data.batches import Batches
 from eagle3_xla.data.files import data_file, read_rows
 from eagle3_xla.data.packing import pack, row_arrays
 from eagle3_xla.data.prepare import load_prepared, prepare
@@ -30,14 +30,24 @@ def test_row_arrays():
     assert rows["position_ids"][0].tolist() == [0, 1, 2, 0, 1, 0, 0]
 
 
-def test_every_epoch_sees_every_row_in_another_order():
-    rows, batch = 24, 4
-    assert steps_per_epoch(rows, batch) == 6
-    epochs = [np.concatenate([batch_indices(e * 6 + i, rows, batch, seed=1) for i in range(6)]) for e in range(2)]
+def test_every_epoch_sees_every_row_in_another_order_and_fills_its_lists_evenly():
+    drafted = np.random.default_rng(0).integers(1, 512, 24)
+    buckets = [(512, 0, 16), (1024, 16, 8)]
+    batches = Batches(drafted, buckets, group=2, replicas=2, seed=1)
+    assert batches.steps_per_epoch == 6
+    epochs = [np.stack([batches.indices(e * 6 + i) for i in range(6)]) for e in range(2)]
     for epoch in epochs:
-        assert sorted(epoch) == list(range(rows))
+        assert sorted(epoch.ravel()) == list(range(24))
+        assert all((batch < 16).all() or (batch >= 16).all() for batch in epoch)  # rows of one length in a batch
     assert (epochs[0] != epochs[1]).any()
-    assert (batch_indices(3, rows, batch, seed=2) != batch_indices(3, rows, batch, seed=1)).any()
+    assert (Batches(drafted, buckets, 2, 2, seed=2).indices(3) != batches.indices(3)).any()
+
+    groups = np.concatenate(epochs).reshape(-1, 2)
+    most = {512: 0, 1024: 0}
+    for group in groups:
+        most[512 if group[0] < 16 else 1024] = max(most[512 if group[0] < 16 else 1024], drafted[group].sum())
+    capacities = batches.capacities(epochs=2)
+    assert all(most[n] <= capacities[n] < most[n] + 64 for n in most)
 
 
 def test_draft_vocabulary_is_the_most_frequent_and_the_stop_token():

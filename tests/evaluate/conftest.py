@@ -6,7 +6,8 @@ import torch
 from eagle3_xla.config import load_recipe
 from eagle3_xla.data.prepare import prepare
 from eagle3_xla.data.vocab import draft_ids_of
-from eagle3_xla.export import export, load_head
+from eagle3_xla.draft.saved import load_head
+from eagle3_xla.export import export
 from eagle3_xla.target.model import Target, load_target
 from eagle3_xla.train.loop import train
 

@@ -10,9 +10,9 @@ from eagle3_xla.data.prepare import load_prepared, prepare
 from eagle3_xla.data.vocab import d2t_t2d
 from eagle3_xla.draft.attention import causal_attention
 from eagle3_xla.draft.model import Eagle3Head, draft_config
+from eagle3_xla.draft.saved import load_head
 from eagle3_xla.evaluate.decode import Generation, SpeculativeDecoder, decode_plain
 from eagle3_xla.evaluate.run import EvalOptions, acceptance_by_position, evaluate, summary
-from eagle3_xla.export import load_head
 from eagle3_xla.loss.unroll import shift_left
 from eagle3_xla.target.model import Target, load_target
 

@@ -40,7 +40,12 @@ def test_states_and_teacher(model):
     )
     torch.testing.assert_close(states.logsumexp, golden.logits.logsumexp(-1), atol=1e-5, rtol=1e-5)
     assert torch.equal(states.argmax, golden.logits.argmax(-1))
-    torch.testing.assert_close(target.teacher(states.hidden, states.argmax, states.logsumexp).logits, golden.logits[..., draft_ids], atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(
+        target.teacher(states.hidden, states.argmax, states.logsumexp).logits,
+        golden.logits[..., draft_ids],
+        atol=1e-5,
+        rtol=1e-5,
+    )
 
 
 def test_packed_documents_do_not_see_each_other(model):

@@ -13,45 +13,55 @@ ROUND = 64  # listed rows are a multiple of it
 
 
 class Batches:
-    """The batches of a run.
+    """The batches of a run; those of one epoch follow each other in random order, each from one bucket.
 
-    drafted [N] int: positions that an engine would draft at, of every row (`drafted_positions`); group: rows of a
-    replica in a micro-step; replicas: how many.
+    drafted [N] int: positions that an engine would draft at, of every row (`drafted_positions`); buckets: (row length,
+    first row, rows) of the rows of one length each; group: rows of a replica in a micro-step; replicas: how many.
     """
 
-    def __init__(self, drafted: np.ndarray, group: int, replicas: int, seed: int):
-        self.drafted, self.group, self.replicas, self.seed = drafted, group, replicas, seed
-        self.steps_per_epoch = len(drafted) // (group * replicas)  # the remainder is left out, another one each epoch
+    def __init__(self, drafted: np.ndarray, buckets: list[tuple[int, int, int]], group: int, replicas: int, seed: int):
+        self.drafted, self.buckets, self.group, self.replicas, self.seed = drafted, buckets, group, replicas, seed
+        # What doesn't fill a batch is left out, other rows each epoch.
+        self.steps_per_epoch = sum(rows // (group * replicas) for _, _, rows in buckets)
         self._epoch = (-1, None)
 
     def indices(self, step: int) -> np.ndarray:
         """Row numbers [replicas * group] of micro-step `step`, counted from 0 over the whole run."""
         epoch, position = divmod(step, self.steps_per_epoch)
         if self._epoch[0] != epoch:
-            self._epoch = (epoch, self._deal(epoch))
+            dealt = np.concatenate(self._deal(epoch))
+            self._epoch = (epoch, np.random.default_rng([self.seed, epoch, 1]).permutation(dealt))
         return self._epoch[1][position]
 
-    def capacity(self, epochs: int, row_length: int) -> int:
-        """The most drafted positions that a group has in `epochs` epochs, rounded up to a multiple of ROUND, at most
-        group * row_length."""
-        most = 0
+    def capacities(self, epochs: int) -> dict[int, int]:
+        """By row length: the most drafted positions of a group in `epochs` epochs, rounded up to a multiple of ROUND,
+        at most all its positions."""
+        most = dict.fromkeys((length for length, _, _ in self.buckets), 1)
         for epoch in range(epochs):
-            groups = self._deal(epoch).reshape(-1, self.group)
-            most = max(most, int(self.drafted[groups].sum(1).max()))
-        return min(-(-max(most, 1) // ROUND) * ROUND, self.group * row_length)
+            for (length, _, _), batches in zip(self.buckets, self._deal(epoch)):
+                groups = batches.reshape(-1, self.group)
+                most[length] = max([most[length], *self.drafted[groups].sum(1)])
+        return {length: rounded(count, self.group * length) for length, count in most.items()}
 
-    def _deal(self, epoch: int) -> np.ndarray:
-        """Row numbers of every batch of an epoch, [steps, replicas * group]."""
+    def _deal(self, epoch: int) -> list[np.ndarray]:
+        """Row numbers of every batch of an epoch, [steps, replicas * group] for each bucket."""
         random = np.random.default_rng([self.seed, epoch])
-        used = self.steps_per_epoch * self.replicas * self.group
-        order = random.permutation(len(self.drafted))[:used]
-        groups = []
-        for start in range(0, used, DEAL * self.group):
-            part = order[start : start + DEAL * self.group]
-            part = part[np.argsort(self.drafted[part], kind="stable")].reshape(self.group, -1)
-            part[1::2] = part[1::2, ::-1]  # there and back again: every group gets a few of the long and of the short
-            groups.append(part.T[random.permutation(part.shape[1])])
-        return np.concatenate(groups).reshape(self.steps_per_epoch, -1)
+        dealt, batch = [], self.replicas * self.group
+        for _, first, rows in self.buckets:
+            order = first + random.permutation(rows)[: rows // batch * batch]
+            groups = [np.empty((0, self.group), np.int64)]
+            for start in range(0, len(order), DEAL * self.group):
+                part = order[start : start + DEAL * self.group]
+                part = part[np.argsort(self.drafted[part], kind="stable")].reshape(self.group, -1)
+                part[1::2] = part[1::2, ::-1]  # there and back: every group gets some with many and some with few
+                groups.append(part.T[random.permutation(part.shape[1])])
+            dealt.append(np.concatenate(groups).reshape(-1, batch))
+        return dealt
+
+
+def rounded(count: int, limit: int) -> int:
+    """`count` listed rows as a multiple of ROUND, at most `limit`."""
+    return min(-(-int(count) // ROUND) * ROUND, limit)
 
 
 def share_of_process(indices: np.ndarray, process: int, processes: int) -> np.ndarray:
@@ -69,10 +79,13 @@ def drafted_positions(loss_mask: np.ndarray) -> np.ndarray:
 
 def to_tensors(rows: dict[str, np.ndarray]) -> dict[str, torch.Tensor]:
     """Packed rows as host tensors [B, T]: ids int32, loss_mask bool."""
-    return {
-        name: torch.from_numpy(np.ascontiguousarray(values)).to(torch.bool if name == "loss_mask" else torch.int32)
-        for name, values in rows.items()
+    types = {
+        "input_ids": torch.int32,
+        "position_ids": torch.int32,
+        "document_ids": torch.int32,
+        "loss_mask": torch.bool,
     }
+    return {name: torch.from_numpy(np.ascontiguousarray(rows[name])).to(dtype) for name, dtype in types.items()}
 
 
 def list_rows(loss_mask: torch.Tensor, groups: int, capacity: int) -> dict[str, torch.Tensor]:

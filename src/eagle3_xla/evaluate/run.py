@@ -9,12 +9,12 @@ from tqdm import tqdm
 
 from eagle3_xla.config import LossConfig, UserError
 from eagle3_xla.data.chat import read_prompts
-from eagle3_xla.data.prepare import data_file
+from eagle3_xla.data.files import data_file
 from eagle3_xla.data.tokenizer import load_tokenizer, stop_token_ids
 from eagle3_xla.data.vocab import draft_ids_of
 from eagle3_xla.draft.model import Eagle3Head
+from eagle3_xla.draft.saved import load_head
 from eagle3_xla.evaluate.decode import Choice, Generation, SpeculativeDecoder, decode_plain
-from eagle3_xla.export import load_head
 from eagle3_xla.loss.unroll import teacher_positions, unroll
 from eagle3_xla.target.model import Target, load_target
 

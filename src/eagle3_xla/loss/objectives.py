@@ -64,7 +64,8 @@ class _UnrollLoss(torch.autograd.Function):
     def forward(ctx, config, teacher, steps, with_gradient, weight, *normed):
         p = teacher.logits.softmax(-1)  # [G, R, D] float32
         in_vocabulary = (teacher.logits.logsumexp(-1) - teacher.logsumexp).exp()  # the draft vocabulary's share
-        d_weight = torch.zeros(weight.shape, dtype=torch.float32, device=weight.device)
+        # One sum for each group until the end: the partitioner then reduces over dp once, not at every step.
+        d_weight = torch.zeros(len(p), *weight.shape, dtype=torch.float32, device=weight.device)
         total, step_losses, choices, overlaps, d_normed = 0.0, [], [], [], []
         for k, (hidden, rows) in enumerate(zip(normed, steps)):
             kept = hidden.shape[1] - k  # the last k listed rows have no teacher at this step
@@ -89,12 +90,12 @@ class _UnrollLoss(torch.autograd.Function):
                 d_logits = d_logits.to(hidden.dtype)
                 d_hidden = torch.einsum("grd,dh->grh", d_logits, weight).to(hidden.dtype)
                 d_normed.append(pad(d_hidden, (0, 0, 0, k)))
-                d_weight += torch.einsum("grd,grh->dh", d_logits, hidden[:, :kept]).float()
+                d_weight += torch.einsum("grd,grh->gdh", d_logits, hidden[:, :kept]).float()
             total = total + decayed.detach()
             step_losses.append(loss.detach())
             choices.append(pad(logits.argmax(-1), (0, k)))
             overlaps.append(pad(acceptance.detach(), (0, k)))
-        ctx.save_for_backward(d_weight, *d_normed)
+        ctx.save_for_backward(d_weight.sum(0), *d_normed)
         results = (torch.stack(step_losses), *choices, *overlaps)
         ctx.mark_non_differentiable(*results)
         return total, *results

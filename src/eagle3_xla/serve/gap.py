@@ -17,8 +17,8 @@ from safetensors.torch import load_file, save_file
 from eagle3_xla.config import UserError
 from eagle3_xla.data.tokenizer import load_tokenizer, stop_token_ids
 from eagle3_xla.draft.model import Eagle3Head
+from eagle3_xla.draft.saved import EXPORTED
 from eagle3_xla.evaluate.run import EvalOptions, Pair, decode_all, load_pair, prompt_ids, tau
-from eagle3_xla.export import EXPORTED
 from eagle3_xla.serve.bench import run_prompts
 from eagle3_xla.serve.client import Request, Server, connect
 from eagle3_xla.target.model import aux_layers

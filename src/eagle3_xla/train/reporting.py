@@ -1,6 +1,8 @@
-"""What a run says while it goes: the progress line, metrics.jsonl, the tracker."""
+"""What a run says while it goes: the progress line, metrics.jsonl, the tracker, a trace on request."""
 
+import contextlib
 import json
+import os
 import sys
 import time
 from pathlib import Path
@@ -33,14 +35,34 @@ def make_tracker(config: TrainConfig, settings: dict):
 
 
 class Reporter:
-    """Progress bar on stderr, one JSON object a logged step in metrics.jsonl, the tracker's scalars."""
+    """Progress bar on stderr, one JSON object a logged step in metrics.jsonl, the tracker's scalars; on host 0 only.
 
-    def __init__(self, config: TrainConfig, total: int, start: int, settings: dict):
+    recipe: the resolved one, for the tracker; flops: of one position (train/flops.py), for
+    MFU = flops * tokens per second / (devices * their peak). A full disk costs the log, not the run.
+    """
+
+    def __init__(self, config: TrainConfig, total: int, start: int, recipe: dict, backend, flops: float):
+        self.config, self.backend, self.flops = config, backend, flops
+        self.speaks = backend.process_index == 0
         self.file = Path(config.out) / "metrics.jsonl"
-        _drop_after(self.file, start)
-        self.tracker = make_tracker(config, settings)
-        self.bar = tqdm(total=total, initial=start, desc="train", unit="step", mininterval=1.0)
-        self._since, self._tokens, self._speed = time.perf_counter(), 0, 0.0
+        self.heldout: list[float] = []  # every held-out tau of the run so far
+        self._complained = False
+        self.tracker = None
+        if self.speaks:
+            self.heldout = _drop_after(self.file, start)
+            sections = {name: values for name, values in recipe.items() if name in ("train", "loss", "xla")}
+            flat = {f"{s}.{k}": v for s, values in sections.items() for k, v in values.items()}
+            self.tracker = make_tracker(config, flat | {"target": recipe["target"]["path"]})
+        self.bar = tqdm(total=total, initial=start, desc="train", unit="step", mininterval=1.0, disable=not self.speaks)
+        self._since, self._tokens, self._speed, self._host_seconds, self._steps = time.perf_counter(), 0, 0.0, 0.0, 0
+
+    @contextlib.contextmanager
+    def dispatching(self):
+        """Around the dispatch of a micro-step: the host's time for it."""
+        started = time.perf_counter()
+        yield
+        self._host_seconds += time.perf_counter() - started
+        self._steps += 1
 
     def count(self, tokens: int) -> None:
         """A micro-step over `tokens` tokens was dispatched."""
@@ -48,36 +70,57 @@ class Reporter:
         self.bar.update()
 
     def log(self, step: int, window: list, optimizer, compilations: int) -> None:
-        """window: the metric vectors (train/step.py) of the steps since the last log; reading them waits for these."""
-        losses, norms, _, sums = zip(*map(unpack_metrics, window))
-        loss, gradient_norm = sum(losses) / len(losses), max(norms)
+        """window: what train/step.py returned for the steps since the last log; reading it waits for these."""
+        losses, _, sums = zip(*(unpack_metrics(vector) for vector, _ in window))
+        norms = [float(norm) for _, norm in window if norm is not None]
         now = time.perf_counter()
         if self._tokens:
             self._speed = self._tokens / (now - self._since)
-        self._since, self._tokens = now, 0
         acc = rates(add_up(sums))["acc"]
-        lr = optimizer.lr_at(step)
-        row = {"step": step, "loss": loss, "acc": acc, "tokens_per_second": self._speed, "compilations": compilations}
-        row |= {"lr": lr, "gradient_norm": gradient_norm}
+        row = {
+            "step": step,
+            "loss": sum(losses) / len(losses),
+            "acc": acc,
+            "tokens_per_second": self._speed,
+            "compilations": compilations,
+            "lr": optimizer.lr_at(step),
+            "gradient_norm": max(norms, default=None),
+            "host_seconds_per_step": self._host_seconds / max(1, self._steps),
+        }
+        self._since, self._tokens, self._host_seconds, self._steps = now, 0, 0.0, 0
+        if self.backend.peak_flops:
+            row["mfu"] = self.flops * self._speed / self.backend.peak_flops
+        row["memory_gib"] = self.backend.memory_bytes() / 2**30
         self._write(row)
         shown = {f"acc_{k}": f"{value:.3f}" for k, value in enumerate(acc[:3])}
-        self.bar.set_postfix({"loss": f"{loss:.3f}", **shown, "tokens/s": f"{self._speed:.0f}"})
-        if self.tracker:
-            scalars = {f"train/acc_{k}": value for k, value in enumerate(acc)}
-            scalars |= {"train/loss": loss, "train/lr": lr, "train/tokens_per_second": self._speed}
-            self.tracker.log(scalars, step=step)
+        shown |= {"mfu": f"{row['mfu']:.1%}"} if "mfu" in row else {}
+        self.bar.set_postfix({"loss": f"{row['loss']:.3f}", **shown, "tokens/s": f"{self._speed:.0f}"})
+        scalars = {f"train/acc_{k}": value for k, value in enumerate(acc)}
+        self._track(scalars | {f"train/{k}": v for k, v in row.items() if isinstance(v, int | float)}, step)
 
-    def log_heldout(self, step: int, tau: float, acceptance: list[float]) -> None:
-        self._write({"step": step, "heldout_tau": tau, "heldout_acceptance": acceptance})
+    def log_heldout(self, step: int, figures: dict) -> None:
+        """figures: train/heldout.py's. Starts the clock of tokens/s anew: evaluation is not training time."""
+        tau, acceptance, sources = figures["tau"], figures["acceptance"], figures["sources"]
+        self.heldout.append(tau)
+        self._write({"step": step, "heldout_tau": tau, "heldout_acceptance": acceptance, "heldout_sources": sources})
+        by_source = ", ".join(f"{name} {value:.3f}" for name, value in sources.items()) if len(sources) > 1 else ""
         self.say(
-            f"step {step}: held-out expected tau {tau:.3f}, acceptance " + " ".join(f"{a:.3f}" for a in acceptance)
+            f"step {step}: held-out expected tau {tau:.3f}, acceptance {' '.join(f'{a:.3f}' for a in acceptance)}"
+            + (f" ({by_source})" if by_source else "")
         )
-        if self.tracker:
-            self.tracker.log({"heldout/tau": tau}, step=step)
-        self._since, self._tokens = time.perf_counter(), 0  # evaluation is not training time
+        self._track({"heldout/tau": tau} | {f"heldout/tau/{name}": value for name, value in sources.items()}, step)
+        self._since, self._tokens = time.perf_counter(), 0
+
+    def best_tau(self) -> float | None:
+        return max(self.heldout, default=None)
+
+    def evaluations_without_gain(self) -> int:
+        """How many evaluations followed the best one."""
+        return len(self.heldout) - 1 - self.heldout.index(max(self.heldout)) if self.heldout else 0
 
     def say(self, message: str) -> None:
-        self.bar.write(message, file=sys.stderr)
+        if self.speaks:
+            self.bar.write(message, file=sys.stderr)
 
     def close(self) -> None:
         self.bar.close()
@@ -85,19 +128,41 @@ class Reporter:
             self.tracker.finish()
 
     def _write(self, row: dict) -> None:
-        with self.file.open("a") as file:
-            file.write(json.dumps(row) + "\n")
+        if not self.speaks:
+            return
+        try:
+            with self.file.open("a") as file:
+                file.write(json.dumps(row) + "\n")
+        except OSError as error:
+            self._complain(error)
+
+    def _track(self, scalars: dict, step: int) -> None:
+        try:
+            if self.tracker:
+                self.tracker.log(scalars, step=step)
+        except OSError as error:
+            self._complain(error)
+
+    def _complain(self, error: OSError) -> None:
+        if not self._complained:
+            self.say(f"this step is not logged ({error}); training goes on, later complaints are left out")
+        self._complained = True
 
 
-def _drop_after(file: Path, step: int) -> None:
-    """Rows past the checkpoint that a run resumes from will be written again."""
+def _drop_after(file: Path, step: int) -> list[float]:
+    """Rows past the checkpoint that a run resumes from will be written again. Returns the held-out taus up to it."""
     if not file.exists():
-        return
-    kept = []
+        return []
+    kept, taus = [], []
     for line in file.read_text().splitlines():
         try:
-            if json.loads(line)["step"] <= step:
+            row = json.loads(line)
+            if row["step"] <= step:
                 kept.append(line + "\n")
+                taus += [row["heldout_tau"]] if "heldout_tau" in row else []
         except (json.JSONDecodeError, KeyError):  # a line cut by a kill
             continue
-    file.write_text("".join(kept))
+    partial = file.with_suffix(".partial")
+    partial.write_text("".join(kept))
+    os.replace(partial, file)
+    return taus

@@ -7,6 +7,10 @@ from eagle3_xla.loss.metrics import AcceptanceSums
 from eagle3_xla.loss.unroll import UnrollResult, plain_checkpoint, teacher_positions, unroll
 
 
+def _directly(name, function, *batch):
+    return function(*batch)
+
+
 class TrainStep:
     """Compiled micro-steps over one head.
 
@@ -32,16 +36,17 @@ class TrainStep:
         self._step = backend.compile(self._gradients_eager)
         self._update = backend.compile(self._update_eager)
 
-    def run(self, micro_step: int, batch: dict[str, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor | None]:
+    def run(self, micro_step: int, batch: dict, call=_directly) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Micro-step number `micro_step` (from 0); every `gradient_accumulation`-th updates the weights.
 
-        Returns the step's metrics, a device vector that `unpack_metrics` reads, and at an update the gradients' norm.
+        call(name, function, *batch) runs one of `graphs` (CompileBudget.run). Returns the step's metrics, a device
+        vector that `unpack_metrics` reads, and at an update the norm of the gradients.
         """
         if self.accumulation == 1:
-            return self._step(batch)
-        metrics = self._step(batch)
+            return call("step", self._step, batch)
+        metrics = call("gradients", self._step, batch)
         updates = (micro_step + 1) % self.accumulation == 0
-        return metrics, self._update() if updates else None
+        return metrics, call("update", self._update) if updates else None
 
     @property
     def graphs(self) -> dict:

@@ -1,6 +1,7 @@
 """Eager torch on one CPU or GPU, for debugging and for machines without XLA."""
 
 import contextlib
+import resource
 
 import torch
 import torch.utils.checkpoint
@@ -17,7 +18,9 @@ class PlainBackend:
         if config.device == "cuda" and not torch.cuda.is_available():
             raise UserError("xla.device is cuda, but torch sees no GPU")
         self.device = torch.device(config.device)
-        self.data_parallel = 1
+        self.data_parallel = self.process_count = 1
+        self.process_index = 0
+        self.peak_flops = config.peak_tflops * 1e12
         self._autocast = config.autocast
 
     @property
@@ -57,6 +60,24 @@ class PlainBackend:
 
     def compilations(self) -> int:
         return 0
+
+    def agreed(self, value: int, what: str) -> int:
+        """`value`, the same on every host."""
+        return value
+
+    def agree_to_stop(self, step: int, wanted: bool) -> bool:
+        """Whether the run stops after micro-step `step`, on every host."""
+        return wanted
+
+    def memory_bytes(self) -> int:
+        """Most memory in use so far: the GPU's, or this process's."""
+        if self.device.type == "cuda":
+            return torch.cuda.max_memory_allocated()
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+    def profiler(self, folder: str):
+        """A context whose trace is written to `folder`."""
+        return torch.profiler.profile(on_trace_ready=torch.profiler.tensorboard_trace_handler(folder))
 
     def settle(self) -> None:
         """Wait until everything placed so far is on the device."""

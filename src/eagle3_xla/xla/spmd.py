@@ -3,6 +3,7 @@
 import contextlib
 import os
 import re
+import resource
 
 import numpy as np
 import torch
@@ -21,6 +22,9 @@ HEAD_COLUMNS = ("q_proj", "k_proj", "v_proj", "gate_proj", "up_proj", "lm_head",
 HEAD_ROWS = ("o_proj", "down_proj")
 
 
+PEAK_FLOPS = {"v4": 275e12, "v5e": 197e12, "v5p": 459e12, "v6e": 918e12}  # bf16, a chip; Google's published figures
+
+
 class SpmdBackend:
     """A (dp, tp) mesh over all devices of the run.
 
@@ -32,11 +36,21 @@ class SpmdBackend:
         if runtime.device_type() == "CPU":
             os.environ.setdefault("CPU_NUM_DEVICES", str(wanted))
         runtime.use_spmd()
-        if runtime.process_count() > 1:
-            raise UserError("a run over several hosts is not supported yet; use a slice with one host")
         found = runtime.global_runtime_device_count()
         if found != wanted:
             raise UserError(f"xla.dp * xla.tp = {config.dp} * {config.tp} = {wanted}, but there are {found} devices")
+        self.process_index, self.process_count = runtime.process_index(), runtime.process_count()
+        if config.dp % self.process_count or wanted // self.process_count % config.tp:
+            raise UserError(
+                f"{self.process_count} hosts need a multiple of so many replicas, each within a host; xla.dp is "
+                f"{config.dp}, xla.tp is {config.tp}"
+            )
+        if self.process_count > 1:  # the runtime tells every host when one of them is to be preempted
+            torch_xla._XLAC._ensure_xla_coordinator_initialized(
+                self.process_index, self.process_count, runtime.get_master_ip()
+            )
+            torch_xla._XLAC._activate_preemption_sync_manager()
+        self.peak_flops = wanted * (config.peak_tflops * 1e12 or _peak_flops())
         # The device must exist before the first backward: autograd sizes its queues then.
         self.device = torch_xla.device()
         self.mesh = spmd.Mesh(np.arange(wanted), (config.dp, config.tp), ("dp", "tp"))
@@ -113,7 +127,13 @@ class SpmdBackend:
         return whole
 
     def put(self, batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-        """Host tensors [B, ...] to the devices, the batch dimension over dp."""
+        """Host tensors [B, ...] to the devices, the batch dimension over dp; of several hosts, each gives its part."""
+        if self.process_count > 1:
+            specs = {
+                n: spmd.ShardingSpec(self.mesh, ("dp",) + (None,) * (v.ndim - 1), minibatch=True)
+                for n, v in batch.items()
+            }
+            return {n: xla_model.send_cpu_data_to_device([v], self.device, specs[n])[0] for n, v in batch.items()}
         placed = {}
         for name, value in batch.items():
             placed[name] = self._to_device(value)
@@ -122,6 +142,34 @@ class SpmdBackend:
 
     def autocast(self):
         return torch.autocast("xla", dtype=torch.bfloat16) if self._autocast else contextlib.nullcontext()
+
+    def agreed(self, value: int, what: str) -> int:
+        """`value`, the same on every host; raises UserError naming `what` when it isn't."""
+        if self.process_count > 1:
+            values = xla_model.mesh_reduce("agreed", value, list)
+            if len(set(values)) > 1:
+                raise UserError(f"the hosts don't see the same ({', '.join(map(str, values))}): {what}")
+        return value
+
+    def agree_to_stop(self, step: int, wanted: bool) -> bool:
+        """Whether the run stops after micro-step `step`: on all hosts at the same one, when any was told to."""
+        if self.process_count == 1:
+            return wanted
+        return torch_xla._XLAC._sync_point_reached(step)  # the runtime's own SIGTERM handler spreads the notice
+
+    def memory_bytes(self) -> int:
+        """Most memory in use so far: a TPU's, or on the CPU this process's."""
+        if runtime.device_type() == "CPU":
+            return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+        return xla_model.get_memory_info(f"xla:{self.process_index}")["peak_bytes_used"]
+
+    @contextlib.contextmanager
+    def profiler(self, folder: str):
+        """A context whose xprof trace is written to `folder`/plugins/profile, where tensorboard finds it."""
+        session = torch_xla._XLAC.profiler.TslProfilerSessionWrapper()
+        yield
+        xla_model.wait_device_ops()
+        session.export(session.stop(), folder)
 
     def checkpoint(self, function, *tensors):
         """function(*tensors), computed again in the backward pass instead of kept."""
@@ -139,3 +187,11 @@ class SpmdBackend:
     def settle(self) -> None:
         """Materialise pending tensors, so that the step's graph starts from plain device buffers."""
         torch_xla.sync(wait=True)
+
+
+def _peak_flops() -> float:
+    """bf16 FLOP/s of one of this run's devices, 0 when it is unknown."""
+    if runtime.device_type() != "TPU":
+        return 0.0
+    kind = torch_xla.tpu.get_tpu_env().get("ACCELERATOR_TYPE", "").replace("v5litepod", "v5e")
+    return PEAK_FLOPS.get(kind.split("-")[0], 0.0)

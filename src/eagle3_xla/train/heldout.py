@@ -1,0 +1,54 @@
+"""Acceptance on held-out rows while the run goes: of each source of the data, and of all together."""
+
+import numpy as np
+
+from eagle3_xla.data.batches import drafted_positions, rounded
+from eagle3_xla.loss.metrics import add_up, expected_tau, rates
+from eagle3_xla.train.loader import Loader
+from eagle3_xla.train.step import unpack_metrics
+
+
+class HeldOut:
+    """`limit` held-out rows at most, as many of each source, in batches of `batch` rows over all replicas.
+
+    rows: the split's dataset, whose column `source` numbers `sources`; buckets: (row length, first row, rows).
+    `rows` of the result are the chosen ones; `batches` number these.
+    """
+
+    def __init__(self, rows, sources: list[str], buckets: list, limit: int, batch: int):
+        source = np.asarray(rows["source"]) if len(rows) else np.array([], int)
+        each = max(1, limit // max(1, len(sources))) if limit else 0
+        chosen = np.sort(np.concatenate([np.flatnonzero(source == s)[:each] for s in range(len(sources))]).astype(int))
+        self.rows = rows.select(chosen)
+        length_of = np.concatenate([np.full(count, length) for length, _, count in buckets])[chosen]
+        self.batches: list[tuple[str, np.ndarray, np.ndarray]] = []  # (source, rows of a batch, which of them count)
+        for number, length in sorted(set(zip(source[chosen].tolist(), length_of.tolist()))):
+            same = np.flatnonzero((source[chosen] == number) & (length_of == length))
+            for start in range(0, len(same), batch):
+                part = same[start : start + batch]
+                filled = np.concatenate([part, np.repeat(part[-1:], batch - len(part))])
+                self.batches.append((sources[number], filled, np.arange(batch) < len(part)))
+
+    @property
+    def lengths(self) -> list[int]:
+        """Row lengths of the batches."""
+        return sorted({self.rows[int(indices[0])]["input_ids"].shape[0] for _, indices, _ in self.batches})
+
+    def capacities(self, group: int) -> dict[int, int]:
+        """By row length: the most drafted positions that a group of `group` rows has (data/batches.py)."""
+        most: dict[int, int] = {}
+        for _, indices, _ in self.batches:
+            mask = self.rows[indices]["loss_mask"]
+            drafted = drafted_positions(mask).sum(1).reshape(-1, group).sum(1)
+            most[mask.shape[1]] = max(most.get(mask.shape[1], 1), int(drafted.max()))
+        return {length: rounded(count, group * length) for length, count in most.items()}
+
+    def measure(self, loader: Loader, evaluate) -> dict:
+        """evaluate(batch) -> metrics vector. Returns `tau`, `acceptance` per position, and `sources`: name -> tau."""
+        sums: dict[str, list] = {}
+        for source, indices, counts in self.batches:
+            batch, _ = loader.load(indices, counts)
+            sums.setdefault(source, []).append(unpack_metrics(evaluate(batch))[2])
+        acceptance = rates(add_up([each for of_source in sums.values() for each in of_source]))["acceptance"]
+        by_source = {source: expected_tau(rates(add_up(of))["acceptance"]) for source, of in sums.items()}
+        return {"tau": expected_tau(acceptance), "acceptance": acceptance, "sources": by_source}

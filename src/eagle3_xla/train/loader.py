@@ -1,0 +1,54 @@
+"""Rows of a split as batches on the devices: what this host reads of them, their stored states, their listed rows."""
+
+import numpy as np
+import torch
+
+from eagle3_xla.data.batches import list_rows, share_of_process, to_tensors
+from eagle3_xla.target.model import TargetStates
+
+# Listing rows moves data; it must spare at least this share of the positions to be worth it.
+WORTH_LISTING = 0.05
+
+
+class Loader:
+    """Batches of one split.
+
+    rows: the prepared dataset; capacities: row length -> positions that a group lists (Batches.capacities), or None
+    when every row of a batch is computed; store: its target states, when they are kept (target/states.py).
+    """
+
+    def __init__(self, rows, capacities: dict[int, int] | None, batch_size: int, backend, store=None):
+        self.rows, self.backend, self.store = rows, backend, store
+        self.listed = {
+            length: capacity
+            for length, capacity in (capacities or {}).items()
+            if capacity <= (1 - WORTH_LISTING) * batch_size * length
+        }
+
+    def host_batch(self, indices: np.ndarray) -> dict[str, torch.Tensor]:
+        """This host's part of the rows `indices`, host tensors [B, T]."""
+        mine = share_of_process(indices, self.backend.process_index, self.backend.process_count)
+        batch = to_tensors(self.rows[mine])
+        if self.store:
+            batch |= self.store.read(mine)._asdict()
+        return batch
+
+    def load(self, indices: np.ndarray, counts: np.ndarray | None = None) -> tuple[dict[str, torch.Tensor], int]:
+        """(batch on the devices, its tokens on all hosts). counts [len(indices)] bool: rows that carry a loss."""
+        batch = self.host_batch(indices)
+        if counts is not None:
+            mine = share_of_process(counts, self.backend.process_index, self.backend.process_count)
+            batch["loss_mask"] &= torch.from_numpy(mine)[:, None]
+        tokens = int((batch["document_ids"] > 0).sum()) * self.backend.process_count
+        groups = self.backend.data_parallel // self.backend.process_count
+        capacity = self.listed.get(batch["input_ids"].shape[1])
+        if capacity:
+            batch |= list_rows(batch["loss_mask"], groups, capacity)
+        return self.backend.put(batch), tokens
+
+    def states(self, indices: np.ndarray, states_of) -> tuple[dict[str, torch.Tensor], TargetStates]:
+        """(host batch, its target states): from the store, or by `states_of(batch)`."""
+        batch = self.host_batch(indices)
+        if self.store:
+            return batch, TargetStates(*(batch[name] for name in TargetStates._fields))
+        return batch, states_of(batch)
