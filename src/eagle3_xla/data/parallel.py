@@ -6,6 +6,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
+from itertools import islice
 
 _function: Callable | None = None
 
@@ -18,7 +19,7 @@ def ordered_map(make: Callable, arguments: tuple, chunks: Iterable, workers: int
     """
     chunks = iter(chunks)
     workers = workers or os.cpu_count() or 1
-    first = [chunk for chunk, _ in zip(chunks, range(2))]
+    first = list(islice(chunks, 2))
     if workers == 1 or len(first) < 2:
         function = make(*arguments)
         yield from map(function, first)
