@@ -72,6 +72,36 @@ def small_target(embedded_target, tokenizer, tmp_path_factory) -> Path:
     return out
 
 
+@pytest.fixture(scope="session")
+def exported_head(small_target, tmp_path_factory) -> Path:
+    """A head with the small target's sizes, 128 draft tokens and random weights, exported from a checkpoint."""
+    from eagle3_xla import checkpoint
+    from eagle3_xla.data.tokenizer import load_config
+    from eagle3_xla.data.vocab import d2t_t2d
+    from eagle3_xla.draft.model import Eagle3Head, draft_config
+    from eagle3_xla.export import export
+
+    folder = tmp_path_factory.mktemp("exported")
+    config = load_config(str(small_target))
+    torch.manual_seed(0)
+    head = Eagle3Head(draft_config(config, 128))
+    ids = torch.arange(128) * 3
+    ids[0], ids[-1] = 2, config.vocab_size - 1  # <|im_end|> ends the target's answers
+    d2t, t2d = d2t_t2d(ids.sort().values, config.vocab_size)
+    saved = checkpoint.Checkpoint(
+        micro_step=1,
+        head={name: value.detach() for name, value in head.state_dict().items()},
+        optimizer={"step": torch.ones(())},
+        d2t=d2t,
+        t2d=t2d,
+        recipe={},
+        data_key="",
+        draft_config=head.config.to_dict(),
+    )
+    export(checkpoint.save(folder / "checkpoints", saved, keep=1), folder / "head", "float32")
+    return folder / "head"
+
+
 def write_chats(folder: Path) -> Path:
     """32 short chats in ShareGPT form."""
     file = folder / "chats.jsonl"

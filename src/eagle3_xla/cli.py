@@ -122,6 +122,14 @@ def _parser() -> argparse.ArgumentParser:
     verb.add_argument("--draft", required=True, help="the exported head that the server serves")
     verb.add_argument("--max-new-tokens", type=int, default=128)
     verb.add_argument("--dtype", default="float32", choices=("float32", "bfloat16"), help="of the offline side")
+
+    verb = verbs.add_parser("push", parents=[common], help="a head to the hub, with a card of measured figures")
+    verb.add_argument("head", metavar="DIR", help="an exported head")
+    verb.add_argument("--target", required=True, help="folder or hub id of the model it drafts for")
+    verb.add_argument("--repo", required=True, metavar="OWNER/NAME")
+    verb.add_argument("--results", action="append", default=[], metavar="FILE", help="of eval --json or bench --json")
+    verb.add_argument("--private", action="store_true")
+    verb.add_argument("--dry-run", action="store_true", help="write the card, upload nothing")
     return parser
 
 
@@ -227,6 +235,12 @@ def _gap(options, overrides) -> dict:
     return gap(options.target, options.draft, options.prompts, options.server, settings)
 
 
+def _push(options, overrides) -> dict:
+    from eagle3_xla.serve.push import push
+
+    return push(Path(options.head), options.target, options.repo, options.results, options.private, options.dry_run)
+
+
 VERBS = {
     "quickstart": _quickstart,
     "prepare": _prepare,
@@ -238,4 +252,5 @@ VERBS = {
     "patch": _patch,
     "bench": _bench,
     "gap": _gap,
+    "push": _push,
 }
