@@ -55,12 +55,12 @@ class AotBackend(SpmdBackend):
         pass
 
     def lower(self, function, inputs: dict, state: dict, frozen: dict) -> LoweredStep:
-        """Trace `function(inputs)`, which returns one tensor, updates the tensors of `state` in place and reads
+        """Trace `function(inputs)`, which returns a list of tensors, updates the tensors of `state` in place and reads
         those of `frozen`. All three: name -> placeholder, as this backend placed them.
         """
         names = {_placeholders([tensor])[0]: name for name, tensor in {**inputs, **state, **frozen}.items()}
         placed = {name: _argument(name, tensor) for name, tensor in {**inputs, **state, **frozen}.items()}
-        outputs = [function(inputs), *state.values()]
+        outputs = [*function(inputs), *state.values()]
         constant = Argument("", "", 0)
         arguments = [placed.get(names.get(number), constant) for number in _placeholders(outputs)]
         hlo = _XLAC._get_xla_tensors_hlo_proto(outputs)
