@@ -3,7 +3,7 @@
     python benchmarks/prepare.py --out /tmp/prepare-benchmark [--target DIR] [--chats 54000] [--workers 1,2]
 
 Writes synthetic conversations in the three public sets' own forms (turns and answers of log-normal length around theirs,
-words of the shipped chats, so that the tokenizer does real work), a tenth more than the mix takes. Then runs `prepare`
+theirs, words of the shipped chats, so that the tokenizer does real work), a tenth more than the mix takes. Then runs `prepare`
 once for each number of workers, in processes of its own, and compares every byte that they wrote. Memory is the sum of
 the resident sizes of all processes of a run, sampled; CPU seconds are theirs too. The target defaults to the tokenizer
 in tests/data/qwen25.
@@ -65,9 +65,7 @@ def conversations(name: str, count: int, roles: tuple[str, str, str, str]):
 def write_sets(folder: Path, chats: int) -> None:
     count = {name: int(1.1 * chats * share / 100) for name, (share, *_) in SETS.items()}
     with (folder / "sharegpt.json").open("w") as file:  # one JSON array, as the published split file
-        for number, turns in enumerate(
-            conversations("sharegpt", count["sharegpt"], ("from", "value", "human", "gpt"))
-        ):
+        for number, turns in enumerate(conversations("sharegpt", count["sharegpt"], ("from", "value", "human", "gpt"))):
             row = json.dumps({"id": f"{number}_0", "conversations": turns})
             file.write(("[" if not number else ",\n") + row)
         file.write("]")
