@@ -10,9 +10,9 @@ from eagle3_xla.config import UserError
 class Journal:
     """chats.jsonl (rows with an `id`) and dropped.jsonl (`id`, `where`, `reason`, `message`) of a folder.
 
-    done: ids in either; finishes, dropped: how many by kind; tokens: that the target wrote. A process that was killed may
-    leave half a line: it is cut off, and its conversation is done again. Raises UserError when another process writes
-    here, or on a line that is not ours.
+    done: ids in either; finishes, dropped: how many by kind; tokens: that the target wrote. A process that was killed
+    may leave half a line: it is cut off, and its conversation is done again. Raises UserError when another process
+    writes here, or on a line that is not ours.
     """
 
     def __init__(self, out: Path):

@@ -73,6 +73,8 @@ async def _regenerate(data: DataConfig, out: Path, options: Options, journal: Jo
         _check_settings(out / "regenerate.json", settings)
         work = out / ".work" / settings["chats"][:16]
         chats = mix(data, work).train
+        if options.chats:  # in the order of the files; a mix stays shuffled, so that `limit` takes some of each source
+            chats.sort(key=lambda chat: (len(chat[0]), *chat))
         chats = chats[: options.limit or None]
         started, before, left = time.perf_counter(), journal.tokens, {}
         with tqdm(total=len(chats), initial=len(journal.done), desc="regenerate", unit="chat") as bar:
