@@ -2,11 +2,11 @@
 
     python benchmarks/prepare.py --out /tmp/prepare-benchmark [--target DIR] [--chats 54000] [--workers 1,2]
 
-Writes synthetic conversations in the forms of the three public sets, a tenth more than the mix takes: log-normal lengths
-with means near theirs, words of the shipped chats, so that the tokenizer does real work. Then runs `prepare` once for
-each number of workers, in processes of its own, and compares every byte that they wrote. Memory is the sum of the
-resident sizes of all processes of a run, sampled; CPU seconds are theirs too. The target defaults to the tokenizer in
-tests/data/qwen25.
+Writes synthetic conversations in the forms of the three public sets, a tenth more than the mix takes: log-normal
+lengths with means near theirs, words of the shipped chats, so that the tokenizer does real work. Then runs `prepare`
+once for each number of workers, in processes of its own, and compares every byte that they wrote. Memory is the sum of
+the resident sizes of all processes of a run, sampled; CPU seconds are theirs too. The target defaults to the tokenizer
+in tests/data/qwen25.
 """
 
 import argparse

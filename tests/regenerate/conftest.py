@@ -108,6 +108,12 @@ def rows_of(folder) -> list[dict]:
     return [json.loads(line) for line in (folder / "chats.jsonl").read_text().splitlines()]
 
 
+def lines_of(folder) -> int:
+    """Finished conversations of a process that may just be writing one."""
+    file = folder / "chats.jsonl"
+    return file.read_bytes().count(b"\n") if file.exists() else 0
+
+
 def wait_for(condition, seconds: float = 60) -> None:
     deadline = time.monotonic() + seconds
     while not condition():
