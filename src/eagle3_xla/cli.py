@@ -64,7 +64,8 @@ def _parser() -> argparse.ArgumentParser:
         "--minutes", type=float, default=None, help="train about so long (default: what fits 20 minutes in all)"
     )
 
-    verbs.add_parser("prepare", parents=[recipe], help="chats -> packed rows and the draft vocabulary")
+    verb = verbs.add_parser("prepare", parents=[recipe], help="chats -> packed rows and the draft vocabulary")
+    verb.add_argument("--show", type=int, metavar="N", help="then print N rows, what is trained on in colour")
     verb = verbs.add_parser("regenerate", parents=[recipe], help="the target rewrites the answers of chats")
     verb.add_argument("--server", default="", metavar="URL[,URL]", help="running OpenAI-compatible servers")
     verb.add_argument("--target", default="", metavar="DIR", help="or a small target to run in this process")
@@ -183,7 +184,13 @@ def _quickstart(options, overrides) -> dict:
 def _prepare(options, overrides) -> dict:
     from eagle3_xla.data.prepare import prepare
 
-    return prepare(load_recipe(options.config, overrides))
+    recipe = load_recipe(options.config, overrides)
+    manifest = prepare(recipe)
+    if options.show is None:
+        return manifest
+    from eagle3_xla.data.show import show_rows
+
+    return manifest | {"screen": show_rows(recipe, options.show)}
 
 
 def _regenerate(options, overrides) -> dict:
