@@ -1,8 +1,10 @@
 """The mix: shares, caps, seed, duplicates, evaluation prompts, the split; caches, interruptions, numbers of workers."""
 
 import json
+import operator
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -107,7 +109,7 @@ def test_duplicates(tmp_path):
     ]
     path = write(tmp_path / "a.jsonl", rows)
     expected = {
-        "near": (3, {"duplicate": 3, "near_duplicate": 3}),
+        "near": (4, {"duplicate": 3, "near_duplicate": 2}),
         "exact": (6, {"duplicate": 3}),
         "none": (9, {}),
     }
@@ -119,9 +121,9 @@ def test_duplicates(tmp_path):
     # A duplicate in another source, or in the held-out file, goes from the later source.
     other = write(tmp_path / "b.jsonl", [rows[0], chat("new", "New one.")])
     result = mixed(tmp_path, [Source(path=str(path)), Source(path=str(other))], heldout_share=0)
-    assert [report["kept"] for report in result.sources.values()] == [3, 1]
+    assert [report["kept"] for report in result.sources.values()] == [4, 1]
     result = mixed(tmp_path, [Source(path=str(path))], heldout=[Source(path=str(other))])
-    assert [report["kept"] for report in result.sources.values()] == [2, 2] and len(result.heldout) == 2
+    assert [report["kept"] for report in result.sources.values()] == [2, 3] and len(result.heldout) == 2
 
 
 PROMPT = "Compose an engaging travel blog post about a recent trip to Hawaii highlighting cultural experiences"
@@ -155,20 +157,11 @@ def test_evaluation_prompts_are_kept_out(form, tmp_path):
         filters.Filters(DataConfig(decontaminate=[str(write(tmp_path / "bad.jsonl", [{"text": "a"}]))]))
 
 
-def test_every_chunk_once_and_in_order_whatever_the_workers():
-    for workers in (1, 2, 3):
-        for count in (0, 1, 2, 3, 10, 23):
-            chunks = batched(range(count), 2)
-            done = list(ordered_map(_Doubler, (2,), chunks, workers if count > 3 else 1))
-            assert [x for chunk in done for x in chunk] == [2 * x for x in range(count)]
-
-
-class _Doubler:
-    def __init__(self, factor):
-        self.factor = factor
-
-    def __call__(self, chunk):
-        return [self.factor * x for x in chunk]
+@pytest.mark.parametrize("workers", [1, 2])
+def test_every_chunk_once_and_in_order(workers):
+    for count in (0, 1, 2, 3, 10, 23) if workers == 1 else (23,):
+        done = list(ordered_map(operator.methodcaller, ("copy",), batched(range(count), 2), workers))
+        assert [x for chunk in done for x in chunk] == list(range(count))
 
 
 def settings_of(tmp_path, target, files, **more):
@@ -183,13 +176,15 @@ def bytes_of(folder: Path) -> dict[str, bytes]:
 
 
 def test_the_same_bytes_for_any_number_of_workers(three, small_target, tmp_path, monkeypatch):
+    for module in (mix, filters):
+        monkeypatch.setattr(module, "CHUNK", 100)  # several for each worker
     results = []
-    for workers in (1, 2, 3):
+    for workers in (1, 2):
         settings = settings_of(tmp_path, small_target, three, workers=workers, prepared=tmp_path / f"p{workers}")
         manifest = prepare.prepare(load_recipe(None, settings))
         results.append(bytes_of(tmp_path / f"p{workers}"))
         assert manifest["train"]["padding"] < 0.03
-    assert results[0] == results[1] == results[2] and len(results[0]) > 5
+    assert results[0] == results[1] and len(results[0]) > 5
     other = settings_of(tmp_path, small_target, three, seed=1, prepared=tmp_path / "other")
     prepare.prepare(load_recipe(None, other))
     assert bytes_of(tmp_path / "other")["manifest.json"] != results[0]["manifest.json"]
@@ -242,8 +237,6 @@ prepare.prepare(load_recipe(None, sys.argv[1:]))
 
 def test_stale_caches_are_never_reused(small_target, tmp_path, tokenizer):
     """Each thing that shapes the rows changes the key: data, template, tokenizer, length, vocabulary, code."""
-    import shutil
-
     source = write(tmp_path / "a.jsonl", random_chats(20, "a"))
     evaluation = write(tmp_path / "eval.jsonl", [{"prompt": "a b c"}])
     target = shutil.copytree(small_target, tmp_path / "target")

@@ -6,6 +6,7 @@ import random
 import signal
 import subprocess
 import sys
+from collections import Counter
 
 import pytest
 from regenerate.conftest import lines_of, rows_of, wait_for, write_questions
@@ -55,6 +56,20 @@ def test_turn_by_turn_with_the_servers_own_answers(misbehaving, questions, tmp_p
     assert run(tmp_path / "out", questions, [server], sampling=sampling)["new_tokens"] == 240
     assert len(server.bodies) == 80  # nothing was asked again
     with pytest.raises(UserError, match="was begun with sampling .*'temperature': 0.5"):
+        run(tmp_path / "out", questions, [server])
+
+
+def test_the_mix_of_a_recipe(misbehaving, questions, tmp_path):
+    """Without --chats: what `prepare` would take, its held-out share included; the recipe lies beside the output."""
+    other = write_questions(tmp_path / "other.jsonl", 40, 1)
+    settings = [f"data.train=[{{path: {questions}, share: 75, name: a}}, {{path: {other}, share: 25, name: b}}]"]
+    recipe = load_recipe(None, [*settings, "data.conversations=16", "data.deduplicate=exact"])
+    server = misbehaving()
+    result = regenerate(recipe, tmp_path / "out", Options([server.url], sampling=Sampling(max_tokens=16)))
+    rows = rows_of(tmp_path / "out")
+    assert result["conversations"] == 16 and Counter(row["source"] for row in rows) == {"a": 12, "b": 4}
+    assert "conversations: 16" in (tmp_path / "out" / "run.yaml").read_text()
+    with pytest.raises(UserError, match="was begun with chats"):
         run(tmp_path / "out", questions, [server])
 
 
