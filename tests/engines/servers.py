@@ -25,7 +25,8 @@ class Running(NamedTuple):
 
 
 HERE = Path(__file__).resolve().parent
-ENVIRONMENTS = Path(os.environ.get("EAGLE3_ENGINES", HERE.parents[1] / ".engines"))
+ROOT = HERE.parents[1]
+ENVIRONMENTS = Path(os.environ.get("EAGLE3_ENGINES", ROOT / ".engines"))
 START_SECONDS = 300
 
 
@@ -42,15 +43,11 @@ def free_port() -> int:
 
 
 def sglang_command(target: Path, head: Path | None, port: int, steps: int, topk: int, draft_tokens: int) -> list[str]:
-    """SGLang on the CPU in float32; every other setting is the engine's own default for a small machine."""
-    command = [engine_python("sglang"), "-m", "sglang.launch_server", "--model-path", target, "--port", port]
-    command += "--device cpu --dtype float32 --disable-cuda-graph --log-level warning".split()
-    command += "--skip-server-warmup --sleep-on-idle".split()
-    command += "--prefill-attention-backend intel_amx --decode-attention-backend intel_amx".split()
-    command += "--mem-fraction-static 0.3 --max-total-tokens 8192 --max-running-requests 8".split()
+    """The launch script's settings for the CPU: float32, else the engine's own defaults for a small machine."""
+    command = ["bash", ROOT / "launch" / "serve_sglang.sh", "--cpu", "--target", target, "--port", port]
+    command += ["--log-level", "warning"]
     if head:
-        command += ["--speculative-algorithm", "EAGLE3", "--speculative-draft-model-path", head]
-        command += ["--speculative-num-steps", steps, "--speculative-eagle-topk", topk]
+        command += ["--head", head, "--speculative-num-steps", steps, "--speculative-eagle-topk", topk]
         command += ["--speculative-num-draft-tokens", draft_tokens]
     return [str(part) for part in command]
 
@@ -65,10 +62,8 @@ def vllm_command(target: Path, head: Path | None, port: int, steps: int) -> list
 
 
 def engine_environment(engine: str) -> dict[str, str]:
-    own = {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
-    if engine == "sglang":
-        own |= {"PYTHONPATH": str(HERE / "stand_ins"), "SGLANG_USE_CPU_ENGINE": "1"}
-    else:
+    own = {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false", "EAGLE3_ENGINES": str(ENVIRONMENTS)}
+    if engine == "vllm":
         own |= {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_CPU_OMP_THREADS_BIND": "nobind", "PYTHONPATH": ""}
         own |= {"VLLM_NO_USAGE_STATS": "1", "OMP_NUM_THREADS": str(os.cpu_count())}
     return os.environ | own

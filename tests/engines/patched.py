@@ -1,0 +1,96 @@
+"""The patched model classes of SGLang 0.5.1.post3 and sglang-jax, each in the engine's own Python:
+
+    SGLANG_JAX=/checkout/of/sglang-jax bash launch/test.sh tests/engines/patched.py
+
+The checkout is of commit cddbf6f1; Python 3.12 is needed for it (PYTHON312).
+"""
+
+import json
+import os
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+import torch
+from engines.servers import engine_python
+from safetensors.torch import load_file
+from transformers import Qwen2Config, Qwen2ForCausalLM
+
+from eagle3_xla.serve.patch import patch
+
+HERE = Path(__file__).parent
+LAYERS = 12
+ENGINES = {"sglang": "sglang-0.5.1", "sglang-jax": "sglang-jax"}  # name -> environment
+REQUESTS = [torch.randint(3, 800, (length,), generator=torch.Generator().manual_seed(5)).tolist() for length in (11, 7)]
+
+
+@pytest.fixture(scope="module", params=["tied", "untied"])
+def target(request, tmp_path_factory) -> Path:
+    """A Qwen2 with random weights. Heads of 128: sglang-jax's plain attention takes no other."""
+    config = Qwen2Config(
+        vocab_size=1024,
+        hidden_size=256,
+        intermediate_size=256,
+        num_hidden_layers=LAYERS,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        max_position_embeddings=256,
+        tie_word_embeddings=request.param == "tied",
+        torch_dtype="float32",
+    )
+    torch.manual_seed(0)
+    model = Qwen2ForCausalLM(config)
+    for layer in model.model.layers:
+        for projection in (layer.self_attn.q_proj, layer.self_attn.k_proj, layer.self_attn.v_proj):
+            torch.nn.init.normal_(projection.bias)  # the patches must not lose them
+    folder = tmp_path_factory.mktemp("target")
+    model.save_pretrained(folder)
+    return folder
+
+
+def copy_of(engine: str, folder: Path) -> Path:
+    """The engine's unpatched package, in a folder for --path and PYTHONPATH."""
+    package = {"sglang": "sglang", "sglang-jax": "sgl_jax"}[engine]
+    if engine == "sglang":
+        place = next(engine_python(ENGINES[engine]).parents[1].glob("lib/python3*/site-packages"))
+    else:
+        tree = os.environ.get("SGLANG_JAX")
+        assert tree, "set SGLANG_JAX to a checkout of sglang-jax at cddbf6f1; no release on PyPI has EAGLE3"
+        place = Path(tree) / "python"
+    shutil.copytree(place / package, folder / package)
+    return folder
+
+
+def capture(engine: str, package: Path, target: Path, layer_ids, folder: Path) -> subprocess.CompletedProcess:
+    job, out = folder / "job.json", folder / "out.safetensors"
+    job.write_text(json.dumps({"requests": REQUESTS, "layer_ids": layer_ids}))
+    script = HERE / {"sglang": "aux_sglang_051.py", "sglang-jax": "aux_sglang_jax.py"}[engine]
+    environment = os.environ | {"PYTHONPATH": f"{package}:{HERE / 'stand_ins_051'}", "JAX_PLATFORMS": "cpu"}
+    command = [engine_python(ENGINES[engine]), script, target, job, out]
+    return subprocess.run(command, env=environment, cwd=folder, capture_output=True, text=True, timeout=300)
+
+
+@pytest.mark.parametrize("layer_ids", [None, [0, 4, 10]], ids=["default", "explicit"])
+@pytest.mark.parametrize("engine", ENGINES)
+def test_aux_hidden_states(engine, layer_ids, target, tmp_path):
+    """Equal to Hugging Face's; without the patch the same capture fails."""
+    package = copy_of(engine, tmp_path / "engine")
+    assert patch("check", engine, str(package))["status"] == "needed"
+    unpatched = capture(engine, package, target, layer_ids, tmp_path)
+    assert unpatched.returncode != 0 and not (tmp_path / "out.safetensors").exists()
+    assert "no attribute 'set_eagle3_layers_to_capture'" in unpatched.stderr, unpatched.stderr[-3000:]
+
+    assert patch("apply", engine, str(package))["status"] == "applied"
+    done = capture(engine, package, target, layer_ids, tmp_path)
+    assert done.returncode == 0, done.stderr[-3000:]
+    captured = load_file(tmp_path / "out.safetensors")
+    model = Qwen2ForCausalLM.from_pretrained(target, torch_dtype=torch.float32)
+    for i, request in enumerate(REQUESTS):
+        with torch.no_grad():
+            output = model(torch.tensor([request]), output_hidden_states=True)
+        layers = [1, LAYERS // 2 - 1, LAYERS - 4] if layer_ids is None else layer_ids
+        expected = torch.cat([output.hidden_states[layer + 1][0] for layer in layers], -1)
+        print(f"\n{engine} {layers}: largest difference {(captured[f'aux.{i}'] - expected).abs().max():.1e}")
+        torch.testing.assert_close(captured[f"aux.{i}"], expected, rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(captured[f"logits.{i}"][:1024], output.logits[0, -1], rtol=1e-4, atol=1e-4)
