@@ -52,7 +52,7 @@ serve() {
   "$@" &
   local server=$!
   trap 'stopping=1; kill -TERM $server 2>/dev/null || true' TERM INT HUP
-  wait_for "$server"
+  wait_for "$server" 2>/dev/null # the shell says itself which signal ended it
   [ -z "$stopping" ] || exit 0
   die "the engine ended by itself (exit code $status); the lines above say why" 1
 }

@@ -1,7 +1,7 @@
 """Aux hidden states of SGLang 0.5.1's own Qwen2ForCausalLM, one prefill on the CPU; run by that engine's Python.
 
-aux_sglang_051.py TARGET JOB.json OUT.safetensors with JOB = {"requests": [[token ids]], "layer_ids": null | [ids]}.
-Writes for request i: aux.i [T, 3H], logits.i [vocabulary] of its last token.
+aux_sglang_051.py TARGET JOB.json OUT.safetensors with JOB = {"requests": [[token ids]], "layer_ids": [null | [ids]]}.
+Writes for the k-th layer ids and request i: aux.k.i [T, 3H], logits.k.i [vocabulary] of its last token.
 
 Its server is CUDA only, so this sets up what the model runner would: tensor-parallel group of one, KV pool, batch.
 """
@@ -40,11 +40,14 @@ def main(target: str, job: str, out: str) -> None:
     model = Qwen2ForCausalLM(config).eval()
     weights = AutoModelForCausalLM.from_pretrained(target, torch_dtype=torch.float32).state_dict()
     model.load_weights(iter(list(weights.items())))
-    model.set_eagle3_layers_to_capture(*[] if job["layer_ids"] is None else [job["layer_ids"]])
-    output = model(*prefill(config, [torch.tensor(ids) for ids in job["requests"]]))
-    aux = output.hidden_states.split([len(ids) for ids in job["requests"]])
-    tensors = {f"aux.{i}": rows.clone() for i, rows in enumerate(aux)}
-    save_file(tensors | {f"logits.{i}": row.clone() for i, row in enumerate(output.next_token_logits)}, out)
+    tensors = {}
+    for k, layer_ids in enumerate(job["layer_ids"]):
+        model.set_eagle3_layers_to_capture(*[] if layer_ids is None else [layer_ids])
+        output = model(*prefill(config, [torch.tensor(ids) for ids in job["requests"]]))
+        aux = output.hidden_states.split([len(ids) for ids in job["requests"]])
+        tensors |= {f"aux.{k}.{i}": rows.clone() for i, rows in enumerate(aux)}
+        tensors |= {f"logits.{k}.{i}": row.clone() for i, row in enumerate(output.next_token_logits)}
+    save_file(tensors, out)
 
 
 def prefill(config, requests: list[torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor, ForwardBatch]:

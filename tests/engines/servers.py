@@ -1,8 +1,9 @@
-"""Start an engine's real HTTP server on this machine: SGLang or vLLM, with or without a head.
+"""Start an engine's real HTTP server on this machine: SGLang, sglang-jax or vLLM, with or without a head.
 
     PYTHONPATH=tests python -m engines.servers sglang --target quickstart/target [--head quickstart/head] [--topk 4]
 
-The environments come from environments.sh, which is run when they are needed.
+sglang-jax is the checkout that SGLANG_JAX names. The environments come from environments.sh, which is run when they
+are needed.
 """
 
 import argparse
@@ -52,6 +53,14 @@ def sglang_command(target: Path, head: Path | None, port: int, steps: int, topk:
     return [str(part) for part in command]
 
 
+def sglang_jax_command(target: Path, head: Path | None, port: int, steps: int) -> list[str]:
+    command = ["bash", ROOT / "launch" / "serve_sglang_jax.sh", "--cpu", "--target", target, "--port", port]
+    command += ["--decode-log-interval", 1]
+    if head:
+        command += ["--head", head, "--speculative-num-steps", steps, "--speculative-num-draft-tokens", steps + 1]
+    return [str(part) for part in command]
+
+
 def vllm_command(target: Path, head: Path | None, port: int, steps: int) -> list[str]:
     command = [engine_python("vllm"), "-m", "vllm.entrypoints.openai.api_server", "--model", target, "--port", port]
     command += "--dtype float32 --max-model-len 4096 --max-num-seqs 8 --enforce-eager --no-enable-log-requests".split()
@@ -65,7 +74,7 @@ def engine_environment(engine: str) -> dict[str, str]:
     own = {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false", "EAGLE3_ENGINES": str(ENVIRONMENTS)}
     if engine == "vllm":
         own |= {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_CPU_OMP_THREADS_BIND": "nobind", "PYTHONPATH": ""}
-        own |= {"VLLM_NO_USAGE_STATS": "1", "OMP_NUM_THREADS": str(os.cpu_count())}
+        own |= {"VLLM_NO_USAGE_STATS": "1", "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", str(os.cpu_count()))}
     return os.environ | own
 
 
@@ -85,7 +94,7 @@ def serve(
     if engine == "sglang":
         command = sglang_command(target, head, port, steps, topk, draft_tokens or steps + 1)
     else:
-        command = vllm_command(target, head, port, steps)
+        command = (vllm_command if engine == "vllm" else sglang_jax_command)(target, head, port, steps)
     log = log or Path(tempfile.mkdtemp()) / f"{engine}.log"
     with log.open("w") as file:
         process = subprocess.Popen(
@@ -115,7 +124,7 @@ def wait_until_healthy(url: str, process: subprocess.Popen, log: Path) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("engine", choices=("sglang", "vllm"))
+    parser.add_argument("engine", choices=("sglang", "sglang-jax", "vllm"))
     parser.add_argument("--target", type=Path, required=True)
     parser.add_argument("--head", type=Path)
     parser.add_argument("--steps", type=int, default=5)
