@@ -2,8 +2,8 @@
 
     SGLANG_JAX=/checkout/of/sglang-jax bash launch/test.sh tests/engines/patched.py --quickstart quickstart
 
-and the trained head of the quickstart in the patched sglang-jax's own server. The checkout is of commit cddbf6f1; Python
-3.12 is needed for it (PYTHON312).
+and the trained head of the quickstart in the patched sglang-jax's own server. The checkout is of commit cddbf6f1; it
+needs Python 3.12 (PYTHON312).
 """
 
 import json
@@ -22,6 +22,7 @@ from safetensors.torch import load_file
 from transformers import Qwen2Config, Qwen2ForCausalLM
 
 from eagle3_xla.data.tokenizer import load_tokenizer, stop_token_ids
+from eagle3_xla.draft.attention import causal_attention
 from eagle3_xla.evaluate.run import EvalOptions, decode_all, load_pair, prompt_ids, tau
 from eagle3_xla.serve.patch import patch
 
@@ -70,9 +71,9 @@ def copy_of(engine: str, folder: Path) -> Path:
     return folder
 
 
-def capture(engine: str, package: Path, target: Path, folder: Path) -> subprocess.CompletedProcess:
+def capture(engine: str, package: Path, target: Path, folder: Path, **more) -> subprocess.CompletedProcess:
     job, out = folder / "job.json", folder / "out.safetensors"
-    job.write_text(json.dumps({"requests": REQUESTS, "layer_ids": LAYER_IDS}))
+    job.write_text(json.dumps({"requests": REQUESTS, "layer_ids": LAYER_IDS} | more))
     script = HERE / {"sglang": "aux_sglang_051.py", "sglang-jax": "aux_sglang_jax.py"}[engine]
     environment = os.environ | {"PYTHONPATH": f"{package / 'python'}:{HERE / 'stand_ins_051'}", "JAX_PLATFORMS": "cpu"}
     command = [engine_python(ENGINES[engine]), script, target, job, out]
@@ -105,6 +106,37 @@ def test_aux_hidden_states(engine, target, tmp_path):
             torch.testing.assert_close(logits, output.logits[0, -1], rtol=1e-4, atol=1e-4)
 
 
+def test_sglang_051_drafts_with_the_trained_head(trained, tmp_path):
+    """Its own draft model loads the export, and what it drafts from its own states is what ours drafts from ours."""
+    package = copy_of("sglang", tmp_path / "engine")
+    patch("apply", "sglang", str(package))
+    ids = prompt_ids(load_tokenizer(str(trained.target)), PROMPTS, OPTIONS, 10**6)
+    requests = [prompt[:40] for prompt in ids[:3]]
+    more = {"requests": requests, "layer_ids": [None], "head": str(trained.head)}
+    done = capture("sglang", package, trained.target, tmp_path, **more)
+    assert done.returncode == 0, done.stderr[-3000:]
+    found = load_file(tmp_path / "out.safetensors")
+    pair = load_pair(str(trained.target), str(trained.head), OPTIONS)
+    assert torch.equal(found["hot_token_id"], pair.d2t + torch.arange(len(pair.d2t)))
+    target, head = pair.on(OPTIONS)
+    for i, request in enumerate(requests):
+        tokens, positions = torch.tensor([request]), torch.arange(len(request))[None]
+        documents = torch.ones_like(tokens)
+        with torch.inference_mode():
+            features = head.features(target.states(tokens, positions, documents).aux)
+            embeds = target.embed_tokens(torch.tensor([request[1:] + request[-1:]]))
+            key, value = head.context(embeds, features, positions)
+
+            def attend(query, key=key, value=value, documents=documents):
+                return causal_attention(query, key, value, documents)
+
+            hidden, *_ = head.ttt_step(0, embeds, features, positions, attend, (), ())
+            ours = head.logits(hidden)[0]
+        print(f"\nrequest {i}: largest difference {(found[f'drafts.{i}'] - ours).abs().max():.1e}")
+        torch.testing.assert_close(found[f"drafts.{i}"], ours, rtol=1e-3, atol=1e-3)
+        assert torch.equal(found[f"drafts.{i}"].argmax(-1), ours.argmax(-1))
+
+
 def greedy(url: str, prompts: list[list[int]]) -> list[list[int]]:
     answers = []
     for prompt in prompts:
@@ -130,8 +162,9 @@ def test_sglang_jax_serves_the_trained_head(trained, tmp_path, monkeypatch):
         with serve("sglang-jax", trained.target, head, steps=3, log=log) as server:
             answers.append(greedy(server.url, prompts))
     assert len(answers[0]) == 20 and answers[0] == answers[1]
-    # The server counts tokens per target call in its log alone, a line for each call.
-    calls = [float(length) for length in re.findall(r"accept-len ([\d.]+)", log.read_text())]
+    # The server counts tokens per target call in its log alone, a line for each call; those of its warm-up come first.
+    counted = log.read_text().split("ready to roll")[-1]
+    calls = [float(length) for length in re.findall(r"accept-len ([\d.]+)", counted)]
     pair = load_pair(str(trained.target), str(trained.head), OPTIONS)
     ours = tau(decode_all(pair, prompts, stop_token_ids(str(trained.target), tokenizer), OPTIONS))
     print(f"\nsglang-jax, chain of 3: served {sum(calls) / len(calls):.4f} in {len(calls)} calls, eval {ours:.4f}")
