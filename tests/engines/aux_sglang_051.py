@@ -21,10 +21,11 @@ from sglang.srt.layers.attention.torch_native_backend import TorchNativeAttnBack
 from sglang.srt.layers.dp_attention import initialize_dp_attention
 from sglang.srt.mem_cache.memory_pool import MHATokenToKVPool, ReqToTokenPool
 from sglang.srt.model_executor.forward_batch_info import CaptureHiddenMode, ForwardBatch, ForwardMode
-from sglang.srt.models.llama_eagle3 import LlamaForCausalLMEagle3
 from sglang.srt.models.qwen2 import Qwen2ForCausalLM
 from sglang.srt.server_args import ServerArgs
 from transformers import AutoConfig, AutoModelForCausalLM
+
+from sglang.srt.models.llama_eagle3 import LlamaForCausalLMEagle3  # isort: skip (its imports go in circles before)
 
 TOKENS = 128  # slots of the KV pool
 
