@@ -16,9 +16,9 @@ command=(env PYTHONPATH="${SGLANG_JAX:-SGLANG_JAX}/python")
 module=(-m sgl_jax.launch_server)
 if [ -n "$cpu" ]; then
   cpu_python sglang-jax
-  command+=(JAX_PLATFORMS=cpu SGLANG_CI_SMALL_KV_SIZE=4096) # tokens of the cache, of the head too
+  command+=(JAX_PLATFORMS=cpu SGLANG_CI_SMALL_KV_SIZE=2048) # tokens of the cache, of the head too
   module=("$root/tests/engines/serve_sglang_jax_cpu.py") # its attention kernel runs on TPU alone
-  settings=(--device cpu --dtype float32 --tp-size 1 --page-size 16 --max-running-requests 4
+  settings=(--device cpu --dtype float32 --tp-size 1 --page-size 16 --max-running-requests 1
     --context-length 1024 --max-prefill-tokens 1024 --chunked-prefill-size -1 --disable-precompile)
 else
   python="${SGLANG_JAX_PYTHON:-python3}"
