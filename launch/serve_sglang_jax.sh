@@ -11,7 +11,7 @@
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/serve_common.sh"
 
-[ -n "${SGLANG_JAX:-}" ] || [ -n "$dry_run" ] || die "SGLANG_JAX is not set: a checkout of sglang-jax's source is needed"
+[ -n "${SGLANG_JAX:-}" ] || [ -n "$dry_run" ] || die "SGLANG_JAX must name a checkout of sglang-jax's source"
 command=(env PYTHONPATH="${SGLANG_JAX:-SGLANG_JAX}/python")
 module=(-m sgl_jax.launch_server)
 if [ -n "$cpu" ]; then

@@ -59,7 +59,7 @@ def test_what_is_wrong_before_the_start(tmp_path):
     assert "--target DIR is needed" in line(script(SGLANG), 2)
     assert "no head at" in line(script(SGLANG, "--target", "t", "--head", tmp_path), 2)
     assert "--port is '80a'; a whole number" in line(script(SGLANG, "--target", "t", "--port", "80a"), 2)
-    assert "a checkout of sglang-jax" in line(script(SGLANG_JAX, "--target", "t", SGLANG_JAX=""), 2)
+    assert "must name a checkout of sglang-jax" in line(script(SGLANG_JAX, "--target", "t", SGLANG_JAX=""), 2)
     for name, engine in ((SGLANG, "sglang"), (SGLANG_JAX, "sglang-jax")):
         done = script(name, "--target", "t", SGLANG_JAX="/nowhere")
         assert f"{engine} is not installed for python3" in line(done, 2) and done.stderr.count("\n") == 1
