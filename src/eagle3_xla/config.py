@@ -92,6 +92,7 @@ class XlaConfig:
     dp: int = 1  # data-parallel replicas; dp * tp = devices
     tp: int = 1  # tensor-parallel devices in a replica
     autocast: bool = True  # bf16 matmuls over fp32 master weights
+    draft_layout: str = "same"  # same: dp x tp as the target | data_parallel: the batch over all devices, no tp
     remat: bool = False  # compute each TTT step again in the backward pass: less memory, more work
     peak_tflops: float = 0.0  # bf16 TFLOP/s of a device, for MFU; 0: what is known of this TPU
 
@@ -150,6 +151,7 @@ CHOICES = {
     "loss.rows": ("serving", "specforge"),
     "loss.mean_over": ("rows", "all"),
     "xla.device": ("xla", "cpu", "cuda"),
+    "xla.draft_layout": ("same", "data_parallel"),
     "train.init": ("random", "target", "least_squares"),
     "train.tracker": ("tensorboard", "wandb", "none"),
 }
