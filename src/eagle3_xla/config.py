@@ -272,6 +272,11 @@ def _check_values(recipe: Recipe) -> None:
     _check_sources(recipe.data)
     if not 0 < recipe.loss.decay <= 1:
         raise UserError(f"setting loss.decay is {recipe.loss.decay}; it must be in (0, 1]")
+    if recipe.xla.draft_layout == "data_parallel" and recipe.train.batch_size % recipe.xla.tp:
+        raise UserError(
+            f"setting train.batch_size is {recipe.train.batch_size}; with xla.draft_layout=data_parallel it must be a "
+            f"multiple of xla.tp, {recipe.xla.tp}"
+        )
     if not recipe.train.lr > 0:
         raise UserError(f"setting train.lr is {recipe.train.lr}; it must be positive")
     if not 0 <= recipe.train.warmup < 1:

@@ -165,11 +165,20 @@ class SpmdBackend:
 
     def to_host(self, tensor: torch.Tensor) -> torch.Tensor:
         """The whole tensor on the host, put together from its shards: `.cpu()` would compile a gather for each."""
-        xla_model.wait_device_ops()  # shards of a step that is still running can't be read
         tensor = tensor.detach()
+        if self.process_count > 1:  # other hosts hold shards too
+            tensor = self.gathered(tensor)
+        xla_model.wait_device_ops()  # shards of a step that is still running can't be read
         whole = torch.empty(tensor.shape, dtype=tensor.dtype)
         for shard in spmd.XLAShardedTensor(tensor).local_shards:
             whole[shard.indices] = shard.unpadded_data
+        return whole
+
+    def gathered(self, tensor: torch.Tensor) -> torch.Tensor:
+        """A copy that every device holds whole; a compiled transfer for each shape."""
+        whole = tensor.clone()
+        _annotate(whole, self.mesh.get_op_sharding((None,) * tensor.ndim))
+        torch_xla.sync()
         return whole
 
     def put(self, batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
