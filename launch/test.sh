@@ -6,5 +6,6 @@ if [ $# -eq 0 ]; then
   # The engines' environments are installed while the other tests run; the engine tests wait for them.
   mkdir -p .engines
   PYTHON="$base" nice bash tests/engines/environments.sh sglang vllm >.engines/install.log 2>&1 &
+  set -- --numprocesses=auto --dist=loadgroup
 fi
 exec "$python" -m pytest "$@"

@@ -172,6 +172,13 @@ def cli():
     return run_cli
 
 
+def pytest_collection_modifyitems(items):
+    """In one process of several: what shares the quickstart's run, and the engines, whose servers are large."""
+    for item in items:
+        if "quickstart_run" in item.fixturenames or "engines" in item.path.parts:
+            item.add_marker(pytest.mark.xdist_group("quickstart"))
+
+
 def pytest_addoption(parser):
     parser.addoption("--quickstart", type=Path, help="a finished quickstart folder for the engine tests")
 

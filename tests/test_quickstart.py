@@ -21,8 +21,8 @@ def test_quickstart(quickstart_run):
     assert (out / "report.png").read_bytes().startswith(b"\x89PNG")
     assert list((out / "run" / "tensorboard").rglob("events.out.tfevents.*"))
     rows = [json.loads(line) for line in (out / "run" / "metrics.jsonl").read_text().splitlines()]
-    # One graph: nothing compiles after the first steps.
-    assert {row["compilations"] for row in rows if "compilations" in row} == {1}
+    # The step and the held-out evaluation: nothing compiles after the first steps.
+    assert {row["compilations"] for row in rows if "compilations" in row} == {2}
 
 
 def test_minutes_become_tokens_then_epochs():

@@ -8,40 +8,10 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-from eagle3_xla import checkpoint
 from eagle3_xla.config import UserError
-from eagle3_xla.data.tokenizer import load_config
 from eagle3_xla.doctor.run import doctor
-from eagle3_xla.draft.model import Eagle3Head, draft_config
-from eagle3_xla.export import export
 
 IDS = "eagle_aux_hidden_state_layer_ids"
-DRAFT_VOCABULARY = 128
-
-
-@pytest.fixture(scope="module")
-def good(small_target, tmp_path_factory):
-    """A head with the small target's sizes and random weights, exported from a checkpoint."""
-    folder = tmp_path_factory.mktemp("good")
-    config = load_config(str(small_target))
-    torch.manual_seed(0)
-    head = Eagle3Head(draft_config(config, DRAFT_VOCABULARY))
-    ids = torch.arange(DRAFT_VOCABULARY) * 3
-    ids[-1] = config.vocab_size - 1
-    ids[0] = 2  # <|im_end|> ends the target's answers
-    ids = ids.sort().values
-    saved = checkpoint.Checkpoint(
-        micro_step=1,
-        head={name: value.detach() for name, value in head.state_dict().items()},
-        optimizer={"step": torch.ones(())},
-        d2t=ids - torch.arange(DRAFT_VOCABULARY),
-        t2d=torch.zeros(config.vocab_size, dtype=torch.bool).index_fill(0, ids, True),
-        recipe={},
-        data_key="",
-        draft_config=head.config.to_dict(),
-    )
-    export(checkpoint.save(folder / "checkpoints", saved, keep=1), folder / "head", "float32")
-    return folder / "head"
 
 
 def edit(folder, change, foreign: bool = False) -> None:
@@ -149,17 +119,17 @@ def settings(folder) -> dict:
     return {key: value for key, value in config.items() if value is not None}
 
 
-def test_a_good_head(good, small_target):
-    result = doctor(good, str(small_target))
+def test_a_good_head(exported_head, small_target):
+    result = doctor(exported_head, str(small_target))
     assert result["ok"] and {found["status"] for found in result["rules"]} == {"pass"}, result["screen"]
     assert len(result["rules"]) >= 24
 
 
 @pytest.mark.parametrize("name", BROKEN)
-def test_broken(name, good, small_target, tmp_path):
+def test_broken(name, exported_head, small_target, tmp_path):
     change, rule, expected, mended = BROKEN[name]
     head = tmp_path / "head"
-    shutil.copytree(good, head)
+    shutil.copytree(exported_head, head)
     edit(head, change)
     broken = (head / "config.json").read_text()
     result = doctor(head, str(small_target))
@@ -174,18 +144,18 @@ def test_broken(name, good, small_target, tmp_path):
     assert (head / "model.safetensors").read_bytes() == before
     if mended:
         assert result["ok"] and result["fixed"]
-        config, original = settings(head), settings(good)
+        config, original = settings(head), settings(exported_head)
         assert config == original or rule in ("fc_norm", "aux_layers")
     else:
         assert (head / "config.json").read_text() == broken
 
 
 @pytest.mark.parametrize("name", ["wrong theta", "other eps", "other heads, same sizes", "normed output"])
-def test_a_doubt_about_a_foreign_head_is_not_mended(name, good, small_target, tmp_path):
+def test_a_doubt_about_a_foreign_head_is_not_mended(name, exported_head, small_target, tmp_path):
     """Without a record of its training, only its maker knows."""
     change, rule, *_ = BROKEN[name]
     head = tmp_path / "head"
-    shutil.copytree(good, head)
+    shutil.copytree(exported_head, head)
     edit(head, setting(), foreign=True)
     assert doctor(head, str(small_target))["ok"]
     edit(head, change, foreign=True)
@@ -195,9 +165,9 @@ def test_a_doubt_about_a_foreign_head_is_not_mended(name, good, small_target, tm
     assert (head / "config.json").read_text() == broken
 
 
-def test_foreign_layer_ids(good, small_target, tmp_path):
+def test_foreign_layer_ids(exported_head, small_target, tmp_path):
     head = tmp_path / "head"
-    shutil.copytree(good, head)
+    shutil.copytree(exported_head, head)
     for inner, top, expected, mended in (
         ([1, 3, 4], [2, 4, 5], "pass", True),
         ([1, 3, 4], None, "fail", True),  # SGLang reads the default layers, vLLM those before
@@ -212,30 +182,30 @@ def test_foreign_layer_ids(good, small_target, tmp_path):
         assert (status(doctor(head, str(small_target), fix=True), "aux_layers") == "pass") == mended, (inner, top)
 
 
-def test_targets(good, small_target, tmp_path):
+def test_targets(exported_head, small_target, tmp_path):
     """What is wrong with the target's folder shows too."""
     target = tmp_path / "target"
     shutil.copytree(small_target, target)
     tokenizer = json.loads((target / "tokenizer_config.json").read_text()) | {"tokenizer_class": "TokenizersBackend"}
     (target / "tokenizer_config.json").write_text(json.dumps(tokenizer))
-    result = doctor(good, str(target))
+    result = doctor(exported_head, str(target))
     assert status(result, "target_tokenizer") == "fail" and not result["ok"]
     config = json.loads((target / "config.json").read_text())
     scaling = {"rope_type": "linear", "factor": 2.0}
     (target / "config.json").write_text(json.dumps(config | {"rope_scaling": scaling}))
-    head = shutil.copytree(good, tmp_path / "head")
+    head = shutil.copytree(exported_head, tmp_path / "head")
     edit(head, setting(rope_scaling=scaling), foreign=True)
     assert status(doctor(head, str(target)), "rope_scaling") == "warn"  # SafeAILab's code reads `type`
     edit(head, setting(rope_scaling=None), foreign=True)
     assert status(doctor(head, str(target)), "rope_scaling") == "warn"  # not the target's
     config |= {"num_hidden_layers": 6, "layer_types": None}
     (target / "config.json").write_text(json.dumps(config))
-    assert status(doctor(good, str(target)), "aux_layers") == "fail"
+    assert status(doctor(exported_head, str(target)), "aux_layers") == "fail"
 
 
-def test_unreadable(good, small_target, tmp_path):
+def test_unreadable(exported_head, small_target, tmp_path):
     head = tmp_path / "head"
-    shutil.copytree(good, head)
+    shutil.copytree(exported_head, head)
     file = head / "model.safetensors"
     content = file.read_bytes()
     for broken in (content[:-100], content[:20], b"", b"\x00" * 500):
@@ -250,9 +220,9 @@ def test_unreadable(good, small_target, tmp_path):
             doctor(head, str(small_target))
 
 
-def test_command_line(cli, good, small_target, tmp_path):
+def test_command_line(cli, exported_head, small_target, tmp_path):
     head = tmp_path / "head"
-    shutil.copytree(good, head)
+    shutil.copytree(exported_head, head)
     edit(head, without("max_position_embeddings"))
     done = cli("doctor", head, "--target", small_target, "--json")
     assert done.returncode == 1 and not json.loads(done.stdout)["ok"], done.stderr
