@@ -37,7 +37,7 @@ attempt("shape", budget, function, torch.ones(2, 5))
 attempt("dtype", *fresh(), x.to(torch.int32))
 budget, function = fresh()
 attempt("before lr", budget, function, torch.ones(2, 6))
-scale = 0.75
+scale = 1.0
 attempt("lr", budget, function, torch.ones(2, 6))
 budget, function = fresh(allow=True)
 attempt("allowed first", budget, function, torch.ones(3, 4))
