@@ -9,6 +9,9 @@ from pathlib import Path
 os.environ.setdefault("PJRT_DEVICE", "CPU")
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 os.environ["HF_HUB_OFFLINE"] = "1"
+# Small tensors gain nothing from a second thread, and threads that wait for each other by spinning cost the other
+# test process its core.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 # Compiling for the CPU takes a quarter of the time without LLVM's expensive passes; results stay within rounding.
 FAST_COMPILE = "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
 os.environ.setdefault("XLA_FLAGS", FAST_COMPILE)

@@ -81,7 +81,7 @@ def test_a_changed_recipe_is_refused_with_its_differences(small_run):
     with pytest.raises(UserError, match=r"changed: loss.decay: 0.8 -> 0.7; train.lr: 0.0008 -> 0.1"):
         train(recipe_of(small_run, "train.lr=0.1", "loss.decay=0.7"))
     with pytest.raises(UserError, match="the content of data.prepared"):
-        chats = Path(load_recipe(None, small_run).data.train[0])
+        chats = Path(load_recipe(None, small_run).data.train[0].path)
         chats.write_text(chats.read_text().replace("Paris", "Lyon"))
         train(recipe_of(small_run))
 

@@ -41,7 +41,7 @@ rows = recipe.train.batch_size * recipe.xla.dp
 batch = {n: torch.ones(rows, T, dtype=torch.int32) for n in ("input_ids", "position_ids", "document_ids")}
 batch = backend.put({**batch, "loss_mask": torch.ones(rows, T, dtype=torch.bool)})
 backend.settle()
-outputs = [step.run(recipe.train.gradient_accumulation - 1, batch), *head.parameters(), *optimizer.state().values()]
+outputs = [*step.run(recipe.train.gradient_accumulation - 1, batch), *head.parameters(), *optimizer.state().values()]
 outputs += [p.grad for p in head.parameters() if p.grad is not None]
 trained = torch_xla._XLAC._get_xla_tensors_hlo_proto(outputs)
 planned = lower_step(recipe, target.model.config).hlo

@@ -8,7 +8,7 @@ about the same number of drafted positions: what a replica computes is as large 
 import numpy as np
 import torch
 
-DEAL = 64  # groups that are dealt together; more would even out no further and repeat the same neighbours each epoch
+DEAL = 64  # batches that are dealt together; more would even out no further and repeat the same neighbours each epoch
 ROUND = 64  # listed rows are a multiple of it
 
 
@@ -46,16 +46,21 @@ class Batches:
     def _deal(self, epoch: int) -> list[np.ndarray]:
         """Row numbers of every batch of an epoch, [steps, replicas * group] for each bucket."""
         random = np.random.default_rng([self.seed, epoch])
-        dealt, batch = [], self.replicas * self.group
+        batch = self.replicas * self.group
+        # There and back through rows with more and more drafts: every batch, and every group of it, gets some with
+        # many and some with few. Which rows a batch has doesn't depend on how it is split into groups.
+        to_groups = np.arange(batch).reshape(self.group, self.replicas)
+        to_groups[1::2] = to_groups[1::2, ::-1]
+        dealt = []
         for _, first, rows in self.buckets:
             order = first + random.permutation(rows)[: rows // batch * batch]
-            groups = [np.empty((0, self.group), np.int64)]
-            for start in range(0, len(order), DEAL * self.group):
-                part = order[start : start + DEAL * self.group]
-                part = part[np.argsort(self.drafted[part], kind="stable")].reshape(self.group, -1)
-                part[1::2] = part[1::2, ::-1]  # there and back: every group gets some with many and some with few
-                groups.append(part.T[random.permutation(part.shape[1])])
-            dealt.append(np.concatenate(groups).reshape(-1, batch))
+            batches = [np.empty((0, batch), np.int64)]
+            for start in range(0, len(order), DEAL * batch):
+                part = order[start : start + DEAL * batch]
+                part = part[np.argsort(self.drafted[part], kind="stable")].reshape(batch, -1)
+                part[1::2] = part[1::2, ::-1]
+                batches.append(part.T[:, to_groups.T.ravel()])
+            dealt.append(np.concatenate(batches))
         return dealt
 
 

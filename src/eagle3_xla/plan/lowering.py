@@ -36,4 +36,4 @@ def lower_step(recipe: Recipe, target_config) -> LoweredStep:
     state |= {f"gradient.{name}": p.grad for name, p in parameters.items() if p.grad is not None}
     frozen = dict(target.named_parameters()) | {f"target.{name}": buffer for name, buffer in target.named_buffers()}
     last_micro_step = recipe.train.gradient_accumulation - 1
-    return backend.lower(lambda inputs: step.run(last_micro_step, inputs), batch, state, frozen)
+    return backend.lower(lambda inputs: list(step.run(last_micro_step, inputs)), batch, state, frozen)

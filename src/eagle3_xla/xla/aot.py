@@ -12,7 +12,7 @@ import torch
 import torch_xla
 import torch_xla.core.xla_builder as xla_builder
 
-from eagle3_xla.xla.spmd import SpmdBackend
+from eagle3_xla.xla.spmd import SpmdBackend, _annotate
 
 _XLAC = torch_xla._XLAC
 
@@ -46,7 +46,7 @@ class AotBackend(SpmdBackend):
         return xla_builder.create_placeholder_tensor(tuple(tensor.shape), tensor.dtype).clone()
 
     def _mark(self, tensor: torch.Tensor, sharding) -> None:
-        _XLAC._xla_annotate_custom_sharding(tensor, sharding)
+        _annotate(tensor, sharding)
 
     def compile(self, function):
         return function
@@ -55,12 +55,12 @@ class AotBackend(SpmdBackend):
         pass
 
     def lower(self, function, inputs: dict, state: dict, frozen: dict) -> LoweredStep:
-        """Trace `function(inputs)`, which returns one tensor, updates the tensors of `state` in place and reads
+        """Trace `function(inputs)`, which returns a list of tensors, updates the tensors of `state` in place and reads
         those of `frozen`. All three: name -> placeholder, as this backend placed them.
         """
         names = {_placeholders([tensor])[0]: name for name, tensor in {**inputs, **state, **frozen}.items()}
         placed = {name: _argument(name, tensor) for name, tensor in {**inputs, **state, **frozen}.items()}
-        outputs = [function(inputs), *state.values()]
+        outputs = [*function(inputs), *state.values()]
         constant = Argument("", "", 0)
         arguments = [placed.get(names.get(number), constant) for number in _placeholders(outputs)]
         hlo = _XLAC._get_xla_tensors_hlo_proto(outputs)
