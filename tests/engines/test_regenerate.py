@@ -35,7 +35,7 @@ def test_killed_twice_every_row_once(embedded_target, tmp_path, cli):
     out = tmp_path / "out"
     with serve("vllm", embedded_target, log=tmp_path / "server.log") as server:
         arguments = ["regenerate", "--server", server.url, "--chats", tmp_path / "chats.jsonl", "--out", out]
-        arguments += ["--max-tokens", "16", "--concurrency", "8", "--temperature", "0", "--json"]
+        arguments += ["--max-tokens", "48", "--concurrency", "8", "--temperature", "0", "--json"]
         started = time.monotonic()
         for goal in (ROWS // 4, ROWS // 2):
             process = subprocess.Popen([sys.executable, "-m", "eagle3_xla", *map(str, arguments)])
@@ -51,9 +51,10 @@ def test_killed_twice_every_row_once(embedded_target, tmp_path, cli):
     rows = sorted(rows_of(out), key=lambda row: row["id"])
     assert result["finished"] == ROWS and [row["id"] for row in rows] == list(range(ROWS))
     assert [row["messages"][0]["content"] for row in rows] == questions
-    assert all(row["new_tokens"] <= 32 and row["messages"][-1]["role"] == "assistant" for row in rows)
+    assert all(row["new_tokens"] <= 96 and row["messages"][-1]["role"] == "assistant" for row in rows)
     # Asked on only after an answer that ended by itself.
     assert all(len(row["messages"]) == 2 or i % 4 == 0 for i, row in enumerate(rows))
+    assert any(len(row["messages"]) == 4 for row in rows)
 
     # The in-process target writes the same, greedily; a near tie in float32 may fall the other way once.
     arguments = ["--target", embedded_target, "--limit", 6, *arguments[3:]]

@@ -7,6 +7,7 @@ import pytest
 import torch
 from regenerate.conftest import rows_of, write_questions
 
+from eagle3_xla.cli import main
 from eagle3_xla.config import Recipe
 from eagle3_xla.data.tokenizer import load_tokenizer, stop_token_ids
 from eagle3_xla.evaluate.decode import decode_plain
@@ -69,13 +70,12 @@ def test_context_is_the_limit(small_target):
     assert reply.finish == "length" and 0 < reply.tokens < 100
 
 
-def test_the_verb_in_process(small_target, tmp_path, cli):
+def test_the_verb_in_process(small_target, tmp_path, capsys):
     questions = write_questions(tmp_path / "questions.jsonl", 6)
     arguments = ["--target", small_target, "--chats", questions, "--max-tokens", 4, "--concurrency", 3, "--json"]
-    done = cli("regenerate", *arguments, "--out", tmp_path / "out")
-    assert done.returncode == 0, done.stderr
-    result = json.loads(done.stdout)
-    assert result["finished"] == 6 and "tokens/s" in done.stderr
+    assert main(["regenerate", *map(str, arguments), "--out", str(tmp_path / "out")]) == 0
+    output = capsys.readouterr()
+    assert json.loads(output.out)["finished"] == 6 and "tokens/s" in output.err
     rows = sorted(rows_of(tmp_path / "out"), key=lambda row: row["id"])
     assert [row["messages"][0]["content"] for row in rows] == [f"question {i} 0" for i in range(6)]
     options = Options(target=str(small_target), chats=[str(questions)], concurrency=1, sampling=Sampling(max_tokens=4))
