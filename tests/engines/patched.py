@@ -30,7 +30,7 @@ HERE = Path(__file__).parent
 LAYERS = 12
 LAYER_IDS = [None, [0, 4, 10]]  # the default ones, explicit ones
 ENGINES = {"sglang": "sglang-0.5.1", "sglang-jax": "sglang-jax"}  # name -> environment
-OPTIONS = EvalOptions(limit=20, max_new_tokens=24, draft_tokens=3)
+OPTIONS = EvalOptions(limit=20, max_new_tokens=8, draft_tokens=3)
 REQUESTS = [torch.randint(3, 800, (length,), generator=torch.Generator().manual_seed(5)).tolist() for length in (11, 7)]
 
 
