@@ -1,4 +1,4 @@
-"""`plan --search`: the same maths on other meshes, draft layouts and batch shapes, each compiled in its own process."""
+"""`plan --search`: the same maths on other meshes and batch shapes, each compiled in a process of its own."""
 
 import dataclasses
 import hashlib
@@ -22,36 +22,33 @@ COMPILER = ("torch_xla", "jaxlib", "libtpu")
 
 
 def candidates(recipe: Recipe, chips: int, kv_heads: int) -> list[list[Recipe]]:
-    """Recipes with the rows per update of `recipe`; in each list the layout is one and the batch per replica grows."""
+    """Recipes with the rows per update of `recipe`; in each list the mesh is one and the batch per replica grows."""
     train = recipe.train
     rows = recipe.xla.dp * train.batch_size * train.gradient_accumulation
-    layouts = []
+    meshes = []
     for tp in (n for n in range(1, kv_heads + 1) if kv_heads % n == 0 and chips % n == 0):
         dp = chips // tp
-        for draft_layout in ("same", "data_parallel") if tp > 1 else ("same",):
-            xla = dataclasses.replace(recipe.xla, dp=dp, tp=tp, draft_layout=draft_layout, remat=False)
-            batches = [2**i for i in range(rows.bit_length()) if rows % (dp * 2**i) == 0]
-            if draft_layout == "data_parallel":
-                batches = [b for b in batches if b % tp == 0]
-            shapes = [dataclasses.replace(train, batch_size=b, gradient_accumulation=rows // (dp * b)) for b in batches]
-            layouts.append([dataclasses.replace(recipe, xla=xla, train=shape) for shape in shapes])
-    return layouts
+        xla = dataclasses.replace(recipe.xla, dp=dp, tp=tp)
+        batches = [2**i for i in range(rows.bit_length()) if rows % (dp * 2**i) == 0]
+        shapes = [dataclasses.replace(train, batch_size=b, gradient_accumulation=rows // (dp * b)) for b in batches]
+        meshes.append([dataclasses.replace(recipe, xla=xla, train=shape) for shape in shapes])
+    return meshes
 
 
 def search(recipe: Recipe) -> dict:
     """Verdicts of all candidates, the fastest that fits first.
 
-    A batch that doesn't fit is tried again with xla.remat, as are the larger ones of its layout; one that doesn't fit
-    then ends the layout's list.
+    A batch that doesn't fit is tried again with xla.remat, as are the larger ones of its mesh; one that still doesn't
+    fit ends the mesh's list.
 
     Verdicts are kept in the user's cache folder, by recipe, topology, and versions of this package and the compiler.
     """
     topology = find_topology(recipe.plan.topology)
-    layouts = candidates(recipe, topology.chips, plan_config(recipe.target.path).num_key_value_heads)
-    rows, bar = [], tqdm(total=sum(map(len, layouts)), desc=f"plans for {topology.name}", unit="plan")
-    for layout in layouts:
+    meshes = candidates(recipe, topology.chips, plan_config(recipe.target.path).num_key_value_heads)
+    rows, bar = [], tqdm(total=sum(map(len, meshes)), desc=f"plans for {topology.name}", unit="plan")
+    for mesh in meshes:
         remats = [False, True]
-        for candidate in layout:
+        for candidate in mesh:
             while remats:
                 xla = dataclasses.replace(candidate.xla, remat=remats[0])
                 bar.set_postfix(_shape(candidate) | {"remat": xla.remat})
@@ -68,7 +65,7 @@ def search(recipe: Recipe) -> dict:
 
 
 def _shape(recipe: Recipe) -> dict:
-    shape = {name: getattr(recipe.xla, name) for name in ("dp", "tp", "draft_layout")}
+    shape = {"dp": recipe.xla.dp, "tp": recipe.xla.tp}
     return shape | {name: getattr(recipe.train, name) for name in ("batch_size", "gradient_accumulation")}
 
 
@@ -106,11 +103,11 @@ def _key(recipe: Recipe) -> str:
 
 
 def _table(rows: list[dict]) -> str:
-    heads = ("dp x tp", "draft", "remat", "batch", "accum.", "HBM GiB", "step ms", "tokens/s", "MFU", "hours")
-    lines = ["{:>8} {:>13} {:>5} {:>5} {:>6} {:>7} {:>7} {:>8} {:>4} {:>5}".format(*heads)]
+    heads = ("dp x tp", "remat", "batch", "accum.", "HBM GiB", "step ms", "tokens/s", "MFU", "hours")
+    lines = ["{:>8} {:>5} {:>5} {:>6} {:>7} {:>7} {:>8} {:>4} {:>5}".format(*heads)]
     for row in rows:
         hbm = row["hbm_bytes_per_chip"] / 1024**3
-        line = f"{row['dp']:>4} x {row['tp']:<1} {row['draft_layout']:>13} {'yes' if row['remat'] else 'no':>5}"
+        line = f"{row['dp']:>4} x {row['tp']:<1} {'yes' if row['remat'] else 'no':>5}"
         line += f" {row['batch_size']:>5} {row['gradient_accumulation']:>6} {hbm:>7.2f}"
         if not row["fits"]:
             lines.append(f"{line} does not fit")

@@ -7,8 +7,6 @@ from eagle3_xla.config import Recipe
 from eagle3_xla.loss.metrics import AcceptanceSums
 from eagle3_xla.loss.unroll import UnrollResult, plain_checkpoint, teacher_positions, unroll
 
-DRAFT_INPUTS = ("input_ids", "position_ids", "document_ids", "loss_mask", "rows", "slots")
-
 
 class _HeadUnroll(torch.nn.Module):
     """`unroll` as a module's forward, so that functional_call can put other weights into the head."""
@@ -76,7 +74,7 @@ class TrainStep:
 
     def _unroll(self, batch: dict[str, torch.Tensor], weights: dict[str, torch.Tensor]) -> UnrollResult:
         """weights: what the head computes with, by parameter name."""
-        backend, groups = self.backend, self.backend.draft_parallel
+        backend, groups = self.backend, self.backend.data_parallel
         if "aux" in batch:
             aux = batch["aux"]
             known = (batch["hidden"], batch["argmax"].long(), batch["logsumexp"])
@@ -85,8 +83,6 @@ class TrainStep:
             aux, hidden = self.target.hidden_states(batch["input_ids"], batch["position_ids"], batch["document_ids"])
             hidden = teacher_positions(batch, hidden, groups)
             argmax, logsumexp = self.target.full_vocabulary(hidden)
-        aux, hidden, argmax, logsumexp = map(backend.to_draft_layout, (aux, hidden, argmax, logsumexp))
-        batch = {name: backend.to_draft_layout(batch[name]) for name in DRAFT_INPUTS if name in batch}
         teacher = self.target.teacher(hidden, argmax, logsumexp)
         checkpoint = backend.checkpoint if self.recipe.xla.remat else plain_checkpoint
         maps = (self.t2d, self.d2t)

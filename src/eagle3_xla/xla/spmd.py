@@ -56,8 +56,7 @@ class SpmdBackend:
         self.mesh = spmd.Mesh(np.arange(wanted), (config.dp, config.tp), ("dp", "tp"))
         spmd.set_global_mesh(self.mesh)
         self.data_parallel = config.dp
-        # How many devices share a batch in the draft phase.
-        self.draft_parallel = wanted if config.draft_layout == "data_parallel" else config.dp
+        self._tensor_parallel = config.tp > 1
         self._autocast = config.autocast
         self._shape = f"dp={config.dp} x tp={config.tp}"
 
@@ -92,7 +91,7 @@ class SpmdBackend:
             else:
                 spec = (None,) * parameter.ndim
             self._mark(parameter, self.mesh.get_op_sharding(spec))
-        self._mark(target.draft_rows, self.mesh.get_op_sharding((self._draft_axis, None)))
+        self._mark(target.draft_rows, self.mesh.get_op_sharding(("tp", None)))
         return target
 
     def place_head(self, head):
@@ -101,40 +100,22 @@ class SpmdBackend:
             self._mark(parameter, self._stored(name, parameter))
         return head
 
-    @property
-    def _draft_axis(self) -> str | None:
-        """The mesh axis over which the draft phase splits weights."""
-        return "tp" if self.draft_parallel == self.data_parallel else None
-
     def _stored(self, name: str, parameter):
-        """Sharding of a parameter at rest, and of its moments and gradient: a matrix over all devices (ZeRO)."""
-        if parameter.ndim < 2:
-            return self.mesh.get_op_sharding((None,))
-        rows = _divides(parameter.shape[0], self.mesh.size())
-        if name.split(".")[-2] in HEAD_ROWS and self._draft_axis:
-            spec = ("dp" if _divides(parameter.shape[0], self.data_parallel) else None, "tp")
-        elif rows:
-            spec = (("tp", "dp"), None)
-        else:
-            spec = (self._draft_axis, None)
-        return self.mesh.get_op_sharding(spec)
+        """Sharding of a parameter at rest, and of its moments and gradient: a matrix over all devices (ZeRO) when tp
+        is 1; else as the step computes with it (benchmarks/README.md).
+        """
+        if self._tensor_parallel or parameter.ndim < 2 or parameter.shape[0] % self.mesh.size():
+            return self._computed(name, parameter)
+        return self.mesh.get_op_sharding((("tp", "dp"), None))
 
     def _computed(self, name: str, parameter):
-        """Sharding of a weight while the draft phase computes with it."""
+        """Sharding of a weight while the step computes with it."""
         module = name.split(".")[-2]
         if module in HEAD_COLUMNS:
-            return self.mesh.get_op_sharding((self._draft_axis, None))
+            return self.mesh.get_op_sharding(("tp", None))
         if module in HEAD_ROWS:
-            return self.mesh.get_op_sharding((None, self._draft_axis))
+            return self.mesh.get_op_sharding((None, "tp"))
         return self.mesh.get_op_sharding((None,) * parameter.ndim)
-
-    def to_draft_layout(self, tensor: torch.Tensor) -> torch.Tensor:
-        """A tensor of the target phase [B, ...], with B spread as the draft phase has it."""
-        if self._draft_axis:
-            return tensor
-        tensor = tensor.clone()
-        _annotate(tensor, self.mesh.get_op_sharding((("dp", "tp"),) + (None,) * (tensor.ndim - 1)))
-        return tensor
 
     def working_weights(self, head) -> dict[str, torch.Tensor]:
         """Parameter name -> the weight that a step computes with: gathered once, in bf16 if autocast."""
@@ -247,10 +228,6 @@ class SpmdBackend:
 def _annotate(tensor: torch.Tensor, sharding) -> None:
     """Give a tensor inside a graph its sharding."""
     torch_xla._XLAC._xla_annotate_custom_sharding(tensor, sharding)
-
-
-def _divides(size: int, parts: int) -> bool:
-    return size % parts == 0
 
 
 def _peak_flops() -> float:

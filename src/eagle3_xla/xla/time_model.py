@@ -126,6 +126,7 @@ class _Walk:
             elif opcode in ("call", "conditional"):
                 for called in instruction.calls:
                     time.add(self.run(called), 1)
+                    clock += self.run(called).total
             elif base in COLLECTIVES or self._fused_collective(instruction):
                 if opcode.endswith("-done"):
                     wait = max(0.0, ends[instruction.operands[0]] - clock)
