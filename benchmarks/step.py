@@ -45,17 +45,17 @@ def a_batch(path: str, everywhere: bool) -> tuple[dict[str, torch.Tensor], int]:
     from eagle3_xla.data.batches import Batches, drafted_positions, to_tensors
     from eagle3_xla.data.prepare import load_prepared, prepare
 
-    settings = [f"target.path={path}", f"data.row_length={LENGTH}", "data.max_tokens=0"]
+    settings = [f"target.path={path}", f"data.row_length={LENGTH}", "data.max_tokens=0", "data.deduplicate=none"]
     settings += [f"data.prepared={Path(tempfile.gettempdir()) / 'eagle3-xla-benchmark-rows'}"]
     recipe = load_recipe("smollm2-cpu", settings)
     prepare(recipe)
     rows = load_prepared(recipe.data.prepared)[0]
-    batches = Batches(drafted_positions(rows["loss_mask"][:]).sum(1), BATCH, 1, 0)
+    batches = Batches(drafted_positions(rows["loss_mask"][:]).sum(1), [(LENGTH, 0, len(rows))], BATCH, 1, 0)
     batch = to_tensors(rows[batches.indices(0)])
     if everywhere:
         batch["loss_mask"][:] = True
         return batch, TOKENS
-    return batch, batches.capacity(1, LENGTH)
+    return batch, batches.capacities(1)[LENGTH]
 
 
 def our_step(path: str, device: str, everywhere: bool):

@@ -8,8 +8,8 @@ from pathlib import Path
 import eagle3_xla
 
 ROOT = Path(eagle3_xla.__file__).parent
-ORDER = ["data", "target", "draft", "loss", "xla", "checkpoint", "train", "plan", "export", "doctor", "evaluate"]
-ORDER += ["serve", "quickstart", "cli"]
+ORDER = ["data", "target", "regenerate", "draft", "loss", "xla", "checkpoint", "train", "plan", "export", "doctor"]
+ORDER += ["evaluate", "serve", "quickstart", "cli"]
 
 
 def imports_of(file: Path) -> set[str]:

@@ -64,7 +64,22 @@ def _parser() -> argparse.ArgumentParser:
         "--minutes", type=float, default=None, help="train about so long (default: what fits 20 minutes in all)"
     )
 
-    verbs.add_parser("prepare", parents=[recipe], help="chats -> packed rows and the draft vocabulary")
+    verb = verbs.add_parser("prepare", parents=[recipe], help="chats -> packed rows and the draft vocabulary")
+    verb.add_argument("--show", type=int, metavar="N", help="then print N rows, what is trained on in colour")
+    verb = verbs.add_parser("regenerate", parents=[recipe], help="the target rewrites the answers of chats")
+    verb.add_argument("--server", default="", metavar="URL[,URL]", help="running OpenAI-compatible servers")
+    verb.add_argument("--target", default="", metavar="DIR", help="or a small target to run in this process")
+    verb.add_argument("--chats", nargs="+", default=[], metavar="FILE", help="default: the recipe's data.train mix")
+    verb.add_argument("--out", required=True, help="folder; started again with it, it continues")
+    verb.add_argument("--limit", type=int, default=0, help="only the first conversations")
+    verb.add_argument("--concurrency", type=int, default=16, help="conversations in flight (default: 16)")
+    verb.add_argument("--max-tokens", type=int, default=1024, help="of an answer (default: 1024)")
+    verb.add_argument("--temperature", type=float, default=0.7, help="0 is greedy (default: 0.7)")
+    verb.add_argument("--top-p", type=float, default=1.0)
+    verb.add_argument("--seed", type=int, default=0)
+    verb.add_argument("--timeout", type=float, default=600, help="seconds of an answer, before it is asked again")
+    verb.add_argument("--device", default="cpu", choices=("cpu", "cuda"), help="of --target")
+
     verb = verbs.add_parser("train", parents=[recipe], help="train a head; continues by itself")
     verb.add_argument("--max-steps", type=int, default=0, help="save and stop after so many further micro-steps")
     verb.add_argument("--device", choices=("xla", "cpu", "cuda"), help="short for --xla.device")
@@ -169,7 +184,25 @@ def _quickstart(options, overrides) -> dict:
 def _prepare(options, overrides) -> dict:
     from eagle3_xla.data.prepare import prepare
 
-    return prepare(load_recipe(options.config, overrides))
+    recipe = load_recipe(options.config, overrides)
+    manifest = prepare(recipe)
+    if options.show is None:
+        return manifest
+    from eagle3_xla.data.show import show_rows
+
+    return manifest | {"screen": show_rows(recipe, options.show)}
+
+
+def _regenerate(options, overrides) -> dict:
+    from eagle3_xla.regenerate.run import Options, Sampling, regenerate
+
+    sampling = Sampling(options.temperature, options.top_p, options.max_tokens, options.seed)
+    names = "target chats limit concurrency timeout device".split()
+    given = {name: getattr(options, name) for name in names}
+    servers = [url for url in options.server.split(",") if url]
+    return regenerate(
+        load_recipe(options.config, overrides), Path(options.out), Options(servers, sampling=sampling, **given)
+    )
 
 
 def _train(options, overrides) -> dict:
@@ -244,6 +277,7 @@ def _push(options, overrides) -> dict:
 VERBS = {
     "quickstart": _quickstart,
     "prepare": _prepare,
+    "regenerate": _regenerate,
     "plan": _plan,
     "train": _train,
     "export": _export,

@@ -92,6 +92,7 @@ class XlaConfig:
     dp: int = 1  # data-parallel replicas; dp * tp = devices
     tp: int = 1  # tensor-parallel devices in a replica
     autocast: bool = True  # bf16 matmuls over fp32 master weights
+    draft_layout: str = "same"  # same: dp x tp as the target | data_parallel: the batch over all devices, no tp
     remat: bool = False  # compute each TTT step again in the backward pass: less memory, more work
     peak_tflops: float = 0.0  # bf16 TFLOP/s of a device, for MFU; 0: what is known of this TPU
 
@@ -150,6 +151,7 @@ CHOICES = {
     "loss.rows": ("serving", "specforge"),
     "loss.mean_over": ("rows", "all"),
     "xla.device": ("xla", "cpu", "cuda"),
+    "xla.draft_layout": ("same", "data_parallel"),
     "train.init": ("random", "target", "least_squares"),
     "train.tracker": ("tensorboard", "wandb", "none"),
 }
@@ -270,6 +272,11 @@ def _check_values(recipe: Recipe) -> None:
     _check_sources(recipe.data)
     if not 0 < recipe.loss.decay <= 1:
         raise UserError(f"setting loss.decay is {recipe.loss.decay}; it must be in (0, 1]")
+    if recipe.xla.draft_layout == "data_parallel" and recipe.train.batch_size % recipe.xla.tp:
+        raise UserError(
+            f"setting train.batch_size is {recipe.train.batch_size}; with xla.draft_layout=data_parallel it must be a "
+            f"multiple of xla.tp, {recipe.xla.tp}"
+        )
     if not recipe.train.lr > 0:
         raise UserError(f"setting train.lr is {recipe.train.lr}; it must be positive")
     if not 0 <= recipe.train.warmup < 1:

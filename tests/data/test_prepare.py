@@ -6,11 +6,13 @@ import numpy as np
 import pytest
 import torch
 
+from eagle3_xla.cli import main
 from eagle3_xla.config import UserError, load_recipe
 from eagle3_xla.data.batches import Batches
 from eagle3_xla.data.files import data_file, read_rows
 from eagle3_xla.data.packing import pack, row_arrays
 from eagle3_xla.data.prepare import load_prepared, prepare
+from eagle3_xla.data.show import marked
 from eagle3_xla.data.vocab import coverage, d2t_t2d, draft_ids_of, draft_vocabulary
 
 
@@ -94,3 +96,22 @@ def test_shipped_chats_are_readable():
     assert {name: len(rows) for name, rows in chats.items()} == {"train": 2563, "heldout": 83}
     asked = {name: {json.dumps(row["conversations"][0]) for row in rows} for name, rows in chats.items()}
     assert not asked["train"] & asked["heldout"]
+
+
+def test_show_marks_what_is_trained_on(small_run, capsys):
+    settings = [f"--{setting}" for setting in small_run]
+    assert main(["prepare", "--show", "2", *settings]) == 0
+    shown = capsys.readouterr().out
+    assert "\033" not in shown and shown.startswith("row 0 of ")
+    assert "row 1 of " in shown and "row 2 of " not in shown
+    assert "<|im_start|>assistant\n    ⟦" in shown and shown.count("<|im_end|>⟧") >= 2
+    assert shown.count("⟦") == shown.count("⟧")
+    assert main(["prepare", "--show", "0", *settings]) == 2
+    assert "--show 0: a number of rows" in capsys.readouterr().err
+
+
+def test_shown_text_is_coloured_line_by_line_and_drives_no_terminal(tokenizer):
+    ids = np.array(tokenizer("a\033[2J b\nc")["input_ids"])
+    mask = np.arange(len(ids)) >= len(ids) - 3
+    text = marked(tokenizer, ids, mask, ("<", ">"))
+    assert text == "a\\x1b[2J< b>\n<c>"

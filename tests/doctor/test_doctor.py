@@ -220,7 +220,15 @@ def test_targets(good, small_target, tmp_path):
     (target / "tokenizer_config.json").write_text(json.dumps(tokenizer))
     result = doctor(good, str(target))
     assert status(result, "target_tokenizer") == "fail" and not result["ok"]
-    config = json.loads((target / "config.json").read_text()) | {"num_hidden_layers": 6, "layer_types": None}
+    config = json.loads((target / "config.json").read_text())
+    scaling = {"rope_type": "linear", "factor": 2.0}
+    (target / "config.json").write_text(json.dumps(config | {"rope_scaling": scaling}))
+    head = shutil.copytree(good, tmp_path / "head")
+    edit(head, setting(rope_scaling=scaling), foreign=True)
+    assert status(doctor(head, str(target)), "rope_scaling") == "warn"  # SafeAILab's code reads `type`
+    edit(head, setting(rope_scaling=None), foreign=True)
+    assert status(doctor(head, str(target)), "rope_scaling") == "warn"  # not the target's
+    config |= {"num_hidden_layers": 6, "layer_types": None}
     (target / "config.json").write_text(json.dumps(config))
     assert status(doctor(good, str(target)), "aux_layers") == "fail"
 

@@ -1,7 +1,8 @@
 """Aux hidden states of SGLang 0.5.1's own Qwen2ForCausalLM, one prefill on the CPU; run by that engine's Python.
 
-aux_sglang_051.py TARGET JOB.json OUT.safetensors with JOB = {"requests": [[token ids]], "layer_ids": null | [ids]}.
-Writes for request i: aux.i [T, 3H], logits.i [vocabulary] of its last token.
+aux_sglang_051.py TARGET JOB.json OUT.safetensors with JOB = {"requests": [[token ids]], "layer_ids": [null | [ids]]}.
+Writes for the k-th layer ids and request i: aux.k.i [T, 3H], logits.k.i [vocabulary] of its last token. With a "head":
+FOLDER also drafts.i [T, draft vocabulary], what its own LlamaForCausalLMEagle3 makes of aux.0.i, and hot_token_id.
 
 Its server is CUDA only, so this sets up what the model runner would: tensor-parallel group of one, KV pool, batch.
 """
@@ -14,7 +15,7 @@ import types
 os.environ["SGLANG_USE_CPU_ENGINE"] = "1"
 
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from sglang.srt.distributed import init_distributed_environment, initialize_model_parallel
 from sglang.srt.layers.attention.torch_native_backend import TorchNativeAttnBackend
 from sglang.srt.layers.dp_attention import initialize_dp_attention
@@ -23,6 +24,8 @@ from sglang.srt.model_executor.forward_batch_info import CaptureHiddenMode, Forw
 from sglang.srt.models.qwen2 import Qwen2ForCausalLM
 from sglang.srt.server_args import ServerArgs
 from transformers import AutoConfig, AutoModelForCausalLM
+
+from sglang.srt.models.llama_eagle3 import LlamaForCausalLMEagle3  # isort: skip (its imports go in circles before)
 
 TOKENS = 128  # slots of the KV pool
 
@@ -40,11 +43,32 @@ def main(target: str, job: str, out: str) -> None:
     model = Qwen2ForCausalLM(config).eval()
     weights = AutoModelForCausalLM.from_pretrained(target, torch_dtype=torch.float32).state_dict()
     model.load_weights(iter(list(weights.items())))
-    model.set_eagle3_layers_to_capture(*[] if job["layer_ids"] is None else [job["layer_ids"]])
-    output = model(*prefill(config, [torch.tensor(ids) for ids in job["requests"]]))
-    aux = output.hidden_states.split([len(ids) for ids in job["requests"]])
-    tensors = {f"aux.{i}": rows.clone() for i, rows in enumerate(aux)}
-    save_file(tensors | {f"logits.{i}": row.clone() for i, row in enumerate(output.next_token_logits)}, out)
+    tensors = {}
+    for k, layer_ids in enumerate(job["layer_ids"]):
+        model.set_eagle3_layers_to_capture(*[] if layer_ids is None else [layer_ids])
+        output = model(*prefill(config, [torch.tensor(ids) for ids in job["requests"]]))
+        aux = output.hidden_states.split([len(ids) for ids in job["requests"]])
+        tensors |= {f"aux.{k}.{i}": rows.clone() for i, rows in enumerate(aux)}
+        tensors |= {f"logits.{k}.{i}": row.clone() for i, row in enumerate(output.next_token_logits)}
+    if "head" in job:
+        requests = [torch.tensor(ids[1:] + ids[-1:]) for ids in job["requests"]]  # a draft reads the token after
+        aux = torch.cat([tensors[f"aux.0.{i}"] for i in range(len(requests))])
+        draft = draft_model(job["head"], model)
+        input_ids, positions, batch = prefill(draft.config, requests)
+        batch.spec_info = types.SimpleNamespace(hidden_states=aux)
+        drafts = draft.model(input_ids, positions, batch)[0] @ draft.lm_head.weight.T
+        rows = drafts.split([len(request) for request in requests])
+        tensors |= {f"drafts.{i}": logits.detach().clone() for i, logits in enumerate(rows)}
+        tensors["hot_token_id"] = draft.hot_token_id
+    save_file(tensors, out)
+
+
+def draft_model(head: str, target: Qwen2ForCausalLM) -> LlamaForCausalLMEagle3:
+    """The head as its model runner loads it, with the target's embedding."""
+    draft = LlamaForCausalLMEagle3(AutoConfig.from_pretrained(head)).eval()
+    draft.load_weights(iter(load_file(f"{head}/model.safetensors").items()))
+    draft.model.embed_tokens = target.model.embed_tokens
+    return draft
 
 
 def prefill(config, requests: list[torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor, ForwardBatch]:

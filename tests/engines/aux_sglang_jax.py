@@ -33,15 +33,17 @@ def main(target: str, job: str, out: str) -> None:
     with jax.set_mesh(mesh):
         model = Qwen2ForCausalLM(config, mesh, dtype=jnp.float32)
         model.load_weights(settings)
-        model.set_eagle3_layers_to_capture(*[] if job["layer_ids"] is None else [job["layer_ids"]])
+        starts = np.cumsum([len(ids) for ids in job["requests"]])[:-1]
+        tensors = {}
+        for k, layer_ids in enumerate(job["layer_ids"]):
+            model.set_eagle3_layers_to_capture(*[] if layer_ids is None else [layer_ids])
+            output = model(*prefill(config, mesh, job["requests"]))[0]
+            aux = np.split(np.asarray(output.hidden_states), starts)
+            tensors |= {f"aux.{k}.{i}": np.ascontiguousarray(rows) for i, rows in enumerate(aux)}
+            tensors |= {f"logits.{k}.{i}": row.copy() for i, row in enumerate(np.asarray(output.next_token_logits))}
         embed, head = model.get_embed_and_head()  # what the draft worker asks the target for
         assert embed.shape == head.shape == (config.vocab_size, config.hidden_size)
-        output = model(*prefill(config, mesh, job["requests"]))[0]
-        starts = np.cumsum([len(ids) for ids in job["requests"]])[:-1]
-        aux = np.split(np.asarray(output.hidden_states), starts)
-        logits = np.asarray(output.next_token_logits)
-    tensors = {f"aux.{i}": np.ascontiguousarray(rows) for i, rows in enumerate(aux)}
-    save_file(tensors | {f"logits.{i}": row.copy() for i, row in enumerate(logits)}, out)
+    save_file(tensors, out)
 
 
 def prefill(config, mesh, requests: list[list[int]]) -> tuple[ForwardBatch, MemoryPools, LogitsMetadata]:

@@ -3,10 +3,12 @@
 #
 # Each engine pins another torch, so each has an environment of its own in CACHE (default: $EAGLE3_ENGINES, else
 # .engines in the repository). What is there already and whole is kept; two starts at once install once. Prints
-# NAME=PYTHON for each. Needs Python 3.11, flock and a package index; about 2.5 GB for sglang, 3.5 GB for vllm.
+# NAME=PYTHON for each. Needs Python 3.11, flock and a package index; 2.5 to 3.5 GB each.
 #
-#   sglang   SGLang 0.5.21, unmodified; tests/engines/stand_ins takes the place of its CUDA kernel package
-#   vllm     vLLM 0.32.0, its CPU build
+#   sglang          SGLang 0.5.21, unmodified; tests/engines/stand_ins takes the place of its CUDA kernel package
+#   vllm            vLLM 0.32.0, its CPU build
+#   sglang-0.5.1    the model classes of SGLang 0.5.1.post3, the last release that needs the patch
+#   sglang-jax      what sglang-jax's source tree imports, not the tree itself; Python 3.12 (PYTHON312)
 set -euo pipefail
 
 cache="${EAGLE3_ENGINES:-$(dirname "${BASH_SOURCE[0]}")/../../.engines}"
@@ -14,7 +16,7 @@ if [ "${1:-}" = -d ]; then
   cache="$2"
   shift 2
 fi
-[ $# -gt 0 ] || { echo "usage: environments.sh [-d CACHE] sglang|vllm..." >&2; exit 2; }
+[ $# -gt 0 ] || { echo "usage: environments.sh [-d CACHE] sglang|vllm|sglang-0.5.1|sglang-jax..." >&2; exit 2; }
 mkdir -p "$cache"
 cache="$(cd "$cache" && pwd)"
 base="${PYTHON:-python3.11}"
@@ -39,6 +41,24 @@ install_vllm() {
   pip uninstall -qq -y torchvision torchaudio torchcodec  # built for another torch, and nothing here needs them
 }
 
+install_sglang-0.5.1() {
+  pip install -qq torch==2.13.0
+  pip install -qq torch==2.13.0 transformers==4.55.2 aiohttp compressed-tensors==0.11.0 datasets einops fastapi gguf \
+    interegular ipython 'llguidance>=0.7.11,<0.8' msgspec ninja numpy openai==1.99.1 openai-harmony==0.0.4 orjson \
+    outlines==0.1.11 packaging partial_json_parser pillow 'prometheus-client>=0.20' psutil pybase64 pydantic pynvml \
+    python-multipart pyzmq requests scipy sentencepiece setproctitle soundfile==0.13.1 tiktoken torchao==0.9.0 tqdm \
+    uvicorn uvloop xgrammar==0.1.23
+  pip install -qq --no-deps sglang==0.5.1.post3
+}
+
+install_sglang-jax() {
+  pip install -qq 'jax[cpu]==0.10.2' flax==0.12.4 transformers==4.57.1 'fastapi~=0.116.1' 'llguidance~=1.3.0' \
+    'modelscope~=1.28.2' 'msgpack-python~=0.5.6' 'numpy~=2.2.6' 'orjson~=3.11.1' 'pillow~=11.3.0' 'psutil~=7.0.0' \
+    'pydantic~=2.11.7' 'pyzmq~=27.0.1' 'safetensors~=0.6.1' 'setproctitle~=1.3.6' 'uvicorn~=0.35.0' 'uvloop~=0.21.0' \
+    'pathwaysutils>=0.1.7,<0.1.9' aiohttp datasets httpx jinja2 omegaconf openai pandas partial_json_parser \
+    'prometheus-client>=0.20.0' pybase64 python-multipart requests tiktoken
+}
+
 for name in "$@"; do
   declare -F "install_$name" >/dev/null || { echo "unknown environment $name" >&2; exit 2; }
   environment="$cache/$name"
@@ -47,7 +67,8 @@ for name in "$@"; do
   flock 9
   if [ "$(cat "$environment/installed" 2>/dev/null)" != "$wanted" ]; then
     echo "installing $name into $environment (minutes, several GB, once)" >&2
-    "$base" -m venv --clear "$environment"
+    [ "$name" = sglang-jax ] && python="${PYTHON312:-python3.12}" || python="$base"
+    "$python" -m venv --clear "$environment"
     "install_$name"
     echo "$wanted" >"$environment/installed"
   fi

@@ -3,9 +3,10 @@
     bash launch/test.sh tests/engines/full.py --quickstart quickstart
 
 In each engine: greedy output with the head, chain and tree, is the output without it; acceptance length within 2% of
-our own; broken heads are explained by `gap`. Prints the figures with -s.
+our own; broken heads are caught by `doctor` and explained by `gap`. Prints the figures with -s.
 """
 
+import functools
 import json
 import shutil
 from dataclasses import replace
@@ -17,6 +18,7 @@ from engines.servers import serve
 from safetensors.torch import load_file, save_file
 
 from eagle3_xla.data.tokenizer import load_tokenizer, stop_token_ids
+from eagle3_xla.doctor.run import doctor
 from eagle3_xla.evaluate.run import EvalOptions, decode_all, load_pair, prompt_ids, tau
 from eagle3_xla.serve.bench import run_prompts
 from eagle3_xla.serve.client import Request, connect
@@ -39,15 +41,26 @@ def served(engine, trained, prompts, head=None, shape=CHAIN):
     return [answer.tokens for answer in answers], drafts and drafts.acceptance_length
 
 
-@pytest.mark.parametrize("engine", ["sglang", "vllm"])
-def test_output_and_acceptance(engine, trained, prompts):
+@pytest.fixture(scope="session")
+def decoded(trained, prompts):
+    """decoded(shape): our own generations, made once for all engines."""
     pair = load_pair(str(trained.target), str(trained.head), OPTIONS)
     stop_ids = stop_token_ids(str(trained.target), load_tokenizer(str(trained.target)))
+
+    @functools.cache
+    def decode(steps, topk, draft_tokens):
+        options = replace(OPTIONS, draft_tokens=draft_tokens - 1, topk=topk, steps=steps)
+        return decode_all(pair, prompts, stop_ids, options)
+
+    return lambda shape: decode(**shape)
+
+
+@pytest.mark.parametrize("engine", ["sglang", "vllm"])
+def test_output_and_acceptance(engine, trained, prompts, decoded):
     without, none = served(engine, trained, prompts)
     assert none is None and len(without) == 20
     for shape in (CHAIN, TREE) if engine == "sglang" else (CHAIN,):
-        options = replace(OPTIONS, draft_tokens=shape["draft_tokens"] - 1, topk=shape["topk"], steps=shape["steps"])
-        ours = decode_all(pair, prompts, stop_ids, options)
+        ours = decoded(shape)
         tokens, acceptance_length = served(engine, trained, prompts, trained.head, shape)
         print(f"\n{engine} {shape}: served {acceptance_length:.4f}, eval {tau(ours):.4f}")
         assert tokens == without
@@ -64,7 +77,10 @@ def broken(head, folder, how):
         expected = "config.json asks for the target's layers [2, 15, 27]; the head reads [1, 14, 26]"
     elif how == "d2t":
         del tensors["d2t"]
+        save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
         expected = "d2t is missing"
+    elif how == "template":
+        expected = "the server's chat template makes"
     elif how == "theta":
         config["rope_theta"] = config["rope_parameters"]["rope_theta"] = 100.0
         expected = "rope_theta is 100 in config.json; the target's is 100000"
@@ -72,21 +88,26 @@ def broken(head, folder, how):
         config["max_position_embeddings"] = 2048
         expected = "max_position_embeddings is 2048 in config.json, the target's is 8192"
     (folder / "config.json").write_text(json.dumps(config))
-    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
     return expected
 
 
-@pytest.mark.parametrize("how", ["layer ids", "d2t", "theta", "positions"])
-def test_gap_explains_broken_heads(how, trained, tmp_path):
-    expected = broken(trained.head, tmp_path / "head", how)
-    options, file = replace(OPTIONS, limit=8), PROMPTS
+@pytest.mark.parametrize("how", ["layer ids", "d2t", "theta", "positions", "template"])
+def test_broken_heads(how, trained, tmp_path):
+    """`doctor` catches them before (all but the template, which is the server's), `gap` explains them after."""
+    head, target, file = tmp_path / "head", trained.target, PROMPTS
+    expected = broken(trained.head, head, how)
+    options = replace(OPTIONS, limit=4, max_new_tokens=32)
+    assert doctor(head, str(target))["ok"] == (how == "template")
     if how == "positions":
         file = tmp_path / "long.jsonl"
         text = " ".join(f"The colour of item {i} is {'red' if i % 3 else 'blue'}." for i in range(220))
         file.write_text(json.dumps({"prompt": f"{text} What is the colour of item 7?"}) + "\n")
-        options = replace(OPTIONS, limit=1, max_new_tokens=32)
-    with serve("sglang", trained.target, tmp_path / "head") as server:
-        figures = gap(str(trained.target), str(tmp_path / "head"), str(file), server.url, options)
+        options = replace(options, limit=1)
+    if how == "template":
+        target = shutil.copytree(trained.target, tmp_path / "target")
+        (target / "chat_template.jinja").write_text("{{ messages[0]['content'] }}")
+    with serve("sglang", target, head) as server:
+        figures = gap(str(trained.target), str(head), str(file), server.url, options)
     print("\n" + figures["screen"])
     assert not figures["ok"] and expected in figures["causes"][0], figures["causes"]
     assert torch.isfinite(torch.tensor(figures["served"]))

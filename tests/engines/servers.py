@@ -1,8 +1,9 @@
-"""Start an engine's real HTTP server on this machine: SGLang or vLLM, with or without a head.
+"""Start an engine's real HTTP server on this machine: SGLang, sglang-jax or vLLM, with or without a head.
 
     PYTHONPATH=tests python -m engines.servers sglang --target quickstart/target [--head quickstart/head] [--topk 4]
 
-The environments come from environments.sh, which is run when they are needed.
+sglang-jax is the checkout that SGLANG_JAX names. The environments come from environments.sh, which is run when they
+are needed.
 """
 
 import argparse
@@ -25,7 +26,8 @@ class Running(NamedTuple):
 
 
 HERE = Path(__file__).resolve().parent
-ENVIRONMENTS = Path(os.environ.get("EAGLE3_ENGINES", HERE.parents[1] / ".engines"))
+ROOT = HERE.parents[1]
+ENVIRONMENTS = Path(os.environ.get("EAGLE3_ENGINES", ROOT / ".engines"))
 START_SECONDS = 300
 
 
@@ -42,16 +44,20 @@ def free_port() -> int:
 
 
 def sglang_command(target: Path, head: Path | None, port: int, steps: int, topk: int, draft_tokens: int) -> list[str]:
-    """SGLang on the CPU in float32; every other setting is the engine's own default for a small machine."""
-    command = [engine_python("sglang"), "-m", "sglang.launch_server", "--model-path", target, "--port", port]
-    command += "--device cpu --dtype float32 --disable-cuda-graph --log-level warning".split()
-    command += "--skip-server-warmup --sleep-on-idle".split()
-    command += "--prefill-attention-backend intel_amx --decode-attention-backend intel_amx".split()
-    command += "--mem-fraction-static 0.3 --max-total-tokens 8192 --max-running-requests 8".split()
+    """The launch script's settings for the CPU: float32, else the engine's own defaults for a small machine."""
+    command = ["bash", ROOT / "launch" / "serve_sglang.sh", "--cpu", "--target", target, "--port", port]
+    command += ["--log-level", "warning"]
     if head:
-        command += ["--speculative-algorithm", "EAGLE3", "--speculative-draft-model-path", head]
-        command += ["--speculative-num-steps", steps, "--speculative-eagle-topk", topk]
+        command += ["--head", head, "--speculative-num-steps", steps, "--speculative-eagle-topk", topk]
         command += ["--speculative-num-draft-tokens", draft_tokens]
+    return [str(part) for part in command]
+
+
+def sglang_jax_command(target: Path, head: Path | None, port: int, steps: int) -> list[str]:
+    command = ["bash", ROOT / "launch" / "serve_sglang_jax.sh", "--cpu", "--target", target, "--port", port]
+    command += ["--decode-log-interval", 1]
+    if head:
+        command += ["--head", head, "--speculative-num-steps", steps, "--speculative-num-draft-tokens", steps + 1]
     return [str(part) for part in command]
 
 
@@ -65,12 +71,10 @@ def vllm_command(target: Path, head: Path | None, port: int, steps: int) -> list
 
 
 def engine_environment(engine: str) -> dict[str, str]:
-    own = {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
-    if engine == "sglang":
-        own |= {"PYTHONPATH": str(HERE / "stand_ins"), "SGLANG_USE_CPU_ENGINE": "1"}
-    else:
+    own = {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false", "EAGLE3_ENGINES": str(ENVIRONMENTS)}
+    if engine == "vllm":
         own |= {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_CPU_OMP_THREADS_BIND": "nobind", "PYTHONPATH": ""}
-        own |= {"VLLM_NO_USAGE_STATS": "1", "OMP_NUM_THREADS": str(os.cpu_count())}
+        own |= {"VLLM_NO_USAGE_STATS": "1", "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", str(os.cpu_count()))}
     return os.environ | own
 
 
@@ -90,7 +94,7 @@ def serve(
     if engine == "sglang":
         command = sglang_command(target, head, port, steps, topk, draft_tokens or steps + 1)
     else:
-        command = vllm_command(target, head, port, steps)
+        command = (vllm_command if engine == "vllm" else sglang_jax_command)(target, head, port, steps)
     log = log or Path(tempfile.mkdtemp()) / f"{engine}.log"
     with log.open("w") as file:
         process = subprocess.Popen(
@@ -120,7 +124,7 @@ def wait_until_healthy(url: str, process: subprocess.Popen, log: Path) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("engine", choices=("sglang", "vllm"))
+    parser.add_argument("engine", choices=("sglang", "sglang-jax", "vllm"))
     parser.add_argument("--target", type=Path, required=True)
     parser.add_argument("--head", type=Path)
     parser.add_argument("--steps", type=int, default=5)

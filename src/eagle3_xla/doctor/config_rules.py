@@ -150,6 +150,9 @@ def rope_scaling(head: Head, target: Target) -> Finding:
     given = head.config.get("rope_scaling") or None
     wanted = head.record["rope_scaling"] if head.record else (getattr(target.config, "rope_scaling", None) or None)
     if given == wanted:
+        if given and given.get("type") not in ("linear", "dynamic"):
+            message = f"{given}: SafeAILab's code knows `type` linear and dynamic only and stops; the engines load it"
+            return Finding("rope_scaling", "warn", message)
         return Finding("rope_scaling", "pass", f"{given}")
     whose = "trained with" if head.record else "the target's"
     message = f"rope_scaling is {given}, {whose} {wanted}: positions are scaled otherwise than in training"

@@ -21,6 +21,7 @@ from transformers import DynamicCache
 
 from eagle3_xla.draft.model import Eagle3Head
 from eagle3_xla.target.model import Target
+from eagle3_xla.target.sampling import choose_tokens
 
 
 @dataclass
@@ -52,16 +53,8 @@ class Choice:
 
     def __call__(self, logits: torch.Tensor, position: int) -> int:
         """logits [V] -> token id; position: index of that token in the text."""
-        if not self.temperature:
-            return int(logits.argmax())
-        scaled = logits.float().cpu() / self.temperature
-        if self.top_p < 1:
-            ordered, ids = scaled.sort(descending=True)
-            before = ordered.softmax(-1).cumsum(-1) - ordered.softmax(-1)
-            scaled[ids[before >= self.top_p]] = -torch.inf
         generator = torch.Generator().manual_seed(hash((self.seed, self.prompt, position)) & (2**63 - 1))
-        noise = torch.empty_like(scaled).exponential_(generator=generator)
-        return int((scaled - noise.log()).argmax())  # Gumbel-max: a sample of softmax(scaled)
+        return choose_tokens(logits[None], self.temperature, self.top_p, [generator])[0]
 
 
 @torch.inference_mode()

@@ -11,24 +11,23 @@ class Rows:
 
     The batch is G groups of B/G sequences (one group a data-parallel replica). index [G, R]: the listed rows of a
     group, numbered over its B/G * T rows, ascending where they count; slots [G, B/G * T]: where each row is in the
-    list, R when it is not. Without an index every row is listed and nothing moves.
+    list, R when it is not. Without an index every row is listed, R = B/G * T, and nothing moves.
     """
 
-    def __init__(self, index: torch.Tensor | None = None, slots: torch.Tensor | None = None):
+    def __init__(self, groups: int, index: torch.Tensor | None = None, slots: torch.Tensor | None = None):
+        self.groups = groups
         self.index = None if index is None else index.long()
         self.slots = None if slots is None else slots.long()
 
     def take(self, x: torch.Tensor) -> torch.Tensor:
         """[B, T, ...] -> [G, R, ...]."""
-        if self.index is None:
-            return x
-        return _Take.apply(x.reshape(*self.slots.shape, *x.shape[2:]), self.index, self.slots)
+        x = x.reshape(self.groups, -1, *x.shape[2:])
+        return x if self.index is None else _Take.apply(x, self.index, self.slots)
 
     def put(self, y: torch.Tensor, batch: int) -> torch.Tensor:
         """[G, R, ...] -> [batch, T, ...], zeros in the rows that are not listed."""
-        if self.index is None:
-            return y
-        return _Put.apply(y, self.index, self.slots).reshape(batch, -1, *y.shape[2:])
+        y = y if self.index is None else _Put.apply(y, self.index, self.slots)
+        return y.reshape(batch, -1, *y.shape[2:])
 
 
 # Each is the other's gradient, and both only gather: a scatter is slow on TPUs and on XLA's CPU.

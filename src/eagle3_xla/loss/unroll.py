@@ -47,16 +47,18 @@ def unroll(
     d2t: torch.Tensor,
     config: LossConfig,
     checkpoint=plain_checkpoint,
+    groups: int | None = None,
 ) -> UnrollResult:
     """Unroll the head `config.ttt_length` steps over packed rows.
 
     batch: input_ids, position_ids, document_ids [B, T] int, loss_mask [B, T] bool (token t was written by the
     assistant), and, unless all rows count, `rows` and `slots` (loss/rows.py); aux [B, T, 3H]: the target's states at
     every row; teacher [G, R, ...]: its distributions at the position after each listed row (`teacher_positions`);
-    t2d [V] bool, d2t [D]. checkpoint(function, *tensors): the caller's rematerialisation of one step.
+    t2d [V] bool, d2t [D]. checkpoint(function, *tensors): the caller's rematerialisation of one step. groups: G, how
+    many devices share the batch (default: B).
     """
     input_ids, position_ids, loss_mask = batch["input_ids"], batch["position_ids"], batch["loss_mask"]
-    rows = rows_of(batch)
+    rows = rows_of(batch, groups)
     features = head.features(aux)
     key0, value0 = head.context(embed_tokens(shift_left(input_ids, 1)).to(aux.dtype), features, position_ids)
     row_positions = rows.take(position_ids)
@@ -110,15 +112,17 @@ def unroll(
     return UnrollResult(loss, step_losses, AcceptanceSums(*stacked))
 
 
-def rows_of(batch: dict[str, torch.Tensor]) -> Rows:
+def rows_of(batch: dict[str, torch.Tensor], groups: int | None = None) -> Rows:
     """The rows of a batch that are computed: those it lists, or all."""
-    return Rows(batch.get("rows"), batch.get("slots"))
+    if "rows" in batch:
+        return Rows(len(batch["rows"]), batch["rows"], batch["slots"])
+    return Rows(groups or len(batch["input_ids"]))
 
 
-def teacher_positions(batch: dict[str, torch.Tensor], x: torch.Tensor) -> torch.Tensor:
+def teacher_positions(batch: dict[str, torch.Tensor], x: torch.Tensor, groups: int | None = None) -> torch.Tensor:
     """x [B, T, ...], of every position -> [G, R, ...], of the position t + 1 after each listed row t.
 
     The teacher of step k is k further on. Listed rows that count at step k have their k followers listed next to
     them, because the answer goes on, so there `shift_left(.., k)` of the list is right.
     """
-    return rows_of(batch).take(shift_left(x, 1))
+    return rows_of(batch, groups).take(shift_left(x, 1))

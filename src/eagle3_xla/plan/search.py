@@ -1,4 +1,4 @@
-"""`plan --search`: the same maths on other meshes and batch shapes, each compiled in a process of its own."""
+"""`plan --search`: the same maths on other meshes, draft layouts and batch shapes, each compiled in its own process."""
 
 import dataclasses
 import hashlib
@@ -22,51 +22,54 @@ COMPILER = ("torch_xla", "jaxlib", "libtpu")
 
 
 def candidates(recipe: Recipe, chips: int, kv_heads: int) -> list[list[Recipe]]:
-    """Recipes with the rows per update of `recipe`; in each list the mesh is one and the batch per replica grows."""
+    """Recipes with the rows per update of `recipe`; in each list the layout is one and the batch per replica grows."""
     train = recipe.train
     rows = recipe.xla.dp * train.batch_size * train.gradient_accumulation
-    meshes = []
+    layouts = []
     for tp in (n for n in range(1, kv_heads + 1) if kv_heads % n == 0 and chips % n == 0):
         dp = chips // tp
-        xla = dataclasses.replace(recipe.xla, dp=dp, tp=tp)
-        batches = [2**i for i in range(rows.bit_length()) if rows % (dp * 2**i) == 0]
-        meshes.append(
-            [
-                dataclasses.replace(
-                    recipe,
-                    xla=xla,
-                    train=dataclasses.replace(train, batch_size=b, gradient_accumulation=rows // (dp * b)),
-                )
-                for b in batches
-            ]
-        )
-    return meshes
+        for draft_layout in ("same", "data_parallel") if tp > 1 else ("same",):
+            xla = dataclasses.replace(recipe.xla, dp=dp, tp=tp, draft_layout=draft_layout, remat=False)
+            batches = [2**i for i in range(rows.bit_length()) if rows % (dp * 2**i) == 0]
+            if draft_layout == "data_parallel":
+                batches = [b for b in batches if b % tp == 0]
+            shapes = [dataclasses.replace(train, batch_size=b, gradient_accumulation=rows // (dp * b)) for b in batches]
+            layouts.append([dataclasses.replace(recipe, xla=xla, train=shape) for shape in shapes])
+    return layouts
 
 
 def search(recipe: Recipe) -> dict:
-    """Verdicts of all candidates, the fastest that fits first. A batch that doesn't fit ends its mesh's list.
+    """Verdicts of all candidates, the fastest that fits first.
+
+    A batch that doesn't fit is tried again with xla.remat, as are the larger ones of its layout; one that doesn't fit
+    then ends the layout's list.
 
     Verdicts are kept in the user's cache folder, by recipe, topology, and versions of this package and the compiler.
     """
     topology = find_topology(recipe.plan.topology)
-    meshes = candidates(recipe, topology.chips, plan_config(recipe.target.path).num_key_value_heads)
-    rows, bar = [], tqdm(total=sum(map(len, meshes)), desc=f"plans for {topology.name}", unit="plan")
-    for mesh in meshes:
-        fits = True
-        for candidate in mesh:
-            train, xla = candidate.train, candidate.xla
-            shape = {"dp": xla.dp, "tp": xla.tp, "batch_size": train.batch_size}
-            shape["gradient_accumulation"] = train.gradient_accumulation
-            bar.set_postfix(shape)
-            if fits:
-                verdict = _verdict(candidate)
-                fits = verdict["fits"]
-                rows.append(shape | verdict)
+    layouts = candidates(recipe, topology.chips, plan_config(recipe.target.path).num_key_value_heads)
+    rows, bar = [], tqdm(total=sum(map(len, layouts)), desc=f"plans for {topology.name}", unit="plan")
+    for layout in layouts:
+        remats = [False, True]
+        for candidate in layout:
+            while remats:
+                xla = dataclasses.replace(candidate.xla, remat=remats[0])
+                bar.set_postfix(_shape(candidate) | {"remat": xla.remat})
+                verdict = _verdict(dataclasses.replace(candidate, xla=xla))
+                rows.append(_shape(candidate) | {"remat": xla.remat} | verdict)
+                if verdict["fits"]:
+                    break
+                remats.pop(0)
             bar.update()
     bar.close()
     rows.sort(key=lambda row: row.get("tokens_per_second", 0), reverse=True)
     best = next((row for row in rows if row["fits"]), None)
     return {"ok": best is not None, "topology": topology.name, "best": best, "plans": rows, "screen": _table(rows)}
+
+
+def _shape(recipe: Recipe) -> dict:
+    shape = {name: getattr(recipe.xla, name) for name in ("dp", "tp", "draft_layout")}
+    return shape | {name: getattr(recipe.train, name) for name in ("batch_size", "gradient_accumulation")}
 
 
 def _verdict(recipe: Recipe) -> dict:
@@ -103,15 +106,16 @@ def _key(recipe: Recipe) -> str:
 
 
 def _table(rows: list[dict]) -> str:
-    heads = ("dp x tp", "batch", "accum.", "HBM GiB", "step ms", "tokens/s", "MFU", "hours")
-    lines = ["{:>8} {:>6} {:>7} {:>9} {:>8} {:>9} {:>5} {:>6}".format(*heads)]
+    heads = ("dp x tp", "draft", "remat", "batch", "accum.", "HBM GiB", "step ms", "tokens/s", "MFU", "hours")
+    lines = ["{:>8} {:>13} {:>5} {:>5} {:>6} {:>7} {:>7} {:>8} {:>4} {:>5}".format(*heads)]
     for row in rows:
         hbm = row["hbm_bytes_per_chip"] / 1024**3
-        line = f"{row['dp']:>4} x {row['tp']:<2} {row['batch_size']:>5} {row['gradient_accumulation']:>7} {hbm:>9.2f}"
+        line = f"{row['dp']:>4} x {row['tp']:<1} {row['draft_layout']:>13} {'yes' if row['remat'] else 'no':>5}"
+        line += f" {row['batch_size']:>5} {row['gradient_accumulation']:>6} {hbm:>7.2f}"
         if not row["fits"]:
             lines.append(f"{line} does not fit")
             continue
         hours = f"{row['modelled_hours']:.2f}" if row["modelled_hours"] else "-"
-        line += f" {row['modelled_step_seconds'] * 1e3:>8.0f} {row['tokens_per_second']:>9,.0f} {row['mfu']:>5.0%}"
-        lines.append(f"{line} {hours:>6}")
+        line += f" {row['modelled_step_seconds'] * 1e3:>7.0f} {row['tokens_per_second']:>8,.0f} {row['mfu']:>4.0%}"
+        lines.append(f"{line} {hours:>5}")
     return "\n".join([*lines, "modelled, not measured on a chip"])

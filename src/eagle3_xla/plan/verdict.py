@@ -109,7 +109,7 @@ def _prepared_tokens(recipe: Recipe) -> int | None:
 
 
 def _advice(recipe: Recipe) -> str:
-    ways = []
+    ways = [] if recipe.xla.remat else ["xla.remat=true (TTT steps computed again in the backward pass)"]
     if recipe.train.batch_size > 1:
         ways.append(
             f"train.batch_size={recipe.train.batch_size // 2} with "

@@ -73,12 +73,13 @@ def connect(url: str) -> "Server":
 
 
 class Server:
-    """engine, version; model: path or id of the target; head: path of the draft model, None without one or unknown;
-    steps, topk, draft_tokens: the shape of its drafts (draft_tokens without the root), None without a head.
+    """engine, version; model: path or id of the target; dtype: what it computes in, None where the engine doesn't say;
+    head: path of the draft model, None without one or unknown; steps, topk, draft_tokens: the shape of its drafts
+    (draft_tokens without the root), None without a head.
     """
 
-    engine = version = model = ""
-    head = steps = topk = draft_tokens = None
+    engine = version = model = name = ""
+    dtype = head = steps = topk = draft_tokens = None
 
     def __init__(self, url: str, http: httpx.Client):
         self.url, self.http = url, http
@@ -105,9 +106,15 @@ class Server:
             raise ConnectionError(f"{self.url}{path} ended its answer without a token")
         return self.answer(chunks, first, time.perf_counter() - started)
 
-    def fetch(self, method: str, path: str) -> httpx.Response:
+    def chat_tokens(self, messages: list[dict]) -> int | None:
+        """How many tokens its own chat template makes of a prompt; None when it has none."""
+        body = {"model": self.name, "messages": messages, "max_tokens": 1, "temperature": 0}
+        answer = self.fetch("POST", "/v1/chat/completions", json=body)
+        return answer.json()["usage"]["prompt_tokens"] if answer.status_code == 200 else None
+
+    def fetch(self, method: str, path: str, **more) -> httpx.Response:
         try:
-            return self.http.request(method, path)
+            return self.http.request(method, path, **more)
         except httpx.HTTPError as error:
             raise self._gone(error) from None
 
@@ -128,6 +135,8 @@ class SGLang(Server):
     def __init__(self, url: str, http: httpx.Client, info: dict):
         super().__init__(url, http)
         self.version, self.model = info.get("version", "unknown"), info["model_path"]
+        self.name = info.get("served_model_name") or self.model
+        self.dtype = info.get("dtype") if info.get("dtype") != "auto" else None
         if info.get("speculative_algorithm"):
             self.head = info["speculative_draft_model_path"]
             self.steps, self.topk = info["speculative_num_steps"], info["speculative_eagle_topk"]

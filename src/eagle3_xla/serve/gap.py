@@ -15,6 +15,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from eagle3_xla.config import UserError
+from eagle3_xla.data.chat import read_prompts
+from eagle3_xla.data.files import data_file
 from eagle3_xla.data.tokenizer import load_tokenizer, stop_token_ids
 from eagle3_xla.draft.model import Eagle3Head
 from eagle3_xla.draft.saved import EXPORTED
@@ -68,7 +70,7 @@ def gap(target_path: str, draft: str, prompts: str, url: str, options: EvalOptio
             if _explains(experiment, reached, served, offline):
                 causes.append((abs(reached / served - 1), f"{experiment.cause} (offline so: {reached:.3f})"))
         causes = [text for _, text in sorted(causes)]
-    causes += _positions(pair, ids, generations)
+    causes += _positions(pair, ids, generations) + _template(server, prompts, ids)
     causes += [f"{rule['rule']}: {rule['message']}" for rule in rules if rule["status"] == "fail"]
     same = [answer.tokens for answer in answers] == [generation.tokens for generation in generations]
     if not same:
@@ -162,7 +164,23 @@ def _positions(pair: Pair, ids: list[list[int]], generations) -> list[str]:
     ]
 
 
+def _template(server: Server, prompts: str, ids: list[list[int]]) -> list[str]:
+    """Does the server's own template make of a prompt what the target's does? Here both sides got the same ids."""
+    counts = [server.chat_tokens(messages) for messages in read_prompts(data_file(prompts))[:2]]
+    for count, prompt in zip(counts, ids):
+        if count is None:
+            return ["the server has no chat template: clients that send messages get no answer; give the target one"]
+        if count != len(prompt):
+            return [
+                f"the server's chat template makes {count} tokens of a prompt, the target's {len(prompt)}: drafts for "
+                "clients that send messages are then made for other prompts than in training; serve the target's own"
+            ]
+    return []
+
+
 def _different_answers(server: Server, options: EvalOptions) -> str:
+    if server.dtype not in (None, options.dtype):
+        return f"the server computes in {server.dtype} and eval in {options.dtype} (--dtype), so greedy answers differ"
     return (
         f"greedy answers differ between the server and eval in {options.dtype}: another dtype, other target weights "
         "or other stop tokens; acceptance is then measured on other texts"

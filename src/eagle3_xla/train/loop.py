@@ -185,7 +185,8 @@ def _train(recipe: Recipe, max_steps: int, allow_recompile: bool, profile: bool,
 
         whole_updates = -(-max_steps // settings.gradient_accumulation) * settings.gradient_accumulation
         last_step = min(total_steps, first_step + whole_updates) if max_steps else total_steps
-        path, tau, window, waiting, done, ended = None, None, [], None, first_step, "done"
+        path = out / "checkpoints" / f"step-{first_step:08d}" if saved else None
+        tau, window, waiting, done, ended = None, [], None, first_step, "done"
         if settings.patience and reporter.evaluations_without_gain() >= settings.patience:
             last_step, ended = first_step, "patience"
         if not saved and first_step < last_step:
@@ -237,7 +238,7 @@ def _train(recipe: Recipe, max_steps: int, allow_recompile: bool, profile: bool,
         "of": total_steps,
         "tau": tau,
         "best_tau": best,
-        "checkpoint": str(path),
+        "checkpoint": path and str(path),
         "ended": ended,
     }
 

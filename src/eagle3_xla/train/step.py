@@ -1,10 +1,24 @@
 """One micro-step: target, teacher, TTT unroll, backward, and every `gradient_accumulation` of them AdamW."""
 
 import torch
+from torch.func import functional_call
 
 from eagle3_xla.config import Recipe
 from eagle3_xla.loss.metrics import AcceptanceSums
 from eagle3_xla.loss.unroll import UnrollResult, plain_checkpoint, teacher_positions, unroll
+
+DRAFT_INPUTS = ("input_ids", "position_ids", "document_ids", "loss_mask", "rows", "slots")
+
+
+class _HeadUnroll(torch.nn.Module):
+    """`unroll` as a module's forward, so that functional_call can put other weights into the head."""
+
+    def __init__(self, head):
+        super().__init__()
+        self.head = head
+
+    def forward(self, *arguments):
+        return unroll(self.head, *arguments)
 
 
 def _directly(name, function, *batch):
@@ -23,6 +37,7 @@ class TrainStep:
         self.d2t, self.t2d = backend.replicate(d2t), backend.replicate(t2d)
         self.optimizer = optimizer
         self.accumulation = recipe.train.gradient_accumulation
+        self._head_unroll = _HeadUnroll(head)
         self._parameters = list(head.parameters())
         # One graph a micro-step when each one updates; else the gradients' (added to buffers that exist before the
         # first micro-step) and the small one of the optimizer, so that target and unroll are compiled once.
@@ -59,33 +74,39 @@ class TrainStep:
         """Metrics of a batch without gradients."""
         return self._evaluate(batch)
 
-    def _unroll(self, batch: dict[str, torch.Tensor]) -> UnrollResult:
+    def _unroll(self, batch: dict[str, torch.Tensor], weights: dict[str, torch.Tensor]) -> UnrollResult:
+        """weights: what the head computes with, by parameter name."""
+        backend, groups = self.backend, self.backend.draft_parallel
         if "aux" in batch:
             aux = batch["aux"]
             known = (batch["hidden"], batch["argmax"].long(), batch["logsumexp"])
-            hidden, argmax, logsumexp = (teacher_positions(batch, x) for x in known)
+            hidden, argmax, logsumexp = (teacher_positions(batch, x, groups) for x in known)
         else:
             aux, hidden = self.target.hidden_states(batch["input_ids"], batch["position_ids"], batch["document_ids"])
-            hidden = teacher_positions(batch, hidden)
+            hidden = teacher_positions(batch, hidden, groups)
             argmax, logsumexp = self.target.full_vocabulary(hidden)
+        aux, hidden, argmax, logsumexp = map(backend.to_draft_layout, (aux, hidden, argmax, logsumexp))
+        batch = {name: backend.to_draft_layout(batch[name]) for name in DRAFT_INPUTS if name in batch}
         teacher = self.target.teacher(hidden, argmax, logsumexp)
-        with self.backend.autocast():
-            return unroll(
-                self.head,
-                self.target.embed_tokens,
-                batch,
-                aux.to(torch.float32),
-                teacher,
-                self.t2d,
-                self.d2t,
-                self.recipe.loss,
-                self.backend.checkpoint if self.recipe.xla.remat else plain_checkpoint,
-            )
+        checkpoint = backend.checkpoint if self.recipe.xla.remat else plain_checkpoint
+        maps = (self.t2d, self.d2t)
+        arguments = (self.target.embed_tokens, batch, aux.float(), teacher, *maps, self.recipe.loss, checkpoint, groups)
+        with backend.autocast():
+            return functional_call(self._head_unroll, {f"head.{n}": w for n, w in weights.items()}, arguments)
+
+    def _backward(self, batch) -> UnrollResult:
+        """Add the gradients of `batch`'s loss to the parameters'."""
+        weights = self.backend.working_weights(self.head)
+        result = self._unroll(batch, weights)
+        (result.loss / self.accumulation).backward()
+        for name, parameter in self.head.named_parameters():
+            if weights[name] is not parameter:
+                gradient = self.backend.reduced(weights[name].grad, parameter)
+                parameter.grad = gradient if parameter.grad is None else parameter.grad.add_(gradient)
+        return result
 
     def _gradients_eager(self, batch):
-        result = self._unroll(batch)
-        (result.loss / self.accumulation).backward()
-        return _pack_metrics(result)
+        return _pack_metrics(self._backward(batch))
 
     def _update_eager(self):
         norm = self.optimizer.step()
@@ -94,8 +115,7 @@ class TrainStep:
         return norm
 
     def _gradients_and_update_eager(self, batch):
-        result = self._unroll(batch)
-        result.loss.backward()
+        result = self._backward(batch)
         norm = self.optimizer.step()
         for parameter in self._parameters:
             parameter.grad = None
@@ -103,7 +123,7 @@ class TrainStep:
 
     @torch.no_grad()
     def _evaluate_eager(self, batch):
-        return _pack_metrics(self._unroll(batch))
+        return _pack_metrics(self._unroll(batch, self.backend.working_weights(self.head)))
 
 
 def _pack_metrics(result: UnrollResult) -> torch.Tensor:

@@ -12,7 +12,7 @@ import torch
 import torch_xla
 import torch_xla.core.xla_builder as xla_builder
 
-from eagle3_xla.xla.spmd import SpmdBackend
+from eagle3_xla.xla.spmd import SpmdBackend, _annotate
 
 _XLAC = torch_xla._XLAC
 
@@ -46,7 +46,7 @@ class AotBackend(SpmdBackend):
         return xla_builder.create_placeholder_tensor(tuple(tensor.shape), tensor.dtype).clone()
 
     def _mark(self, tensor: torch.Tensor, sharding) -> None:
-        _XLAC._xla_annotate_custom_sharding(tensor, sharding)
+        _annotate(tensor, sharding)
 
     def compile(self, function):
         return function

@@ -18,7 +18,7 @@ class PlainBackend:
         if config.device == "cuda" and not torch.cuda.is_available():
             raise UserError("xla.device is cuda, but torch sees no GPU")
         self.device = torch.device(config.device)
-        self.data_parallel = self.process_count = 1
+        self.data_parallel = self.draft_parallel = self.process_count = 1
         self.process_index = 0
         self.peak_flops = config.peak_tflops * 1e12
         self._autocast = config.autocast
@@ -32,6 +32,13 @@ class PlainBackend:
 
     def place_head(self, head):
         return head.to(self.device)
+
+    def to_draft_layout(self, tensor: torch.Tensor) -> torch.Tensor:
+        return tensor
+
+    def working_weights(self, head) -> dict[str, torch.Tensor]:
+        """Parameter name -> the weight that a step computes with; here the parameter itself."""
+        return dict(head.named_parameters())
 
     def like(self, tensor: torch.Tensor, parameter: torch.Tensor) -> torch.Tensor:
         """`tensor` on the device, laid out as `parameter` is."""

@@ -56,6 +56,8 @@ class SpmdBackend:
         self.mesh = spmd.Mesh(np.arange(wanted), (config.dp, config.tp), ("dp", "tp"))
         spmd.set_global_mesh(self.mesh)
         self.data_parallel = config.dp
+        # How many devices share a batch in the draft phase.
+        self.draft_parallel = wanted if config.draft_layout == "data_parallel" else config.dp
         self._autocast = config.autocast
         self._shape = f"dp={config.dp} x tp={config.tp}"
 
@@ -83,10 +85,12 @@ class SpmdBackend:
             module, _, leaf = name.rpartition(".")
             style = plan.get(re.sub(r"\.\d+(?=\.|$)", ".*", module), "")
             spec = (None,) * tensor.ndim
-            if name == "draft_rows" or style.startswith("colwise"):
+            if style.startswith("colwise"):
                 spec = ("tp", *spec[1:])
             elif style == "rowwise" and leaf == "weight":
                 spec = (None, "tp")
+            elif name == "draft_rows":
+                spec = (self._draft_axis, None)
             self._mark(tensor, self.mesh.get_op_sharding(spec))
 
         return target.place(self._to_device, mark)
@@ -94,15 +98,59 @@ class SpmdBackend:
     def place_head(self, head):
         head = self._move(head)
         for name, parameter in head.named_parameters():
-            module = name.split(".")[-2]
-            if module in HEAD_COLUMNS:
-                spec = ("tp", None)
-            elif module in HEAD_ROWS:
-                spec = (None, "tp")
-            else:
-                spec = (None,) * parameter.ndim
-            self._mark(parameter, self.mesh.get_op_sharding(spec))
+            self._mark(parameter, self._stored(name, parameter))
         return head
+
+    @property
+    def _draft_axis(self) -> str | None:
+        """The mesh axis over which the draft phase splits weights."""
+        return "tp" if self.draft_parallel == self.data_parallel else None
+
+    def _stored(self, name: str, parameter):
+        """Sharding of a parameter at rest, and of its moments and gradient: a matrix over all devices (ZeRO)."""
+        if parameter.ndim < 2:
+            return self.mesh.get_op_sharding((None,))
+        rows = _divides(parameter.shape[0], self.mesh.size())
+        if name.split(".")[-2] in HEAD_ROWS and self._draft_axis:
+            spec = ("dp" if _divides(parameter.shape[0], self.data_parallel) else None, "tp")
+        elif rows:
+            spec = (("tp", "dp"), None)
+        else:
+            spec = (self._draft_axis, None)
+        return self.mesh.get_op_sharding(spec)
+
+    def _computed(self, name: str, parameter):
+        """Sharding of a weight while the draft phase computes with it."""
+        module = name.split(".")[-2]
+        if module in HEAD_COLUMNS:
+            return self.mesh.get_op_sharding((self._draft_axis, None))
+        if module in HEAD_ROWS:
+            return self.mesh.get_op_sharding((None, self._draft_axis))
+        return self.mesh.get_op_sharding((None,) * parameter.ndim)
+
+    def to_draft_layout(self, tensor: torch.Tensor) -> torch.Tensor:
+        """A tensor of the target phase [B, ...], with B spread as the draft phase has it."""
+        if self._draft_axis:
+            return tensor
+        tensor = tensor.clone()
+        _annotate(tensor, self.mesh.get_op_sharding((("dp", "tp"),) + (None,) * (tensor.ndim - 1)))
+        return tensor
+
+    def working_weights(self, head) -> dict[str, torch.Tensor]:
+        """Parameter name -> the weight that a step computes with: gathered once, in bf16 if autocast."""
+        weights = {}
+        for name, parameter in head.named_parameters():
+            narrow = self._autocast and parameter.ndim > 1
+            weight = parameter.detach().to(torch.bfloat16) if narrow else parameter.detach().clone()
+            _annotate(weight, self._computed(name, parameter))
+            weights[name] = weight.requires_grad_()
+        return weights
+
+    def reduced(self, gradient: torch.Tensor, parameter: torch.Tensor) -> torch.Tensor:
+        """The gradient of a working weight in float32, sharded as `parameter` is."""
+        gradient = gradient.float()
+        _annotate(gradient, torch_xla._XLAC._get_xla_op_sharding(parameter))
+        return gradient
 
     def like(self, tensor: torch.Tensor, parameter: torch.Tensor) -> torch.Tensor:
         """`tensor` on the device, sharded as `parameter` is."""
@@ -117,11 +165,20 @@ class SpmdBackend:
 
     def to_host(self, tensor: torch.Tensor) -> torch.Tensor:
         """The whole tensor on the host, put together from its shards: `.cpu()` would compile a gather for each."""
-        xla_model.wait_device_ops()  # shards of a step that is still running can't be read
         tensor = tensor.detach()
+        if self.process_count > 1:  # other hosts hold shards too
+            tensor = self.gathered(tensor)
+        xla_model.wait_device_ops()  # shards of a step that is still running can't be read
         whole = torch.empty(tensor.shape, dtype=tensor.dtype)
         for shard in spmd.XLAShardedTensor(tensor).local_shards:
             whole[shard.indices] = shard.unpadded_data
+        return whole
+
+    def gathered(self, tensor: torch.Tensor) -> torch.Tensor:
+        """A copy that every device holds whole; a compiled transfer for each shape."""
+        whole = tensor.clone()
+        _annotate(whole, self.mesh.get_op_sharding((None,) * tensor.ndim))
+        torch_xla.sync()
         return whole
 
     def put(self, batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
@@ -185,6 +242,15 @@ class SpmdBackend:
     def settle(self) -> None:
         """Materialise pending tensors, so that the step's graph starts from plain device buffers."""
         torch_xla.sync(wait=True)
+
+
+def _annotate(tensor: torch.Tensor, sharding) -> None:
+    """Give a tensor inside a graph its sharding."""
+    torch_xla._XLAC._xla_annotate_custom_sharding(tensor, sharding)
+
+
+def _divides(size: int, parts: int) -> bool:
+    return size % parts == 0
 
 
 def _peak_flops() -> float:

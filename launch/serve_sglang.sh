@@ -1,0 +1,31 @@
+#!/usr/bin/env bash
+# Serves a target with its draft head in SGLang: EAGLE3, 5 steps, topk 4, bfloat16.
+#   bash launch/serve_sglang.sh --target DIR [--head DIR] [options] [SGLang's own options]
+#     --target=DIR  the target, a folder or a hub id
+#     --head=DIR    its head, as `eagle3-xla export` writes it; without one: the server for bench --baseline
+#     --port=N      (30000)
+#     --cpu         float32 on the CPU, with the environment that tests/engines/environments.sh makes
+#     --dry-run     print the command, run none
+# Everything else goes to SGLang and outweighs what is set here; a chain of 5 drafts in place of the tree:
+# --speculative-eagle-topk 1 --speculative-num-draft-tokens 6. SGLANG_PYTHON is the Python that has SGLang (python3).
+set -euo pipefail
+source "$(dirname "${BASH_SOURCE[0]}")/serve_common.sh"
+
+if [ -n "$cpu" ]; then
+  cpu_python sglang
+  # SGLang itself is unmodified; a plain torch version of its CUDA kernel package is on its path.
+  command=(env PYTHONPATH="$root/tests/engines/stand_ins" SGLANG_USE_CPU_ENGINE=1 TOKENIZERS_PARALLELISM=false)
+  settings=(--device cpu --dtype float32 --disable-cuda-graph --skip-server-warmup --sleep-on-idle
+    --prefill-attention-backend intel_amx --decode-attention-backend intel_amx
+    --mem-fraction-static 0.3 --max-total-tokens 8192 --max-running-requests 8)
+else
+  python="${SGLANG_PYTHON:-python3}" command=()
+  settings=(--dtype bfloat16 --mem-fraction-static 0.75)
+fi
+command+=("$python" -m sglang.launch_server --model-path "$target" --port "$port" "${settings[@]}")
+if [ -n "$head" ]; then
+  command+=(--speculative-algorithm EAGLE3 --speculative-draft-model-path "$head" --speculative-num-steps 5
+    --speculative-eagle-topk 4 --speculative-num-draft-tokens 8)
+fi
+[ -n "$dry_run" ] || check_engine sglang sglang
+serve "${command[@]}" ${arguments[@]+"${arguments[@]}"}

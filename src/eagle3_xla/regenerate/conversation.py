@@ -1,0 +1,64 @@
+"""One conversation through the target, turn by turn: each question is asked after the target's own earlier answers."""
+
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from eagle3_xla.config import UserError
+from eagle3_xla.data.clean import Chat, Unusable
+
+
+@dataclass
+class Sampling:
+    """temperature: 0 is greedy; max_tokens: of one answer."""
+
+    temperature: float = 0.7
+    top_p: float = 1.0
+    max_tokens: int = 1024
+    seed: int = 0
+
+    def __post_init__(self):
+        if self.temperature < 0 or not 0 < self.top_p <= 1 or self.max_tokens < 1:
+            raise UserError("--temperature must be 0 or more, --top-p in (0, 1], --max-tokens 1 or more")
+
+
+class Reply(NamedTuple):
+    """One answer. finish: stop, or length when max_tokens or the context cut it off; tokens: that the target wrote."""
+
+    text: str
+    finish: str
+    tokens: int
+
+
+class Refused(ValueError):
+    """These messages can't be answered, now or later: they are too long for the target, for one."""
+
+
+Ask = Callable[[list[dict], int], Awaitable[Reply]]  # (messages up to a question, seed) -> the answer
+
+
+async def rewrite(chat: Chat, number: int, seed: int, ask: Ask) -> dict:
+    """The conversation with the target's own answers, as a row for `prepare`.
+
+    It ends early at an answer that was cut off (`finish`: length; what follows would build on half an answer), and
+    before a question that the target can't take. Raises Unusable when nothing is left, and whatever `ask` raises.
+    """
+    messages, tokens, finish = [], 0, "stop"
+    for message in chat.messages:
+        if message["role"] != "assistant":
+            messages.append(message)
+            continue
+        try:
+            reply = await ask(messages, hash((seed, number, len(messages))) & 0x7FFFFFFF)
+            if not reply.text.strip():
+                raise Refused("the target answers nothing")
+        except Refused as reason:
+            if not tokens:
+                raise Unusable("no_answer", str(reason)) from None
+            messages.pop()
+            break
+        messages.append({"role": "assistant", "content": reply.text})
+        tokens, finish = tokens + reply.tokens, reply.finish
+        if finish == "length":
+            break
+    return {"id": number, "source": chat.source, "messages": messages, "finish": finish, "new_tokens": tokens}

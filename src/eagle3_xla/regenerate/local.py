@@ -1,0 +1,181 @@
+"""Answers from the target in this process: continuous batching, for small targets and machines without an engine.
+
+Every step decodes one token of each running answer; a finished one gives its slot to the next question at once.
+"""
+
+import asyncio
+from collections import deque
+from dataclasses import dataclass, field
+
+import torch
+
+from eagle3_xla.config import UserError
+from eagle3_xla.data.tokenizer import load_tokenizer, stop_token_ids
+from eagle3_xla.regenerate.conversation import Refused, Reply, Sampling
+from eagle3_xla.target.attention import GROUPED_EINSUM
+from eagle3_xla.target.model import load_target
+from eagle3_xla.target.sampling import choose_tokens
+
+
+@dataclass
+class _Question:
+    prompt: list[int]
+    generator: torch.Generator
+    answer: asyncio.Future
+    tokens: list[int] = field(default_factory=list)
+
+
+class LocalTarget:
+    """`ask` as Servers has it. slots: answers decoded at once; device: cpu (float32) or cuda (bfloat16)."""
+
+    def __init__(self, path: str, sampling: Sampling, slots: int, device: str):
+        if device == "cuda" and not torch.cuda.is_available():
+            raise UserError("--device cuda: no CUDA device is usable here")
+        self.tokenizer = load_tokenizer(path)
+        self.stop_ids = stop_token_ids(path, self.tokenizer)
+        self.target = load_target(path, torch.float32 if device == "cpu" else torch.bfloat16).to(device)
+        self.target.config._attn_implementation = GROUPED_EINSUM  # no repeated keys: half the time of a step
+        self.model, self.sampling, self.slots, self.device = path, sampling, slots, device
+        self.context = self.target.config.max_position_embeddings
+        self.cache = SlotCache(slots, device)
+        self.waiting: deque[_Question] = deque()
+        self.running: list[_Question] = []  # question i has slot i
+        self.wake = asyncio.Event()
+
+    async def __aenter__(self) -> "LocalTarget":
+        self.loop = asyncio.create_task(self._run())
+        return self
+
+    async def __aexit__(self, *error) -> None:
+        self.loop.cancel()
+
+    async def ask(self, messages: list[dict], seed: int) -> Reply:
+        """Raises Refused when the messages leave no room for an answer in the target's context."""
+        from jinja2 import TemplateError
+
+        try:
+            prompt = self.tokenizer.apply_chat_template(messages, add_generation_prompt=True)
+        except TemplateError as error:
+            raise Refused(f"the target's chat template refuses it ({error})") from None
+        if len(prompt) >= self.context:
+            raise Refused(f"{len(prompt)} tokens; the target's context is {self.context}")
+        generator = torch.Generator().manual_seed(seed)
+        question = _Question(prompt, generator, asyncio.get_running_loop().create_future())
+        self.waiting.append(question)
+        self.wake.set()
+        return await question.answer
+
+    async def _run(self) -> None:
+        try:
+            while True:
+                if not self.waiting and not self.running:
+                    self.wake.clear()
+                    await self.wake.wait()
+                while self.waiting and len(self.running) < self.slots:
+                    self._start(self.waiting.popleft())
+                if self.running:
+                    self._step()
+                await asyncio.sleep(0)  # finished conversations ask their next question
+        except Exception as error:
+            for question in [*self.waiting, *self.running]:
+                question.answer.set_exception(error)
+
+    @torch.inference_mode()
+    def _start(self, question: _Question) -> None:
+        """Prefill into the next free slot; the first token of the answer."""
+        length = len(question.prompt)
+        self.cache.prefill(len(self.running), length)
+        logits = self.target(
+            input_ids=torch.tensor([question.prompt], device=self.device),
+            position_ids=torch.arange(length, device=self.device)[None],
+            attention_mask=torch.ones(length, length, dtype=torch.bool, device=self.device).tril()[None, None],
+            past_key_values=self.cache,
+            logits_to_keep=1,
+        ).logits[:, -1]
+        self.running.append(question)
+        self._take(len(self.running) - 1, self._choose(logits, [question])[0])
+
+    @torch.inference_mode()
+    def _step(self) -> None:
+        last = torch.tensor([question.tokens[-1] for question in self.running], device=self.device)
+        # The last token of each answer is not in the cache yet.
+        positions = [len(question.prompt) + len(question.tokens) - 1 for question in self.running]
+        self.cache.decode(positions)
+        at = torch.tensor(positions, device=self.device)
+        visible = torch.arange(max(positions) + 1, device=self.device) <= at[:, None]
+        logits = self.target(
+            input_ids=last[:, None],
+            position_ids=at[:, None],
+            attention_mask=visible[:, None, None],
+            past_key_values=self.cache,
+        ).logits[:, -1]
+        tokens = self._choose(logits, self.running)
+        for slot in reversed(range(len(tokens))):  # from the end: a finished one moves the last into its slot
+            self._take(slot, tokens[slot])
+
+    def _choose(self, logits: torch.Tensor, questions: list[_Question]) -> list[int]:
+        generators = [question.generator for question in questions]
+        return choose_tokens(logits, self.sampling.temperature, self.sampling.top_p, generators)
+
+    def _take(self, slot: int, token: int) -> None:
+        question = self.running[slot]
+        question.tokens.append(token)
+        stopped = token in self.stop_ids
+        full = len(question.tokens) >= self.sampling.max_tokens
+        full = full or len(question.prompt) + len(question.tokens) >= self.context
+        if not stopped and not full:
+            return
+        text = self.tokenizer.decode(question.tokens[:-1] if stopped else question.tokens, skip_special_tokens=True)
+        if not question.answer.done():  # cancelled when another conversation failed
+            question.answer.set_result(Reply(text, "stop" if stopped else "length", len(question.tokens)))
+        moved = self.running.pop()
+        if slot < len(self.running):
+            self.running[slot] = moved
+            self.cache.move(len(self.running), slot)
+
+
+class SlotCache:
+    """Keys and values of texts of different lengths, [slots, kv_heads, capacity, D] a layer, as transformers' models
+    call it. `prefill` or `decode` before each forward says what the forward is about; both grow the capacity."""
+
+    def __init__(self, slots: int, device: str):
+        self.slots, self.device, self.capacity = slots, device, 256
+        self.layers: list[tuple[torch.Tensor, torch.Tensor]] = []
+        self.slot, self.positions, self.length = 0, None, 0
+
+    def prefill(self, slot: int, length: int) -> None:
+        self.slot, self.positions, self.length = slot, None, length
+        self._grow()
+
+    def decode(self, positions: list[int]) -> None:
+        """Of slots 0, 1, ...: where each one's new token goes."""
+        self.positions, self.length = torch.tensor(positions, device=self.device), max(positions) + 1
+        self._grow()
+
+    def move(self, source: int, to: int) -> None:
+        for keys, values in self.layers:
+            keys[to], values[to] = keys[source], values[source]
+
+    def get_seq_length(self, layer: int = 0) -> int:
+        return 0
+
+    def update(self, key: torch.Tensor, value: torch.Tensor, layer: int, arguments=None):
+        """key, value [rows, kv_heads, new, D] -> those to attend to, [rows, kv_heads, length, D]."""
+        if layer == len(self.layers):
+            shape = (self.slots, key.shape[1], self.capacity, key.shape[3])
+            self.layers.append((key.new_zeros(shape), value.new_zeros(shape)))
+        keys, values = self.layers[layer]
+        if self.positions is None:
+            keys[self.slot, :, : self.length], values[self.slot, :, : self.length] = key[0], value[0]
+            return key, value
+        rows = torch.arange(len(self.positions), device=self.device)
+        keys[rows, :, self.positions], values[rows, :, self.positions] = key[:, :, 0], value[:, :, 0]
+        return keys[: len(rows), :, : self.length], values[: len(rows), :, : self.length]
+
+    def _grow(self) -> None:
+        if self.length <= self.capacity:
+            return
+        more = max(2 * self.capacity, self.length) - self.capacity
+        pad = torch.nn.functional.pad
+        self.layers = [(pad(keys, (0, 0, 0, more)), pad(values, (0, 0, 0, more))) for keys, values in self.layers]
+        self.capacity += more

@@ -1,0 +1,159 @@
+"""`regenerate`: the mix of a recipe, or any files of chats, with the answers of the target instead of theirs.
+
+chats.jsonl         one row a conversation (`id`, `source`, `messages`, `finish`, `new_tokens`), in the order in which
+                    they were finished; `prepare` reads it
+dropped.jsonl       conversations that can't be used, with the reason
+regenerate.json     the model, the sampling settings, what the chats were made of, and the counts so far
+run.yaml            the recipe
+.work/              cleaned chats; gone when all are done
+"""
+
+import asyncio
+import hashlib
+import json
+import shutil
+import time
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+
+from tqdm import tqdm
+
+from eagle3_xla.config import DataConfig, Recipe, RunError, Source, UserError, claim_output, write_run_file
+from eagle3_xla.data import sources
+from eagle3_xla.data.clean import Unusable
+from eagle3_xla.data.filters import read_chat
+from eagle3_xla.data.mix import mix
+from eagle3_xla.regenerate.conversation import Sampling, rewrite
+from eagle3_xla.regenerate.journal import Journal
+from eagle3_xla.regenerate.servers import GaveUp, Servers
+
+
+@dataclass
+class Options:
+    """servers: URLs, or target: a folder to run in this process on `device`; chats: files instead of the recipe's
+    mix; limit: the first of them only, 0 for all; concurrency: conversations in flight; timeout: seconds an answer.
+    """
+
+    servers: list[str] = field(default_factory=list)
+    target: str = ""
+    chats: list[str] = field(default_factory=list)
+    limit: int = 0
+    concurrency: int = 16
+    timeout: float = 600.0
+    device: str = "cpu"
+    sampling: Sampling = field(default_factory=Sampling)
+
+
+def regenerate(recipe: Recipe, out: Path, options: Options) -> dict:
+    """Write `out` (above), or what is missing in it; return counts. Raises UserError when it was begun with other
+    settings, RunError when conversations are left without an answer: starting again goes on with those."""
+    if bool(options.servers) == bool(options.target):
+        raise UserError("give either --server URL[,URL...] or --target DIR")
+    if options.concurrency < 1 or options.limit < 0 or options.timeout <= 0:
+        raise UserError("--concurrency must be 1 or more, --limit 0 or more, --timeout positive")
+    recipe = replace(recipe, data=_chats_to_ask(recipe.data, options.chats))
+    claim_output(out)
+    write_run_file(recipe, out)
+    journal = Journal(out)
+    try:
+        return asyncio.run(_regenerate(recipe.data, out, options, journal))
+    finally:
+        journal.close()
+
+
+async def _regenerate(data: DataConfig, out: Path, options: Options, journal: Journal) -> dict:
+    if options.servers:
+        backend = Servers(options.servers, options.sampling, options.concurrency, options.timeout)
+    else:
+        from eagle3_xla.regenerate.local import LocalTarget
+
+        backend = LocalTarget(options.target, options.sampling, options.concurrency, options.device)
+    async with backend:
+        settings = {"model": backend.model, "sampling": asdict(options.sampling), "chats": _fingerprint(data)}
+        _check_settings(out / "regenerate.json", settings)
+        work = out / ".work" / settings["chats"][:16]
+        chats = mix(data, work).train
+        if options.chats:  # in the order of the files; a mix stays shuffled, so that `limit` takes some of each source
+            chats.sort(key=lambda chat: (len(chat[0]), *chat))
+        chats = chats[: options.limit or None]
+        started, before, left = time.perf_counter(), journal.tokens, {}
+        with tqdm(total=len(chats), initial=len(journal.done), desc="regenerate", unit="chat") as bar:
+
+            async def ask_all(todo) -> None:
+                for number, (path, offset) in todo:
+                    if number in journal.done:
+                        continue
+                    chat = read_chat(path, offset)
+                    try:
+                        journal.add(await rewrite(chat, number, options.sampling.seed, backend.ask))
+                    except Unusable as problem:
+                        journal.drop(number, chat.where, problem.reason, str(problem))
+                    except GaveUp as problem:
+                        left[number] = f"{chat.where}: {problem}"
+                        bar.write(f"no answer for {left[number]}; left for the next start")
+                    bar.update()
+                    speed = (journal.tokens - before) / (time.perf_counter() - started)
+                    bar.set_postfix_str(f"{speed:.0f} tokens/s")
+
+            todo = enumerate(chats)  # shared: each takes the next
+            await _all_or_first_error([ask_all(todo) for _ in range(options.concurrency)])
+    seconds = time.perf_counter() - started
+    counts = {"conversations": len(chats), "finished": sum(journal.finishes.values())}
+    counts |= {"finish": journal.finishes, "dropped": journal.dropped, "new_tokens": journal.tokens}
+    _write_json(out / "regenerate.json", settings | counts)
+    if left:
+        raise RunError(
+            f"{len(left)} of {len(chats)} conversations got no answer (the first: {next(iter(left.values()))}); "
+            "start it again to ask again"
+        )
+    if not options.limit:
+        shutil.rmtree(out / ".work", ignore_errors=True)
+    speed = (journal.tokens - before) / seconds
+    return {"out": str(out / "chats.jsonl")} | counts | {"tokens_per_second": round(speed, 1)}
+
+
+async def _all_or_first_error(coroutines: list) -> None:
+    tasks = [asyncio.ensure_future(coroutine) for coroutine in coroutines]
+    try:
+        await asyncio.gather(*tasks)
+    finally:
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+
+
+def _chats_to_ask(data: DataConfig, files: list[str]) -> DataConfig:
+    """The recipe's training mix, its held-out share included, or all chats of `files`."""
+    if files:
+        data = replace(data, train=[Source(path=file) for file in files], heldout=[], conversations=0)
+        data = replace(data, deduplicate="none")
+    # A tool's answer can't be written anew. The held-out share is split off when the new chats are prepared.
+    return replace(data, tool_turns="drop", heldout_share=0.0)
+
+
+def _fingerprint(data: DataConfig) -> str:
+    """Of the chats and their order: the number of a conversation means the same as long as this is the same."""
+    resolved = [sources.resolve(source) for source in [*data.train, *data.heldout]]
+    prints = [sources.fingerprint(source) for source in [*resolved, *(Source(path=p) for p in data.decontaminate)]]
+    names = "conversations deduplicate languages truncated_answers seed train heldout".split()
+    settings = {name: asdict(data)[name] for name in names}
+    return hashlib.sha256(json.dumps([prints, settings], sort_keys=True).encode()).hexdigest()
+
+
+def _check_settings(path: Path, settings: dict) -> None:
+    """Write the settings, or raise UserError when the folder was begun with others."""
+    if path.exists():
+        begun = json.loads(path.read_text())
+        for name, value in settings.items():
+            if begun.get(name) != value:
+                raise UserError(
+                    f"{path.parent} was begun with {name} {begun.get(name)}, now it is {value}; choose another folder"
+                )
+        return
+    _write_json(path, settings)
+
+
+def _write_json(path: Path, content: dict) -> None:
+    partial = path.with_name(f"partial-{path.name}")
+    partial.write_text(json.dumps(content, indent=1) + "\n")
+    partial.replace(path)

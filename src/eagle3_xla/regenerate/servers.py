@@ -1,0 +1,149 @@
+"""Answers from OpenAI-compatible servers (SGLang, vLLM), several at once; a server that fails costs no conversation."""
+
+import asyncio
+import os
+import re
+import time
+from dataclasses import dataclass
+
+import httpx
+
+from eagle3_xla.config import RunError, UserError
+from eagle3_xla.regenerate.conversation import Refused, Reply, Sampling
+
+TRIES = 10  # of one question, before its conversation is left for the next start
+REFUSALS = 20  # before any answer: then the fault is not in the questions
+LONGEST_REST = 60.0  # seconds
+PASSING = (408, 409, 425, 429)  # of the 4xx, those that a later try may not get
+
+
+class GaveUp(RuntimeError):
+    """A question without an answer after all tries."""
+
+
+@dataclass
+class _Server:
+    """in_flight: questions asked; rests_until: no question before then; failures: in a row, each after a rest."""
+
+    url: str
+    in_flight: int = 0
+    rests_until: float = 0.0
+    failures: int = 0
+
+
+class Servers:
+    """`ask` sends a question to the server with the fewest in flight, and again, after a rest, when it fails.
+
+    urls: http://HOST:PORT, with or without /v1; timeout: seconds of one answer; rest: seconds after a first failure,
+    doubled for each further one.
+    """
+
+    def __init__(self, urls: list[str], sampling: Sampling, concurrency: int, timeout: float, rest: float = 1.0):
+        for url in urls:
+            if not re.match(r"https?://[^/]+", url):
+                raise UserError(f"--server {url!r} is not a URL; one looks like http://127.0.0.1:30000")
+        self.servers = [_Server(url.rstrip("/").removesuffix("/v1")) for url in urls]
+        self.sampling, self.timeout, self.rest = sampling, timeout, rest
+        self.model, self.last_answer, self.answers, self.refusals = "", -1.0, 0, 0
+        key = os.environ.get("OPENAI_API_KEY")
+        self.http = httpx.AsyncClient(
+            timeout=httpx.Timeout(None, connect=10),
+            limits=httpx.Limits(max_connections=None, max_keepalive_connections=concurrency),
+            headers={"Authorization": f"Bearer {key}"} if key else {},
+            trust_env=False,
+        )
+
+    async def __aenter__(self) -> "Servers":
+        models = [await self._model_of(server.url) for server in self.servers]
+        if len(set(models)) > 1:
+            raise UserError(f"the servers serve different models: {', '.join(models)}")
+        self.model = models[0]
+        return self
+
+    async def __aexit__(self, *error) -> None:
+        await self.http.aclose()
+
+    async def ask(self, messages: list[dict], seed: int) -> Reply:
+        """Raises Refused for messages that the server never takes, GaveUp after TRIES failures, RunError when nothing
+        answers at all."""
+        started, problem = time.monotonic(), ""
+        for _ in range(TRIES):
+            server = await self._free_server()
+            server.in_flight += 1
+            try:
+                async with asyncio.timeout(self.timeout):
+                    reply = await self._post(server.url, messages, seed)
+            except TimeoutError:
+                problem = f"{server.url} did not answer within {self.timeout:g} s"
+            except httpx.HTTPError as error:
+                problem = f"{server.url}: {_reason(error)}"
+            except _Failed as error:
+                problem = str(error)
+            else:
+                server.failures, self.last_answer, self.answers = 0, time.monotonic(), self.answers + 1
+                return reply
+            finally:
+                server.in_flight -= 1
+            if time.monotonic() >= server.rests_until:  # otherwise it failed together with another question
+                server.rests_until = time.monotonic() + min(self.rest * 2**server.failures, LONGEST_REST)
+                server.failures += 1
+        if self.last_answer < started:
+            raise RunError(f"no server answers any more ({problem}); start it, then start this again to continue")
+        raise GaveUp(problem)
+
+    async def _free_server(self) -> _Server:
+        while True:
+            server = min(self.servers, key=lambda s: (max(s.rests_until - time.monotonic(), 0), s.in_flight))
+            wait = server.rests_until - time.monotonic()
+            if wait <= 0:
+                return server
+            await asyncio.sleep(wait)
+
+    async def _post(self, url: str, messages: list[dict], seed: int) -> Reply:
+        body = {"model": self.model, "messages": messages, "seed": seed, "max_tokens": self.sampling.max_tokens}
+        body |= {"temperature": self.sampling.temperature, "top_p": self.sampling.top_p}
+        response = await self.http.post(f"{url}/v1/chat/completions", json=body)
+        where = f"{url}/v1/chat/completions answered {response.status_code}"
+        if 400 <= response.status_code < 500 and response.status_code not in PASSING:
+            message = f"{where}: {' '.join(response.text.split())[:300]}"
+            self.refusals += 1
+            if response.status_code in (401, 403, 404) or (self.refusals >= REFUSALS and not self.answers):
+                raise RunError(message)
+            raise Refused(message)
+        if response.status_code != 200:
+            raise _Failed(f"{where}: {' '.join(response.text.split())[:300]}")
+        try:
+            answer = response.json()
+            choice = answer["choices"][0]
+            message, finish = choice["message"], choice["finish_reason"]
+            text, tokens = message.get("content") or "", (answer.get("usage") or {}).get("completion_tokens") or 0
+        except (ValueError, LookupError, TypeError, AttributeError):
+            raise _Failed(f"{where}, but not with an answer: {' '.join(response.text.split())[:200]}") from None
+        if message.get("reasoning_content") or message.get("reasoning"):
+            raise RunError(f"{url} splits thoughts from answers; start it without a reasoning parser")
+        if finish not in ("stop", "length") or not isinstance(text, str):
+            raise _Failed(f"{where}, but the answer ended with {finish!r}")
+        return Reply(text, finish, tokens)
+
+    async def _model_of(self, url: str) -> str:
+        problem = ""
+        for attempt in range(3):
+            try:
+                response = await self.http.get(f"{url}/v1/models", timeout=10)
+                if response.status_code == 200:
+                    return str(response.json()["data"][0]["id"])
+                problem = f"/v1/models answered {response.status_code}"
+            except httpx.HTTPError as error:
+                problem = _reason(error)
+            except (ValueError, LookupError, TypeError):
+                problem = "/v1/models names no model"
+            await asyncio.sleep(self.rest * attempt)
+        raise UserError(f"no OpenAI-compatible server at {url} ({problem}); start it, or check host and port")
+
+
+class _Failed(RuntimeError):
+    """An answer that is none; another try may get one."""
+
+
+def _reason(error: Exception) -> str:
+    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__

@@ -1,0 +1,268 @@
+"""The mix: shares, caps, seed, duplicates, evaluation prompts, the split; caches, interruptions, numbers of workers."""
+
+import json
+import operator
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from eagle3_xla.config import DataConfig, Source, UserError, load_recipe
+from eagle3_xla.data import documents, filters, mix, prepare
+from eagle3_xla.data.filters import read_chat
+from eagle3_xla.data.parallel import batched, ordered_map
+
+WORDS = [f"word{i}" for i in range(4000)]
+
+
+def text(seed, words=60) -> list[str]:
+    return random.Random(seed).choices(WORDS, k=words)
+
+
+def chat(question: str, answer: str, **more) -> dict:
+    return {"messages": [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]} | more
+
+
+def random_chats(count, name) -> list[dict]:
+    return [chat(f"{name} {i}?", " ".join(text(f"{name} {i}"))) for i in range(count)]
+
+
+def write(path: Path, rows: list[dict]) -> Path:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+@pytest.fixture
+def three(tmp_path) -> list[Path]:
+    return [write(tmp_path / f"{name}.jsonl", random_chats(300, name)) for name in ("one", "two", "three")]
+
+
+def mixed(tmp_path, sources, **settings) -> mix.Mix:
+    data = DataConfig(train=sources, **({"workers": 1} | settings))
+    work = tmp_path / f"work-{time.monotonic_ns()}"
+    return mix.mix(data, work)
+
+
+def questions(chats) -> list[str]:
+    return [read_chat(path, offset).messages[0]["content"] for path, offset in chats]
+
+
+def test_shares_of_the_reference_recipe(three, tmp_path):
+    sources = [Source(path=str(path), share=share) for path, share in zip(three, (45, 35, 20))]
+    result = mixed(tmp_path, sources, conversations=200, heldout_share=0.1)
+    asked = questions(result.train), questions(result.heldout)
+    names = [[question.split()[0] for question in part] for part in asked]
+    assert [sum(part.count(name) for part in names) for name in ("one", "two", "three")] == [90, 70, 40]
+    assert [names[1].count(name) for name in ("one", "two", "three")] == [9, 7, 4]
+    assert len(set(asked[0]) | set(asked[1])) == 200  # no conversation twice, none in both
+    assert names[0][:20] != sorted(names[0][:20])  # shuffled over the sources
+
+    again, other = (questions(mixed(tmp_path, sources, conversations=200, seed=seed).train) for seed in (0, 1))
+    assert again == questions(mixed(tmp_path, sources, conversations=200).train)
+    assert set(again) != set(other)
+
+
+def test_the_shipped_reference_recipe_has_the_mix():
+    data = load_recipe("qwen2.5-7b-v4-32", []).data
+    assert [(source.path, source.share) for source in data.train] == [
+        ("sharegpt", 45),
+        ("ultrachat", 35),
+        ("perfectblend", 20),
+    ]
+    assert data.conversations == 54_000 and mix._wanted(data) == [24_300, 18_900, 10_800]
+
+
+def test_caps_and_what_is_missing(three, tmp_path):
+    sources = [Source(path=str(three[0]), cap=50), Source(path=str(three[1]))]
+    names = [q.split()[0] for q in questions(mixed(tmp_path, sources, heldout_share=0).train)]
+    assert (names.count("one"), names.count("two")) == (50, 300)
+    shared = [Source(path=str(three[0]), share=80), Source(path=str(three[1]), share=20, read=30)]
+    result = mixed(tmp_path, shared, conversations=500, heldout_share=0)
+    assert result.warnings == [
+        "one has 300 usable conversations of the 400 of its share",
+        "two has 30 usable conversations of the 100 of its share",
+    ]
+
+
+def test_duplicates(tmp_path):
+    base = text("base", 200)
+    near, far = list(base), list(base)
+    near[100] = "other"  # 5 of 196 five-word shingles change
+    for i in range(0, 200, 20):
+        far[i] = "other"  # about a quarter: Jaccard 0.6
+    rows = [
+        chat("q", " ".join(base)),
+        chat("q", " ".join(base)),
+        chat("q", " ".join(near)),
+        chat("q", " ".join(far)),
+        chat("q", " ".join(base).upper()),
+        {"messages": [{"role": "system", "content": "Be kind."}, *chat("q", " ".join(base))["messages"]]},
+        chat("Hi", "Hello."),
+        chat("Hi", "Hello."),
+        chat("Hi", "Hello!"),
+    ]
+    path = write(tmp_path / "a.jsonl", rows)
+    expected = {
+        "near": (4, {"duplicate": 3, "near_duplicate": 2}),
+        "exact": (6, {"duplicate": 3}),
+        "none": (9, {}),
+    }
+    for how, (kept, dropped) in expected.items():
+        result = mixed(tmp_path, [Source(path=str(path))], deduplicate=how, heldout_share=0)
+        [report] = result.sources.values()
+        assert {reason: entry["rows"] for reason, entry in report["dropped"].items()} == dropped, how
+        assert report["kept"] == kept == len(result.train)
+    # A duplicate in another source, or in the held-out file, goes from the later source.
+    other = write(tmp_path / "b.jsonl", [rows[0], chat("new", "New one.")])
+    result = mixed(tmp_path, [Source(path=str(path)), Source(path=str(other))], heldout_share=0)
+    assert [report["kept"] for report in result.sources.values()] == [4, 1]
+    result = mixed(tmp_path, [Source(path=str(path))], heldout=[Source(path=str(other))])
+    assert [report["kept"] for report in result.sources.values()] == [2, 3] and len(result.heldout) == 2
+
+
+PROMPT = "Compose an engaging travel blog post about a recent trip to Hawaii highlighting cultural experiences"
+EVALUATIONS = {
+    "mt_bench": {"question_id": 81, "turns": [PROMPT, "Rewrite it."]},
+    "humaneval": {"task_id": "HumanEval/0", "prompt": f"def blog():\n    '''{PROMPT}'''"},
+    "gsm8k": {"question": PROMPT, "answer": "#### 1"},
+    "math500": {"problem": PROMPT, "solution": "x"},
+    "alpaca": {"instruction": PROMPT, "input": "", "output": "x"},
+    "chats": {"conversations": [{"from": "human", "value": PROMPT}, {"from": "gpt", "value": "x"}]},
+}
+
+
+@pytest.mark.parametrize("form", sorted(EVALUATIONS))
+def test_evaluation_prompts_are_kept_out(form, tmp_path):
+    short = {"turns": ["Who are you?"]}
+    evaluation = write(tmp_path / "eval.jsonl", [EVALUATIONS[form], short])
+    rows = [
+        chat(f"Please: {PROMPT.lower()}!", "Aloha."),
+        chat("Hi", f"You could ask me to {PROMPT}."),
+        chat("who are you", "A model."),
+        chat("Who are you and what do you do?", "A model."),
+        chat("Compose an engaging travel blog post about a trip to Norway highlighting food", "Hei."),
+    ]
+    path = write(tmp_path / "a.jsonl", rows)
+    result = mixed(tmp_path, [Source(path=str(path))], decontaminate=[str(evaluation)], heldout_share=0)
+    [report] = result.sources.values()
+    assert report["dropped"]["evaluation_prompt"] == {"rows": 3, "first": f"{path}:1"}
+    assert sorted(questions(result.train)) == sorted(row["messages"][0]["content"] for row in rows[3:])
+    with pytest.raises(UserError, match=r"a.jsonl:1: no evaluation prompt|bad.jsonl:1: no evaluation prompt"):
+        filters.Filters(DataConfig(decontaminate=[str(write(tmp_path / "bad.jsonl", [{"text": "a"}]))]))
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_every_chunk_once_and_in_order(workers):
+    for count in (0, 1, 2, 3, 10, 23) if workers == 1 else (23,):
+        done = list(ordered_map(operator.methodcaller, ("copy",), batched(range(count), 2), workers))
+        assert [x for chunk in done for x in chunk] == list(range(count))
+
+
+def settings_of(tmp_path, target, files, **more):
+    data = {"prepared": tmp_path / "prepared", "row_length": 128, "draft_vocab_size": 64, "workers": 1} | more
+    sources = ",".join(map(str, files))
+    return [f"target.path={target}", f"data.train=[{sources}]", *(f"data.{k}={v}" for k, v in data.items())]
+
+
+def bytes_of(folder: Path) -> dict[str, bytes]:
+    files = [file for file in folder.rglob("*") if file.is_file() and file.name != "run.yaml"]
+    return {str(file.relative_to(folder)): file.read_bytes() for file in files}
+
+
+def test_the_same_bytes_for_any_number_of_workers(three, small_target, tmp_path, monkeypatch):
+    for module in (mix, filters):
+        monkeypatch.setattr(module, "CHUNK", 100)  # several for each worker
+    results = []
+    for workers in (1, 2):
+        settings = settings_of(tmp_path, small_target, three, workers=workers, prepared=tmp_path / f"p{workers}")
+        manifest = prepare.prepare(load_recipe(None, settings))
+        results.append(bytes_of(tmp_path / f"p{workers}"))
+        assert manifest["train"]["padding"] < 0.03
+    assert results[0] == results[1] and len(results[0]) > 5
+    other = settings_of(tmp_path, small_target, three, seed=1, prepared=tmp_path / "other")
+    prepare.prepare(load_recipe(None, other))
+    assert bytes_of(tmp_path / "other")["manifest.json"] != results[0]["manifest.json"]
+
+
+def test_an_interrupted_prepare_continues(three, small_target, tmp_path, monkeypatch):
+    """Killed after some chunks of tokens: what is done is not done again, and the result is that of one go."""
+    settings = settings_of(tmp_path, small_target, three)
+    process = subprocess.Popen(
+        [sys.executable, "-c", KILLED_HALF_WAY, *settings], stderr=subprocess.PIPE, env=os.environ, text=True
+    )
+    assert process.wait() == -signal.SIGKILL, process.stderr.read()
+    out = tmp_path / "prepared"
+    [work] = (out / ".work").iterdir()
+    chunks = {file: file.stat().st_mtime_ns for file in (work / "train").glob("chunk-*.npz")}
+    assert len(chunks) == 2 and not (out / "manifest.json").exists()
+    spools = {file: file.stat().st_mtime_ns for file in work.glob("train-*/chats.jsonl")}
+    assert len(spools) == 3
+    again = []
+    real = documents._Tokenizer.__call__
+    monkeypatch.setattr(
+        documents._Tokenizer, "__call__", lambda self, chunk: (again.append(chunk[0]), real(self, chunk))
+    )
+    monkeypatch.setattr(mix._Cleaner, "__call__", None)  # no source is read again
+    prepare.prepare(load_recipe(None, settings))
+    assert again and not {Path(file) for file in again} & set(chunks)
+    monkeypatch.undo()
+    whole = settings_of(tmp_path, small_target, three, prepared=tmp_path / "whole")
+    prepare.prepare(load_recipe(None, whole))
+    assert bytes_of(out) == bytes_of(tmp_path / "whole")
+
+
+KILLED_HALF_WAY = """
+import os, signal, sys
+from eagle3_xla.config import load_recipe
+from eagle3_xla.data import documents, prepare
+
+real, done = documents._Tokenizer.__call__, []
+
+def call(self, chunk):
+    if len(done) == 2:
+        os.kill(os.getpid(), signal.SIGKILL)
+    real(self, chunk)
+    done.append(chunk)
+
+documents._Tokenizer.__call__ = call
+prepare.prepare(load_recipe(None, sys.argv[1:]))
+"""
+
+
+def test_stale_caches_are_never_reused(small_target, tmp_path, tokenizer):
+    """Each thing that shapes the rows changes the key: data, template, tokenizer, length, vocabulary, code."""
+    source = write(tmp_path / "a.jsonl", random_chats(20, "a"))
+    evaluation = write(tmp_path / "eval.jsonl", [{"prompt": "a b c"}])
+    target = shutil.copytree(small_target, tmp_path / "target")
+
+    def inputs(**more):
+        return prepare.prepare(load_recipe(None, settings_of(tmp_path, target, [source], **more)))["inputs"]
+
+    seen = [inputs()]
+    assert inputs(workers=2) == inputs() == seen[0]
+    changes = [{"row_length": 96}, {"draft_vocab_size": 65}, {"seed": 1}, {"last_turn_only": True}, {"max_tokens": 500}]
+    seen += [inputs(**change) for change in [*changes, {"decontaminate": f"[{evaluation}]"}]]
+    write(evaluation, [{"prompt": "a b d"}])
+    seen.append(inputs(decontaminate=f"[{evaluation}]"))
+    with source.open("a") as file:
+        file.write(json.dumps(chat("one more?", "Yes, one more.")) + "\n")
+    seen.append(inputs())
+    stat = source.stat()
+    content = source.read_text().replace("one more.", "two more.")
+    source.write_text(content)
+    os.utime(source, ns=(stat.st_atime_ns, stat.st_mtime_ns))  # same size, same time, other words
+    seen.append(inputs())
+    template = target / "chat_template.jinja"
+    template.write_text(template.read_text().replace("<|im_end|>", "<|im_end|> "))
+    seen.append(inputs())
+    tokens = json.loads((target / "tokenizer.json").read_text())
+    tokens["normalizer"] = {"type": "NFC"}
+    (target / "tokenizer.json").write_text(json.dumps(tokens))
+    seen.append(inputs())
+    assert len(set(seen)) == len(seen)

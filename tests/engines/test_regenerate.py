@@ -1,0 +1,64 @@
+"""`regenerate` against a real vLLM server: killed twice, every row once, and the answers are the target's own.
+
+With 200 rows: REGENERATE_ROWS=200 bash launch/test.sh tests/engines/test_regenerate.py -s
+"""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+from engines.servers import serve
+from regenerate.conftest import lines_of, rows_of, wait_for
+
+from eagle3_xla.data.files import data_file, read_rows
+
+ROWS = int(os.environ.get("REGENERATE_ROWS", 24))
+
+
+def write_chats(path):
+    """Shipped chats, every fourth with the next one's question and answer as its second exchange."""
+    shipped = [row["conversations"] for _, row in read_rows(data_file("package:train.jsonl"))]
+    short = [turns for turns in shipped if len(turns[0]["value"]) < 200][: ROWS + 1]
+    with path.open("w") as file:
+        for i, (turns, following) in enumerate(zip(short, short[1:])):
+            file.write(json.dumps({"conversations": turns[:2] + (following[:2] if i % 4 == 0 else [])}) + "\n")
+    return [turns[0]["value"] for turns in short[:ROWS]]
+
+
+@pytest.mark.slow
+def test_killed_twice_every_row_once(embedded_target, tmp_path, cli):
+    questions = write_chats(tmp_path / "chats.jsonl")
+    out = tmp_path / "out"
+    with serve("vllm", embedded_target, log=tmp_path / "server.log") as server:
+        arguments = ["regenerate", "--server", server.url, "--chats", tmp_path / "chats.jsonl", "--out", out]
+        arguments += ["--max-tokens", "16", "--concurrency", "8", "--temperature", "0", "--json"]
+        started = time.monotonic()
+        for goal in (ROWS // 4, ROWS // 2):
+            process = subprocess.Popen([sys.executable, "-m", "eagle3_xla", *map(str, arguments)])
+            wait_for(lambda: lines_of(out) >= goal, 300)  # noqa: B023
+            os.kill(process.pid, signal.SIGKILL)
+            process.wait()
+            killed_at = lines_of(out)
+            assert killed_at < ROWS
+        done = cli(*arguments)
+        assert done.returncode == 0, done.stderr[-3000:]
+        result = json.loads(done.stdout)
+        print(f"\n{ROWS} rows, killed twice, {time.monotonic() - started:.0f} s: {result}")
+    rows = sorted(rows_of(out), key=lambda row: row["id"])
+    assert result["finished"] == ROWS and [row["id"] for row in rows] == list(range(ROWS))
+    assert [row["messages"][0]["content"] for row in rows] == questions
+    assert all(row["new_tokens"] <= 32 and row["messages"][-1]["role"] == "assistant" for row in rows)
+    # Asked on only after an answer that ended by itself.
+    assert all(len(row["messages"]) == 2 or i % 4 == 0 for i, row in enumerate(rows))
+
+    # The in-process target writes the same, greedily; a near tie in float32 may fall the other way once.
+    arguments = ["--target", embedded_target, "--limit", 6, *arguments[3:]]
+    done = cli("regenerate", *arguments, "--out", tmp_path / "local")
+    assert done.returncode == 0, done.stderr[-3000:]
+    local = sorted(rows_of(tmp_path / "local"), key=lambda row: row["id"])
+    assert sum(a["messages"] == b["messages"] for a, b in zip(rows, local, strict=False)) >= 5
+    assert len(local) == 6

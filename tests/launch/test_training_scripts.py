@@ -1,0 +1,132 @@
+"""launch/: what the scripts would run, a real torchrun that is killed, and restarts over hosts."""
+
+import json
+import os
+import shlex
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from eagle3_xla.config import load_recipe
+from eagle3_xla.data.prepare import prepare
+
+ROOT = Path(__file__).parents[2]
+LAUNCH = ROOT / "launch"
+TORCHRUN, XLA_DIST, SETUP = (LAUNCH / f"{name}.sh" for name in ("train_torchrun", "train_xla_dist", "setup_tpu_vm"))
+
+# Stands for the Google Cloud CLI: `describe` says what the file `state` holds, `ssh` runs the command in $HOSTS.
+GCLOUD = """#!/usr/bin/env bash
+echo "$*" >>"$HOSTS/calls"
+case "$4" in
+  describe) cat "$HOSTS/state" ;;
+  delete) echo GONE >"$HOSTS/state" ;;
+  ssh) cd "$HOSTS" && for last; do :; done && HOME="$HOSTS" exec bash -c "${last#--command=}" ;;
+esac
+"""
+
+
+def script(name: Path, *arguments, **environment) -> subprocess.CompletedProcess:
+    command = ["bash", name, *map(str, arguments)]
+    return subprocess.run(command, env=os.environ | environment, capture_output=True, text=True, timeout=120)
+
+
+def test_shellcheck():
+    scripts = [*LAUNCH.glob("*.sh"), *(ROOT / "tests").rglob("*.sh")]
+    assert len(scripts) >= 7
+    shellcheck = Path(sys.executable).parent / "shellcheck"
+    done = subprocess.run([shellcheck, *scripts], capture_output=True, text=True, cwd=ROOT)
+    assert done.returncode == 0, done.stdout
+
+
+def test_torchrun_dry():
+    done = script(TORCHRUN, "--dry-run", "--config", "a recipe.yaml", "--train.lr=1e-3")
+    assert done.returncode == 0, done.stderr
+    words = shlex.split(done.stdout.splitlines()[-1])
+    assert words[:4] == ["torchrun", "--nnodes=1", "--nproc-per-node=1", "--standalone"]
+    assert words[-4:] == ["train", "--config", "a recipe.yaml", "--train.lr=1e-3"]
+
+    done = script(TORCHRUN, "--dry-run", "--nnodes=4", "--node-rank=2", "--rdzv=host0:29400", "--config", "r")
+    words = shlex.split(done.stdout.splitlines()[-1])
+    assert {"--nnodes=4", "--node-rank=2", "--rdzv-endpoint=host0:29400"} <= set(words)
+    done = script(TORCHRUN, "--dry-run", "--nnodes=4", "--config", "r")
+    assert done.returncode == 2 and "needs --rdzv=HOST:PORT" in done.stderr
+    done = script(TORCHRUN, "--dry-run", "--nnodes=2", "--node-rank=2", "--rdzv=h:1")
+    assert done.returncode == 2 and "counted from 0" in done.stderr
+
+
+def test_setup_dry():
+    done = script(SETUP, "--dry-run", "--data=gs://bucket/folder", "--to=somewhere")
+    assert done.returncode == 0, done.stderr
+    assert "'.[tpu]'" in done.stdout and "gcloud storage rsync --recursive gs://bucket/folder" in done.stdout
+    refused = script(SETUP, "--dry-run", "--data=bucket")
+    assert refused.returncode == 2 and "gs://BUCKET/FOLDER is expected" in refused.stderr
+
+
+def test_xla_dist_dry():
+    arguments = ["--tpu=v", "--zone=z", "--env=A=b c", "--recreate=make it", "--", "python", "-c", "print('x')"]
+    done = script(XLA_DIST, "--dry-run", *arguments)
+    assert done.returncode == 0, done.stderr
+    lines = [shlex.split(line) for line in done.stdout.splitlines()]
+    ssh = next(words for words in lines if "ssh" in words)
+    assert ssh[:6] == ["gcloud", "compute", "tpus", "tpu-vm", "ssh", "v"] and "--worker=all" in ssh
+    start = shlex.split(ssh[-1].removeprefix("--command="))
+    assert start[start.index("env") + 1 :] == ["A=b c", "python", "-c", "print('x')"]
+    assert done.stdout.splitlines().count("make it") == 1
+    assert script(XLA_DIST, "--dry-run", "--", "true").returncode == 2
+
+
+def test_torchrun_continues_after_a_kill(small_run, tmp_path):
+    """One process, for real: the training is killed once, started again by the script, and finishes."""
+    settings = [*small_run, "train.epochs=12", "train.save_every=1"]
+    prepare(load_recipe(None, settings))
+    command = ["bash", TORCHRUN, "--restarts=1", *(f"--{setting}" for setting in settings)]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    checkpoints, deadline = tmp_path / "run" / "checkpoints", time.monotonic() + 120
+    while not list(checkpoints.glob("step-*")):
+        assert process.poll() is None and time.monotonic() < deadline, process.stdout.read()
+        time.sleep(0.05)
+    found = subprocess.check_output(["pgrep", "-f", f"eagle3_xla train .*{tmp_path}"], text=True).split()
+    words = {pid: Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0") for pid in found}
+    victim = next(pid for pid in found if not any(word.endswith((b"/torchrun", b".sh")) for word in words[pid]))
+    os.kill(int(victim), signal.SIGKILL)
+    output, _ = process.communicate(timeout=240)
+    assert process.returncode == 0, output
+    assert "signal 9 ended the training; restart 1 of 1" in output and "continued after step" in output
+    steps = [json.loads(line)["step"] for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert max(steps) == 96
+
+
+@pytest.fixture
+def hosts(tmp_path):
+    """(folder of the pretended host, environment with the gcloud above)."""
+    (tmp_path / "bin").mkdir()
+    (tmp_path / "bin" / "gcloud").write_text(GCLOUD)
+    (tmp_path / "bin" / "gcloud").chmod(0o755)
+    (tmp_path / "hosts" / "eagle3-xla").mkdir(parents=True)
+    (tmp_path / "hosts" / "state").write_text("READY\n")
+    folder = tmp_path / "hosts"
+    return folder, {"PATH": f"{tmp_path / 'bin'}:{os.environ['PATH']}", "HOSTS": str(folder)}
+
+
+def test_xla_dist_goes_on_after_a_preemption(hosts):
+    folder, environment = hosts
+    # The first run is killed and the slice is gone; --recreate brings it back, --setup runs, the second run is done.
+    command = 'echo run >>../runs; [ "$(wc -l <../runs)" -gt 1 ] || { echo PREEMPTED >../state; kill -9 $$; }'
+    recreate = f"echo READY >{folder / 'state'}"
+    arguments = ["--tpu=v", "--poll=0", f"--recreate={recreate}", "--setup=touch ready", "--", "bash", "-c", command]
+    done = script(XLA_DIST, *arguments, **environment)
+    assert done.returncode == 0, done.stderr
+    assert (folder / "runs").read_text() == "run\nrun\n" and (folder / "ready").exists()
+    assert "v is PREEMPTED; restart 1 of 10" in done.stderr
+    assert [line.split()[3] for line in (folder / "calls").read_text().splitlines()].count("delete") == 1
+
+
+def test_xla_dist_does_not_repeat_an_explained_failure(hosts):
+    folder, environment = hosts
+    done = script(XLA_DIST, "--tpu=v", "--poll=0", "--", "bash", "-c", "echo run >>../runs; exit 2", **environment)
+    assert done.returncode == 2 and "the command failed on a host (exit code 2)" in done.stderr
+    assert (folder / "runs").read_text() == "run\n"

@@ -1,0 +1,121 @@
+"""A real HTTP server that speaks the OpenAI API and fails on demand: the faults that `regenerate` has to survive."""
+
+import json
+import threading
+import time
+from collections import Counter
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+
+import pytest
+
+
+class Misbehaving:
+    """Answers each question with its number of messages and its last text, or as `fault` says.
+
+    fault(messages, n) -> None to answer, a status code, "hang", "close" (in the middle of the answer), "garbage", or a
+    finish reason; n: how often these messages were asked before.
+    """
+
+    def __init__(self, fault=lambda messages, n: None):
+        self.fault, self.asked, self.bodies = fault, Counter(), []
+        self.lock, self.ended = threading.Lock(), threading.Event()
+        owner = self
+
+        class Handler(BaseHTTPRequestHandler):
+            protocol_version = "HTTP/1.1"
+
+            def do_GET(self):
+                self.reply(200, json.dumps({"data": [{"id": "m"}]}))
+
+            def do_POST(self):
+                body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+                question = json.dumps(body["messages"])
+                with owner.lock:
+                    count = owner.asked[question]
+                    owner.asked[question] += 1
+                    owner.bodies.append(body)
+                what = owner.fault(body["messages"], count)
+                text = f"{len(body['messages'])}: {body['messages'][-1]['content']}"
+                message, finish = (
+                    {"role": "assistant", "content": text},
+                    what if what in ("length", "abort") else "stop",
+                )
+                answer = {"choices": [{"message": message, "finish_reason": finish}], "usage": {"completion_tokens": 3}}
+                if isinstance(what, int):
+                    self.reply(what, "out of\nmemory")
+                elif what == "hang":
+                    owner.ended.wait(30)
+                elif what == "close":
+                    self.reply(200, json.dumps(answer), missing=20)
+                else:
+                    self.reply(200, "<html>" if what == "garbage" else json.dumps(answer))
+
+            def reply(self, status, body, missing=0):
+                self.send_response(status)
+                self.send_header("Content-Length", str(len(body)))
+                self.end_headers()
+                self.wfile.write(body.encode()[: len(body) - missing])
+                self.close_connection = bool(missing)
+
+            def log_message(self, *args):
+                pass
+
+        self.server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        self.server.daemon_threads = True
+        self.server.handle_error = lambda request, address: None  # clients that are killed reset their connections
+        self.thread = threading.Thread(target=self.server.serve_forever, args=(0.05,), daemon=True)
+        self.thread.start()
+        self.url = f"http://127.0.0.1:{self.server.server_port}"
+
+    def stop(self):
+        self.ended.set()
+        self.server.shutdown()
+        self.server.server_close()
+
+
+@pytest.fixture
+def misbehaving():
+    """misbehaving(fault) -> a running server."""
+    started = []
+
+    def start(*arguments):
+        started.append(Misbehaving(*arguments))
+        return started[-1]
+
+    yield start
+    for server in started:
+        server.stop()
+
+
+def write_questions(path, count: int, exchanges: int = 2):
+    """`count` chats in OpenAI form, told apart by their first question."""
+    with path.open("w") as file:
+        for i in range(count):
+            turns = []
+            for j in range(exchanges):
+                turns.append({"role": "user", "content": f"question {i} {j}"})
+                turns.append({"role": "assistant", "content": "somebody else's answer"})
+            file.write(json.dumps({"messages": turns}) + "\n")
+    return path
+
+
+@pytest.fixture
+def questions(tmp_path):
+    return write_questions(tmp_path / "questions.jsonl", 40)
+
+
+def rows_of(folder) -> list[dict]:
+    return [json.loads(line) for line in (folder / "chats.jsonl").read_text().splitlines()]
+
+
+def lines_of(folder) -> int:
+    """Finished conversations of a process that may just be writing one."""
+    file = folder / "chats.jsonl"
+    return file.read_bytes().count(b"\n") if file.exists() else 0
+
+
+def wait_for(condition, seconds: float = 60) -> None:
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, "it did not happen"
+        time.sleep(0.02)

@@ -1,0 +1,83 @@
+"""Continuous batching in this process writes what the target alone would write."""
+
+import asyncio
+import json
+
+import pytest
+import torch
+from regenerate.conftest import rows_of, write_questions
+
+from eagle3_xla.config import Recipe
+from eagle3_xla.data.tokenizer import load_tokenizer, stop_token_ids
+from eagle3_xla.evaluate.decode import decode_plain
+from eagle3_xla.regenerate.conversation import Refused, Sampling
+from eagle3_xla.regenerate.local import LocalTarget
+from eagle3_xla.regenerate.run import Options, regenerate
+from eagle3_xla.target.model import Target, load_target
+from eagle3_xla.target.sampling import choose_tokens
+
+
+def answers(target, prompts, sampling, slots):
+    async def ask():
+        async with LocalTarget(str(target), sampling, slots, "cpu") as local:
+            return await asyncio.gather(*(local.ask(prompt, seed) for seed, prompt in enumerate(prompts)))
+
+    return asyncio.run(ask())
+
+
+def prompts_of(count):
+    return [[{"role": "user", "content": "word " * (i % 7) + f"question {i}"}] for i in range(count)]
+
+
+def test_greedy_is_the_targets_own_decoding(small_target):
+    """Prompts of several lengths, more than slots, answers of several lengths: slots are moved and taken again."""
+    tokenizer, stop_ids = load_tokenizer(str(small_target)), stop_token_ids(str(small_target), None)
+    target = Target(load_target(str(small_target), torch.float32), torch.arange(8))
+    prompts = prompts_of(11)
+    replies = answers(small_target, prompts, Sampling(0.0, max_tokens=12), slots=4)
+    for prompt, reply in zip(prompts, replies, strict=True):
+        ids = tokenizer.apply_chat_template(prompt, add_generation_prompt=True)
+        tokens = decode_plain(target, ids, 12, stop_ids).tokens
+        stopped = tokens[-1] in stop_ids
+        assert reply.text == tokenizer.decode(tokens[:-1] if stopped else tokens, skip_special_tokens=True)
+        assert reply.finish == ("stop" if stopped else "length") and reply.tokens == len(tokens)
+
+
+def test_samples_depend_on_the_seed_alone(small_target):
+    prompts = prompts_of(6)
+    first = answers(small_target, prompts, Sampling(1.0, 0.9, 8), slots=2)
+    assert first == answers(small_target, prompts, Sampling(1.0, 0.9, 8), slots=6)
+    assert first[::-1] != answers(small_target, prompts[::-1], Sampling(1.0, 0.9, 8), slots=2)
+
+
+def test_samples_follow_the_distribution():
+    logits = torch.tensor([[0.0, 1.0, 2.0, -1.0]])
+    rows = [torch.Generator().manual_seed(i) for i in range(4000)]
+    for top_p, kept in ((1.0, [0, 1, 2, 3]), (0.4, [2]), (0.7, [1, 2])):
+        counts = torch.bincount(torch.tensor(choose_tokens(logits.expand(4000, -1), 2.0, top_p, rows)), minlength=4)
+        expected = (logits[0] / 2.0).softmax(-1)
+        expected = torch.where(torch.isin(torch.arange(4), torch.tensor(kept)), expected, 0.0)
+        assert torch.allclose(counts / 4000, expected / expected.sum(), atol=0.03)
+
+
+def test_context_is_the_limit(small_target):
+    long = [{"role": "user", "content": "word " * 1100}]
+    with pytest.raises(Refused, match="the target's context is 1024"):
+        answers(small_target, [long], Sampling(), slots=1)
+    nearly = [{"role": "user", "content": "word " * 980}]
+    [reply] = answers(small_target, [nearly], Sampling(0.0, max_tokens=100), slots=1)
+    assert reply.finish == "length" and 0 < reply.tokens < 100
+
+
+def test_the_verb_in_process(small_target, tmp_path, cli):
+    questions = write_questions(tmp_path / "questions.jsonl", 6)
+    arguments = ["--target", small_target, "--chats", questions, "--max-tokens", 4, "--concurrency", 3, "--json"]
+    done = cli("regenerate", *arguments, "--out", tmp_path / "out")
+    assert done.returncode == 0, done.stderr
+    result = json.loads(done.stdout)
+    assert result["finished"] == 6 and "tokens/s" in done.stderr
+    rows = sorted(rows_of(tmp_path / "out"), key=lambda row: row["id"])
+    assert [row["messages"][0]["content"] for row in rows] == [f"question {i} 0" for i in range(6)]
+    options = Options(target=str(small_target), chats=[str(questions)], concurrency=1, sampling=Sampling(max_tokens=4))
+    regenerate(Recipe(), tmp_path / "again", options)
+    assert sorted(rows_of(tmp_path / "again"), key=lambda row: row["id"]) == rows  # whatever the number of slots

@@ -1,0 +1,170 @@
+"""Every conversation once, whatever the server does and however often the process is killed."""
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+from collections import Counter
+
+import pytest
+from regenerate.conftest import lines_of, rows_of, wait_for, write_questions
+
+from eagle3_xla.config import Recipe, RunError, UserError, load_recipe
+from eagle3_xla.data.files import read_rows
+from eagle3_xla.data.prepare import prepare
+from eagle3_xla.regenerate import servers
+from eagle3_xla.regenerate.conversation import Sampling
+from eagle3_xla.regenerate.journal import Journal
+from eagle3_xla.regenerate.run import Options, regenerate
+
+
+@pytest.fixture(autouse=True)
+def short_rests(monkeypatch):
+    monkeypatch.setattr(servers, "LONGEST_REST", 0.02)
+
+
+def run(out, questions, urls, **options):
+    options = {"concurrency": 8, "sampling": Sampling(max_tokens=16)} | options
+    return regenerate(Recipe(), out, Options([server.url for server in urls], chats=[str(questions)], **options))
+
+
+def check_every_row_once(out, count, exchanges=2):
+    rows = rows_of(out)
+    assert sorted(row["id"] for row in rows) == list(range(count))
+    assert len({row["messages"][0]["content"] for row in rows}) == count
+    for row in rows:  # asked turn by turn, after the target's own answers
+        turns = [message["content"] for message in row["messages"]]
+        for j in range(exchanges):
+            assert turns[2 * j].endswith(f" {j}") and turns[2 * j + 1] == f"{2 * j + 1}: {turns[2 * j]}"
+    return rows
+
+
+def test_turn_by_turn_with_the_servers_own_answers(misbehaving, questions, tmp_path):
+    server = misbehaving()
+    sampling = Sampling(0.5, 0.9, 16, seed=3)
+    result = run(tmp_path / "out", questions, [server], sampling=sampling)
+    rows = check_every_row_once(tmp_path / "out", 40)
+    assert result["finish"] == {"stop": 40} and result["new_tokens"] == 240 == sum(r["new_tokens"] for r in rows)
+    assert "somebody else" not in json.dumps(server.bodies)
+    assert {(b["model"], b["temperature"], b["top_p"], b["max_tokens"]) for b in server.bodies} == {("m", 0.5, 0.9, 16)}
+    assert len({body["seed"] for body in server.bodies}) == 80
+    recorded = json.loads((tmp_path / "out" / "regenerate.json").read_text())
+    assert recorded["sampling"] == {"temperature": 0.5, "top_p": 0.9, "max_tokens": 16, "seed": 3}
+    assert recorded["model"] == "m" and not (tmp_path / "out" / ".work").exists()
+    assert run(tmp_path / "out", questions, [server], sampling=sampling)["new_tokens"] == 240
+    assert len(server.bodies) == 80  # nothing was asked again
+    with pytest.raises(UserError, match="was begun with sampling .*'temperature': 0.5"):
+        run(tmp_path / "out", questions, [server])
+
+
+def test_the_mix_of_a_recipe(misbehaving, questions, tmp_path):
+    """Without --chats: what `prepare` would take, its held-out share included; the recipe lies beside the output."""
+    other = write_questions(tmp_path / "other.jsonl", 40, 1)
+    settings = [f"data.train=[{{path: {questions}, share: 75, name: a}}, {{path: {other}, share: 25, name: b}}]"]
+    recipe = load_recipe(None, [*settings, "data.conversations=16", "data.deduplicate=exact"])
+    server = misbehaving()
+    result = regenerate(recipe, tmp_path / "out", Options([server.url], sampling=Sampling(max_tokens=16)))
+    rows = rows_of(tmp_path / "out")
+    assert result["conversations"] == 16 and Counter(row["source"] for row in rows) == {"a": 12, "b": 4}
+    assert "conversations: 16" in (tmp_path / "out" / "run.yaml").read_text()
+    with pytest.raises(UserError, match="was begun with chats"):
+        run(tmp_path / "out", questions, [server])
+
+
+def test_faults_cost_no_row(misbehaving, questions, tmp_path):
+    rng = random.Random(0)
+    faults = [500, 503, 429, "hang", "close", "garbage", "abort"]
+    first, second = (
+        misbehaving(lambda messages, n: rng.choice(faults) if rng.random() < 0.3 else None) for _ in range(2)
+    )
+    run(tmp_path / "out", questions, [first, second], timeout=0.3)
+    check_every_row_once(tmp_path / "out", 40)
+    assert len(first.bodies) + len(second.bodies) > 90 and first.bodies and second.bodies
+
+
+def test_a_question_that_always_fails_is_left_for_the_next_start(misbehaving, questions, tmp_path):
+    broken = True
+    server = misbehaving(lambda messages, n: 500 if broken and messages[0]["content"] == "question 7 0" else None)
+    with pytest.raises(
+        RunError, match=r"1 of 40 conversations got no answer .*questions.jsonl:8: .*500: out of memory"
+    ):
+        run(tmp_path / "out", questions, [server])
+    assert len(rows_of(tmp_path / "out")) == 39
+    broken = False
+    run(tmp_path / "out", questions, [server])
+    check_every_row_once(tmp_path / "out", 40)
+
+
+def test_a_server_that_is_gone_and_comes_back(misbehaving, questions, tmp_path):
+    gone = misbehaving(lambda messages, n: 502 if len(gone.bodies) > 30 else None)
+    with pytest.raises(RunError, match="no server answers any more .*502.*start this again to continue"):
+        run(tmp_path / "out", questions, [gone])
+    some = len(rows_of(tmp_path / "out"))
+    assert 0 < some < 40
+    run(tmp_path / "out", questions, [misbehaving()])
+    check_every_row_once(tmp_path / "out", 40)
+
+
+def test_cut_answers_are_marked_and_droppable(misbehaving, questions, tmp_path, small_target):
+    server = misbehaving(lambda messages, n: "length" if messages[0]["content"].split()[1] in ("3", "5") else None)
+    result = run(tmp_path / "out", questions, [server])
+    assert result["finish"] == {"stop": 38, "length": 2}
+    cut = [row for row in rows_of(tmp_path / "out") if row["finish"] == "length"]
+    assert sorted(len(row["messages"]) for row in cut) == [2, 2]  # not asked on after half an answer
+    settings = [f"target.path={small_target}", f"data.train=[{tmp_path / 'out' / 'chats.jsonl'}]"]
+    settings += ["data.row_length=64", "data.draft_vocab_size=64", "data.deduplicate=none", "data.heldout_share=0"]
+    for choice, chats in (("keep", 40), ("drop", 38)):
+        folder = tmp_path / choice
+        more = [f"data.prepared={folder}", f"data.truncated_answers={choice}"]
+        assert prepare(load_recipe(None, settings + more))["train"]["chats"] == chats
+
+
+def test_refused_questions_are_counted_and_wrong_servers_end_it(misbehaving, questions, tmp_path):
+    def refuses(messages, n):
+        return 400 if messages[-1]["content"] in ("question 4 0", "question 6 1") else None
+
+    result = run(tmp_path / "out", questions, [misbehaving(refuses)])
+    assert result["dropped"] == {"no_answer": 1} and result["finish"] == {"stop": 39}
+    lengths = {row["messages"][0]["content"]: len(row["messages"]) for row in rows_of(tmp_path / "out")}
+    assert lengths["question 6 0"] == 2 and "question 4 0" not in lengths  # what was answered before is kept
+    dropped = json.loads((tmp_path / "out" / "dropped.jsonl").read_text())
+    assert dropped["id"] == 4 and dropped["where"].endswith("questions.jsonl:5") and "400" in dropped["message"]
+    with pytest.raises(RunError, match="answered 401"):
+        run(tmp_path / "a", questions, [misbehaving(lambda messages, n: 401)])
+    with pytest.raises(RunError, match="answered 400"):  # each one: it is not the questions
+        run(tmp_path / "b", questions, [misbehaving(lambda messages, n: 400)])
+    with pytest.raises(UserError, match=r"no OpenAI-compatible server at http://127.0.0.1:9 \(.*"):
+        regenerate(Recipe(), tmp_path / "c", Options(["http://127.0.0.1:9"], chats=[str(questions)]))
+    for options in (Options(chats=["x"]), Options(["http://a"], target="b")):
+        with pytest.raises(UserError, match="either --server"):
+            regenerate(Recipe(), tmp_path / "d", options)
+
+
+def test_killed_twice_every_row_once(misbehaving, tmp_path):
+    questions, out = write_questions(tmp_path / "questions.jsonl", 200, 1), tmp_path / "out"
+    slow = misbehaving(lambda messages, n: slow.ended.wait(0.05) or None)
+    command = [sys.executable, "-m", "eagle3_xla", "regenerate", "--server", slow.url, "--chats", questions]
+    command += ["--out", out, "--concurrency", "4", "--max-tokens", "16"]
+    for goal in (20, 60):
+        process = subprocess.Popen(list(map(str, command)), stderr=subprocess.DEVNULL)
+        wait_for(lambda: lines_of(out) > goal)  # noqa: B023
+        os.kill(process.pid, signal.SIGKILL)
+        process.wait()
+        assert lines_of(out) < 200
+        with (out / "chats.jsonl").open("a") as file:  # as if it had died within a line
+            file.write('{"id": 199, "source": "que')
+    run(out, questions, [slow], sampling=Sampling(max_tokens=16))
+    check_every_row_once(out, 200, 1)
+
+
+def test_two_processes_and_foreign_files(tmp_path):
+    journal = Journal(tmp_path)
+    with pytest.raises(UserError, match="another process writes"):
+        Journal(tmp_path)
+    journal.close()
+    (tmp_path / "chats.jsonl").write_text('{"id": 1}\n')
+    with pytest.raises(UserError, match=r"chats.jsonl:1: not a line of `regenerate`"):
+        Journal(tmp_path)
+    assert list(read_rows(tmp_path / "chats.jsonl"))  # left as it was

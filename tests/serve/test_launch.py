@@ -1,0 +1,90 @@
+"""launch/serve_*.sh: the published flags, and one line for what is wrong before the engine starts or when it ends."""
+
+import os
+import shlex
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from eagle3_xla.serve.patch import MODEL
+
+LAUNCH = Path(__file__).parents[2] / "launch"
+SGLANG, SGLANG_JAX = LAUNCH / "serve_sglang.sh", LAUNCH / "serve_sglang_jax.sh"
+
+
+def script(name: Path, *arguments, **environment) -> subprocess.CompletedProcess:
+    command = ["bash", name, *map(str, arguments)]
+    return subprocess.run(command, env=os.environ | environment, capture_output=True, text=True, timeout=60)
+
+
+def flags(name: Path, *arguments) -> dict[str, str]:
+    """Flag -> value of the command that --dry-run prints last; a flag's last value counts."""
+    done = script(name, "--dry-run", *arguments)
+    assert done.returncode == 0, done.stderr
+    words = shlex.split(done.stdout.splitlines()[-1])
+    return {word: value for word, value in zip(words, words[1:]) if word.startswith("--")} | {"command": words[0]}
+
+
+def test_published_flags():
+    pair = ("--target", "a target", "--head", "a head")
+    found = flags(SGLANG, *pair)
+    assert found["--model-path"] == "a target" and found["--speculative-draft-model-path"] == "a head"
+    assert found["--speculative-algorithm"] == "EAGLE3" and found["--dtype"] == "bfloat16"
+    assert (found["--speculative-num-steps"], found["--speculative-eagle-topk"]) == ("5", "4")
+    found = flags(SGLANG_JAX, *pair, "--port=8000")
+    assert (found["--speculative-num-steps"], found["--speculative-eagle-topk"]) == ("3", "1")
+    assert (found["--speculative-num-draft-tokens"], found["--tp-size"]) == ("4", "4")
+    assert (found["--device"], found["--dtype"], found["--port"]) == ("tpu", "bfloat16", "8000")
+
+
+@pytest.mark.parametrize("name", [SGLANG, SGLANG_JAX])
+def test_on_the_cpu_and_without_a_head(name):
+    found = flags(name, "--target", "t", "--cpu", "--dtype", "float16")
+    assert (found["--device"], found["--dtype"]) == ("cpu", "float16")
+    assert not any(flag.startswith("--speculative") for flag in found)
+
+
+def line(done: subprocess.CompletedProcess, code: int) -> str:
+    """The script's own line, the last on stderr."""
+    assert done.returncode == code, done.stdout + done.stderr
+    last = done.stderr.splitlines()[-1]
+    assert last.startswith("serve_sglang") and "Traceback" not in last
+    return last
+
+
+def test_what_is_wrong_before_the_start(tmp_path):
+    assert "--target DIR is needed" in line(script(SGLANG), 2)
+    assert "no head at" in line(script(SGLANG, "--target", "t", "--head", tmp_path), 2)
+    assert "--port is '80a'; a whole number" in line(script(SGLANG, "--target", "t", "--port", "80a"), 2)
+    assert "must name a checkout of sglang-jax" in line(script(SGLANG_JAX, "--target", "t", SGLANG_JAX=""), 2)
+    for name, engine in ((SGLANG, "sglang"), (SGLANG_JAX, "sglang-jax")):
+        done = script(name, "--target", "t", SGLANG_JAX="/nowhere")
+        assert f"{engine} is not installed for python3" in line(done, 2) and done.stderr.count("\n") == 1
+
+
+def test_an_engine_without_the_patch_a_port_in_use_and_an_engine_that_dies(small_target, tmp_path):
+    model = tmp_path / "engine" / "sglang" / MODEL
+    model.parent.mkdir(parents=True)
+    model.write_text("class Qwen2ForCausalLM: ...\n")
+    (tmp_path / "config.json").write_text("{}")
+    environment = {"PYTHONPATH": str(tmp_path / "engine"), "SGLANG_PYTHON": sys.executable}
+    arguments = ("--target", small_target, "--head", tmp_path)
+    done = script(SGLANG, *arguments, **environment)
+    assert f"eagle3-xla patch apply --engine sglang --path {model.parents[2]}" in line(done, 2)
+    model.write_text("def set_eagle3_layers_to_capture(): ...\n")
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        done = script(SGLANG, *arguments, "--port", port, **environment)
+        assert f"port {port} is in use" in line(done, 2)
+    # This package has no server to start: its Python says so and ends.
+    done = script(SGLANG, *arguments, "--port", port, **environment)
+    assert "the engine ended by itself (exit code 1)" in line(done, 1) and "No module named" in done.stderr
+
+
+def test_shellcheck():
+    files = [*LAUNCH.glob("*.sh"), *LAUNCH.parent.glob("tests/**/*.sh")]
+    done = subprocess.run([Path(sys.executable).with_name("shellcheck"), *files], capture_output=True, text=True)
+    assert done.returncode == 0 and len(files) > 6, done.stdout

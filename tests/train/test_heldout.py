@@ -1,0 +1,95 @@
+"""Held-out acceptance inside the run, early stop by it, warm starts, rows of several lengths, traces."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import write_chats
+
+from eagle3_xla import checkpoint as checkpoints
+from eagle3_xla.config import UserError, load_recipe
+from eagle3_xla.data.prepare import prepare
+from eagle3_xla.export import export
+from eagle3_xla.train.loop import train
+
+
+def rows_of(out) -> list[dict]:
+    return [json.loads(line) for line in (Path(out) / "metrics.jsonl").read_text().splitlines()]
+
+
+def run(small_run, *more):
+    recipe = load_recipe(None, [*small_run, *more])
+    prepare(recipe)
+    return recipe, train(recipe)
+
+
+def test_each_source_is_measured_and_the_best_is_exported(small_run, chat_file, tmp_path):
+    (tmp_path / "more").mkdir()
+    other = write_chats(tmp_path / "more")
+    sources = f"data.heldout=[{{path: {chat_file}, name: first}}, {{path: {other}, name: second}}]"
+    recipe, summary = run(small_run, sources, "train.eval_every=2", "train.epochs=1", "train.heldout_rows=8")
+    measured = [row for row in rows_of(recipe.train.out) if "heldout_tau" in row]
+    assert [row["step"] for row in measured] == [*range(0, summary["of"], 2), summary["of"]]
+    for row in measured:
+        assert set(row["heldout_sources"]) == {"first", "second"}
+        # The same chats under two names: the whole is their mean.
+        assert row["heldout_tau"] == pytest.approx(sum(row["heldout_sources"].values()) / 2, abs=1e-6)
+        assert row["heldout_tau"] == pytest.approx(1 + sum(row["heldout_acceptance"]))
+    assert summary["best_tau"] == max(row["heldout_tau"] for row in measured)
+    trained = max(measured[1:], key=lambda row: (row["heldout_tau"], row["step"]))
+    assert export(Path(recipe.train.out), tmp_path / "head")["micro_step"] == trained["step"]
+
+
+def test_it_stops_when_tau_no_longer_grows(small_run):
+    stuck = ["train.eval_every=1", "train.patience=3", "train.lr=1e-12", "train.epochs=4"]
+    recipe, summary = run(small_run, *stuck)
+    assert summary["ended"] == "patience" and summary["micro_steps"] == 3 < summary["of"]
+    again = train(recipe)
+    assert again["ended"] == "patience" and again["micro_steps"] == 3 and again["checkpoint"].endswith("step-00000003")
+
+
+def test_warm_start_keeps_the_heads_vocabulary(small_run, tmp_path):
+    recipe, _ = run(small_run, "train.epochs=6", "train.lr=3e-3")
+    export(Path(recipe.train.out), tmp_path / "head", "float32")
+    more = [f"train.warm_start={tmp_path / 'head'}", "data.draft_vocab_size=96", f"train.out={tmp_path / 'warm'}"]
+    more += [f"data.prepared={tmp_path / 'data-96'}"]
+    warm, summary = run(small_run, *more, "train.epochs=1")
+    cold, _ = run(small_run, f"train.out={tmp_path / 'cold'}", "train.epochs=1")
+    assert summary["micro_steps"] == summary["of"]  # not a continuation: it starts at step 0
+    before = checkpoints.load_latest(Path(recipe.train.out) / "checkpoints", pytest.fail)
+    after = checkpoints.load_latest(tmp_path / "warm" / "checkpoints", pytest.fail)
+    assert torch.equal(before.d2t, after.d2t) and len(after.d2t) == 128
+    taus = [rows_of(tmp_path / out)[0]["heldout_tau"] for out in ("warm", "cold")]
+    assert taus[0] > taus[1] + 0.2
+
+    shutil.copytree(tmp_path / "head", tmp_path / "other")
+    config = json.loads((tmp_path / "other" / "config.json").read_text()) | {"rope_theta": 5.0}
+    (tmp_path / "other" / "config.json").write_text(json.dumps(config))
+    with pytest.raises(UserError, match=r"made for another target: rope_theta is 5.0, not 10000"):
+        run(small_run, f"train.warm_start={tmp_path / 'other'}", f"train.out={tmp_path / 'refused'}")
+
+
+@pytest.mark.slow
+def test_rows_of_two_lengths_compile_once_each(small_run, cli):
+    bucketed = [*small_run, "data.packing=bucketed", "data.buckets=[40]", "train.epochs=3", "xla.device=xla"]
+    manifest = prepare(load_recipe(None, bucketed))
+    assert [bucket[0] for bucket in manifest["train"]["buckets"]] == [40, 64]
+    done = cli("train", "--json", *[f"--{setting}" for setting in bucketed])
+    assert done.returncode == 0, done.stderr
+    assert "compile budget: 4 graphs (step 2, evaluation 2)" in done.stderr
+    rows = rows_of(load_recipe(None, bucketed).train.out)
+    assert rows[-1].get("compilations", rows[-2].get("compilations")) == 4
+
+
+def test_figures_of_a_run_and_its_trace(small_run, cli, tmp_path):
+    prepare(load_recipe(None, small_run))
+    settings = [f"--{setting}" for setting in [*small_run, "xla.peak_tflops=0.05"]]
+    done = cli("train", "--profile", "--json", "--device", "cpu", *settings)
+    assert done.returncode == 0, done.stderr
+    assert list((tmp_path / "run" / "profile").rglob("*.json*"))
+    row = next(row for row in rows_of(tmp_path / "run") if row["step"] == 6 and "loss" in row)
+    assert 0 < row["mfu"] < 1 and row["memory_gib"] > 0.1 and row["host_seconds_per_step"] > 0
+    assert {"loss", "acc", "tokens_per_second", "compilations", "lr", "gradient_norm"} <= row.keys()
+    assert json.loads(done.stdout)["ended"] == "done"

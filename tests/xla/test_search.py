@@ -1,0 +1,55 @@
+"""What `plan --search` compares, and that it does: the real compiler on a tiny target."""
+
+import json
+
+import pytest
+
+from eagle3_xla.config import load_recipe
+from eagle3_xla.plan.search import candidates
+
+
+def test_every_candidate_has_the_rows_of_an_update():
+    recipe = load_recipe("qwen2.5-7b-v4-32", [])
+    layouts = candidates(recipe, 16, 4)
+    meshes = [(c[0].xla.dp, c[0].xla.tp, c[0].xla.draft_layout) for c in layouts]
+    assert meshes == [
+        (16, 1, "same"),
+        (8, 2, "same"),
+        (8, 2, "data_parallel"),
+        (4, 4, "same"),
+        (4, 4, "data_parallel"),
+    ]
+    for candidate in sum(layouts, []):
+        assert candidate.xla.dp * candidate.train.batch_size * candidate.train.gradient_accumulation == 64
+    assert [c.train.batch_size for c in layouts[0]] == [1, 2, 4]
+    assert [c.train.batch_size for c in layouts[-1]] == [4, 8, 16]
+
+
+@pytest.mark.slow
+def test_search_compiles_each_once(cli, small_target, tmp_path):
+    arguments = ["plan", "--search", "--json", "--topology", "v4-8", "--config", "qwen2.5-7b-v4-32"]
+    arguments += [f"--target.path={small_target}", "--data.draft_vocab_size=256", "--data.row_length=128"]
+    arguments += ["--loss.ttt_length=2", "--xla.dp=4", "--xla.tp=1", "--train.batch_size=1"]
+    arguments += ["--train.gradient_accumulation=1"]
+    cache = {"XDG_CACHE_HOME": str(tmp_path)}
+    done = cli(*arguments, environment=cache)
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout)
+    shapes = {(p["dp"], p["tp"], p["draft_layout"], p["batch_size"]) for p in found["plans"]}
+    assert shapes == {
+        (4, 1, "same", 1),
+        (2, 2, "same", 1),
+        (2, 2, "same", 2),
+        (2, 2, "data_parallel", 2),
+        (1, 4, "same", 1),
+        (1, 4, "same", 2),
+        (1, 4, "same", 4),
+        (1, 4, "data_parallel", 4),
+    }
+    rates = [plan["tokens_per_second"] for plan in found["plans"]]
+    assert rates == sorted(rates, reverse=True) and found["best"] == found["plans"][0]
+    kept = {file: file.stat().st_mtime_ns for file in tmp_path.rglob("*.json")}
+    assert len(kept) == len(shapes)
+    again = cli(*arguments, environment=cache)
+    assert json.loads(again.stdout) == found
+    assert kept == {file: file.stat().st_mtime_ns for file in tmp_path.rglob("*.json")}
