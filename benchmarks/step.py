@@ -11,7 +11,7 @@ forward; attention left out).
 
 import argparse
 import json
-import resource
+import re
 import subprocess
 import sys
 import tempfile
@@ -63,19 +63,19 @@ def our_step(path: str, device: str, everywhere: bool):
     from eagle3_xla.data.batches import list_rows
     from eagle3_xla.data.vocab import d2t_t2d
     from eagle3_xla.draft.model import Eagle3Head, draft_config
-    from eagle3_xla.target.model import Target, load_target
+    from eagle3_xla.target.model import open_target
     from eagle3_xla.train.optimizer import AdamW
     from eagle3_xla.train.step import TrainStep
     from eagle3_xla.xla import make_backend
 
     recipe = load_recipe("smollm2-cpu", [f"xla.device={device}", f"loss.ttt_length={TTT}"])
     backend = make_backend(recipe.xla)
-    model = load_target(path, torch.float32)
     draft_ids = torch.arange(DRAFT_VOCABULARY)
-    target = backend.place_target(Target(model, draft_ids))
-    head = backend.place_head(Eagle3Head(draft_config(model.config, DRAFT_VOCABULARY)))
+    target = backend.place_target(open_target(path, torch.float32, draft_ids))
+    config = target.model.config
+    head = backend.place_head(Eagle3Head(draft_config(config, DRAFT_VOCABULARY)))
     optimizer = AdamW(dict(head.named_parameters()), recipe.train, 1000, backend, {})
-    step = TrainStep(recipe, backend, target, head, *d2t_t2d(draft_ids, model.config.vocab_size), optimizer)
+    step = TrainStep(recipe, backend, target, head, *d2t_t2d(draft_ids, config.vocab_size), optimizer)
     backend.settle()
     batch, capacity = a_batch(path, everywhere)
     if capacity < TOKENS:
@@ -157,7 +157,8 @@ def measure(kind: str, path: str, steps: int, everywhere: bool) -> dict:
         started = time.perf_counter()
         step()
         times.append(time.perf_counter() - started)
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+    # Not getrusage: a process inherits its parent's peak there.
+    peak = int(re.search(r"VmHWM:\s+(\d+) kB", Path("/proc/self/status").read_text())[1]) / 2**20
     return {
         "loss": loss,
         "first_seconds": first,

@@ -4,6 +4,8 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
+from transformers import Qwen2Config, Qwen2ForCausalLM
 
 from eagle3_xla.config import load_recipe
 from eagle3_xla.data.prepare import prepare
@@ -40,6 +42,29 @@ def test_spmd_equals_plain_torch(cli, small_run, tmp_path, dp, tp, accumulation,
     assert f"compile budget: {graphs} graphs" in done.stderr
     # A row is written one step late, so the first one may count the next graph already.
     assert [row["compilations"] for row in ours][1:] == [graphs] * (STEPS - 1)
+
+
+@pytest.mark.slow
+def test_28_layers_on_16_devices_equal_one(cli, small_run, small_target, tokenizer, tmp_path):
+    """The depth of Qwen2.5-7B: 20 steps, and no graph beyond the budget."""
+    settings = Qwen2Config.from_pretrained(small_target).to_dict() | {"num_hidden_layers": 28, "layer_types": None}
+    torch.manual_seed(0)
+    deep = Qwen2ForCausalLM(Qwen2Config(**settings))
+    # Its words, or none of the target's choices would be in the small draft vocabulary and every loss were 0.
+    spoken = Qwen2ForCausalLM.from_pretrained(small_target).model.embed_tokens.weight
+    deep.model.embed_tokens.weight.data.copy_(spoken)
+    deep.save_pretrained(tmp_path / "deep")
+    tokenizer.save_pretrained(tmp_path / "deep")
+    settings = [*small_run, f"target.path={tmp_path / 'deep'}", "train.epochs=10"]
+    prepare(load_recipe(None, settings))
+    train(load_recipe(None, [*settings, "train.batch_size=4"]), max_steps=20)
+    sharded = [*settings, f"train.out={tmp_path / 'xla'}", "train.batch_size=1", "xla.device=xla"]
+    done = cli("train", "--max-steps", 20, *[f"--{s}" for s in [*sharded, "xla.dp=4", "xla.tp=4"]])
+    assert done.returncode == 0, done.stderr
+    ours, golden = losses(tmp_path / "xla"), losses(tmp_path / "run")
+    assert min(row["loss"] for row in golden) > 0.1
+    assert [row["loss"] for row in ours] == pytest.approx([row["loss"] for row in golden], rel=1e-4)
+    assert len(ours) == 20 and "compile budget: 2 graphs" in done.stderr and ours[-1]["compilations"] == 2
 
 
 def test_xla_resumes_to_the_same_weights(cli, small_run, tmp_path):

@@ -8,6 +8,7 @@ from torch import nn
 
 from eagle3_xla.config import UserError
 from eagle3_xla.data.tokenizer import first_line, load_config
+from eagle3_xla.target.weights import StoredWeights
 
 MIN_LAYERS = 8
 VOCABULARY_CHUNK_ROWS = 512  # positions of a sequence (or of a group's list) whose full-vocabulary logits exist at once
@@ -63,22 +64,62 @@ def load_target(path: str, dtype: torch.dtype):
     return model.eval().requires_grad_(False)
 
 
+def open_target(path: str, dtype: torch.dtype, draft_ids: torch.Tensor) -> "Target":
+    """The frozen target with nothing read but its draft rows: `Target.place` reads the other tensors one by one.
+
+    Raises UserError when it can't be a target.
+    """
+    from accelerate import init_empty_weights
+    from transformers import AutoModelForCausalLM
+
+    config = load_config(path)
+    aux_layers(config.num_hidden_layers)
+    with init_empty_weights():  # buffers, which no file holds, are computed
+        model = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation="sdpa")
+    model.tie_weights()
+    return Target(model.eval().requires_grad_(False), draft_ids, weights=StoredWeights(path, dtype))
+
+
 class Target(nn.Module):
     """The frozen target with its aux hidden states and its teacher on the draft vocabulary.
 
     draft_ids [D] int64: target ids of the draft vocabulary, ascending; layers: 0-based decoder layers whose outputs
-    are the aux states (default: aux_layers).
+    are the aux states (default: aux_layers); weights: where the parameters of a model without data lie.
     """
 
-    def __init__(self, model, draft_ids: torch.Tensor, layers: tuple[int, ...] | None = None):
+    def __init__(self, model, draft_ids, layers: tuple[int, ...] | None = None, weights: StoredWeights | None = None):
         super().__init__()
         self.model = model
+        self.weights = weights
         self.layers = layers or aux_layers(model.config.num_hidden_layers)
         self._captured: dict[int, torch.Tensor] = {}
         for layer in self.layers:
             model.model.layers[layer].register_forward_hook(self._capture(layer))
         weight = model.get_output_embeddings().weight
+        if weights:
+            weight = self._read(next(n for n, parameter in self.named_parameters() if parameter is weight))
         self.register_buffer("draft_rows", weight[draft_ids].clone(), persistent=False)  # [D, H]
+
+    def _read(self, name: str) -> torch.Tensor:
+        return self.weights.read(name.removeprefix("model."))
+
+    def place(self, move, mark=lambda name, tensor: None) -> "Target":
+        """Replace every parameter and buffer by move(tensor), then mark(name, replacement); a shared one stays shared.
+
+        One at a time, and those without data are read from `weights` just before, so that the host holds one tensor
+        beside what `move` keeps.
+        """
+        placed = {}
+        for prefix, module in self.named_modules():
+            for tensors in (module._parameters, module._buffers):
+                for leaf, old in tensors.items():
+                    if old is not None and old not in placed:
+                        name = f"{prefix}.{leaf}".removeprefix(".")
+                        new = move(self._read(name) if self.weights and old.is_meta else old)
+                        placed[old] = nn.Parameter(new, False) if isinstance(old, nn.Parameter) else new
+                        mark(name, placed[old])
+                    tensors[leaf] = placed.get(old)
+        return self
 
     def _capture(self, layer: int):
         def hook(module, args, output):

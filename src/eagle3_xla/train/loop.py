@@ -21,7 +21,7 @@ from eagle3_xla.data.vocab import d2t_t2d, draft_ids_of
 from eagle3_xla.draft.initialise import InputMoments, initialise_head
 from eagle3_xla.draft.model import Eagle3Head, draft_config
 from eagle3_xla.draft.saved import load_head
-from eagle3_xla.target.model import Target, TargetStates, load_target
+from eagle3_xla.target.model import TargetStates, open_target
 from eagle3_xla.target.states import StatesStore
 from eagle3_xla.train.budget import CompileBudget
 from eagle3_xla.train.flops import flops_per_token
@@ -91,7 +91,7 @@ def _train(recipe: Recipe, max_steps: int, allow_recompile: bool, profile: bool,
     if settings.warm_start:  # keeps the head's own vocabulary: its lm_head rows mean nothing under another
         warm_head, d2t = load_head(Path(settings.warm_start))
         draft_ids = draft_ids_of(d2t)
-    target = Target(load_target(recipe.target.path, getattr(torch, recipe.target.dtype)), draft_ids)
+    target = open_target(recipe.target.path, getattr(torch, recipe.target.dtype), draft_ids)
     target_config = target.model.config
     data_key = f"{manifest['key']} {target.fingerprint()}"
     saved = checkpoints.load_latest(out / "checkpoints", warn=print)
@@ -102,13 +102,14 @@ def _train(recipe: Recipe, max_steps: int, allow_recompile: bool, profile: bool,
     first_step = backend.agreed(saved.micro_step if saved else 0, "the newest checkpoint; train.out must be shared")
 
     # With reuse_states the target runs once over all rows, and the step starts from what it said.
-    lm_head_rows, norm_weight = target.draft_rows.float(), target.final_norm_weight.float()
+    lm_head_rows = target.draft_rows.float()
     head = Eagle3Head(draft_config(target_config, len(draft_ids)))
     if warm_head is not None:
         refuse_other_head(warm_head.config, head.config, settings.warm_start)
     d2t, t2d = d2t_t2d(draft_ids, target_config.vocab_size)
     target = backend.place_target(target)
     backend.settle()
+    norm_weight = backend.to_host(target.final_norm_weight).float()
 
     @backend.compile
     def target_states(batch):

@@ -28,7 +28,7 @@ class PlainBackend:
         return f"{self.device.type}, eager torch"
 
     def place_target(self, target):
-        return target.to(self.device)
+        return target.place(lambda tensor: tensor.to(self.device))
 
     def place_head(self, head):
         return head.to(self.device)

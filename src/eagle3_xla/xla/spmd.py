@@ -77,22 +77,22 @@ class SpmdBackend:
     def place_target(self, target):
         """Shard by the model's own `base_model_tp_plan`; what the plan doesn't name is replicated."""
         target.model.config._attn_implementation = GROUPED_EINSUM
-        target = self._move(target)
-        target.model.tie_weights()  # moving a module to an XLA device makes two parameters of a shared one
         plan = {f"model.model.{name}": style for name, style in (target.model.config.base_model_tp_plan or {}).items()}
         plan |= {f"model.{name}": style for name, style in (type(target.model)._tp_plan or {}).items()}
-        for name, parameter in target.named_parameters():
-            module, leaf = name.rsplit(".", 1)
+
+        def mark(name: str, tensor: torch.Tensor) -> None:
+            module, _, leaf = name.rpartition(".")
             style = plan.get(re.sub(r"\.\d+(?=\.|$)", ".*", module), "")
+            spec = (None,) * tensor.ndim
             if style.startswith("colwise"):
-                spec = ("tp",) + (None,) * (parameter.ndim - 1)
+                spec = ("tp", *spec[1:])
             elif style == "rowwise" and leaf == "weight":
                 spec = (None, "tp")
-            else:
-                spec = (None,) * parameter.ndim
-            self._mark(parameter, self.mesh.get_op_sharding(spec))
-        self._mark(target.draft_rows, self.mesh.get_op_sharding(("tp", None)))
-        return target
+            elif name == "draft_rows":
+                spec = ("tp", None)
+            self._mark(tensor, self.mesh.get_op_sharding(spec))
+
+        return target.place(self._to_device, mark)
 
     def place_head(self, head):
         head = self._move(head)

@@ -1,0 +1,159 @@
+"""Loading from safetensors, one tensor at a time: the same target, and never two of its tensors on the host."""
+
+import json
+import os
+import subprocess
+import sys
+import weakref
+
+import pytest
+import torch
+from transformers import (
+    LlamaConfig,
+    LlamaForCausalLM,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+)
+
+from eagle3_xla.config import UserError
+from eagle3_xla.target.model import Target, load_target, open_target
+
+SIZES = dict(
+    vocab_size=320,
+    hidden_size=32,
+    intermediate_size=64,
+    num_hidden_layers=9,
+    num_attention_heads=4,
+    num_key_value_heads=2,  # fewer than the tp of 4 below
+    head_dim=8,
+)
+KINDS = [
+    (Qwen2Config, Qwen2ForCausalLM, True),
+    (Qwen2Config, Qwen2ForCausalLM, False),
+    (Qwen3Config, Qwen3ForCausalLM, True),
+    (LlamaConfig, LlamaForCausalLM, False),
+]
+DRAFT_IDS = torch.arange(0, 320, 4)
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory):
+    """A saved model of each kind, in several files."""
+    made = []
+    for config, kind, tied in KINDS:
+        torch.manual_seed(0)
+        made.append(tmp_path_factory.mktemp(kind.__name__))
+        kind(config(**SIZES, tie_word_embeddings=tied)).save_pretrained(made[-1], max_shard_size="100KB")
+        assert len(list(made[-1].glob("*.safetensors"))) > 1
+    return made
+
+
+def inputs() -> list[torch.Tensor]:
+    torch.manual_seed(1)
+    ids = torch.randint(0, 320, (2, 24))
+    positions = torch.cat([torch.arange(10), torch.arange(14)]).expand(2, -1)
+    return [ids, positions, torch.tensor([[1] * 10 + [2] * 14] * 2)]
+
+
+@torch.no_grad()
+def golden(folder) -> list[torch.Tensor]:
+    return list(Target(load_target(str(folder), torch.float32), DRAFT_IDS).states(*inputs()))
+
+
+def watch(weights) -> list[weakref.ref]:
+    """Make `weights` refuse to read a tensor while one that it read before is held; the returned list grows."""
+    alive, read = [], weights.read
+
+    def watched(name):
+        assert all(reference() is None for reference in alive), f"{name} is read while another one is held"
+        tensor = read(name)
+        alive.append(weakref.ref(tensor))
+        return tensor
+
+    weights.read = watched
+    return alive
+
+
+def test_placed_tensor_by_tensor_it_is_the_same_target(folders):
+    for folder in folders:
+        target = open_target(str(folder), torch.float32, DRAFT_IDS)
+        assert all(parameter.is_meta for parameter in target.parameters())
+        reads = watch(target.weights)
+        target.place(lambda tensor: tensor.clone())  # the copy stands for the devices' shards
+        assert len(reads) == len(list(target.parameters()))
+        tied = target.model.config.tie_word_embeddings
+        assert (target.model.lm_head.weight is target.embed_tokens.weight) == tied
+        for ours, expected in zip(target.states(*inputs()), golden(folder)):
+            assert torch.equal(ours, expected)
+
+
+SHARDED = """
+import json, re, sys
+import torch, torch_xla
+from eagle3_xla.config import XlaConfig
+from eagle3_xla.xla import make_backend
+backend = make_backend(XlaConfig(dp=1, tp=4))
+from eagle3_xla.target.model import open_target
+
+def peak():
+    # Not getrusage: a process inherits its parent's peak there.
+    return int(re.search(r"VmHWM:\\s+(\\d+) kB", open("/proc/self/status").read())[1]) * 1024
+
+def load(folder):
+    target = backend.place_target(open_target(folder, torch.float32, torch.arange(0, 320, 4)))
+    backend.settle()
+    return target
+
+load(sys.argv[2])  # imports and the runtime's own buffers are not the model's
+before = peak()
+large = load(sys.argv[1])
+grown = peak() - before
+del large
+for folder in sys.argv[2:]:
+    target = load(folder)
+    spec = torch_xla._XLAC._get_xla_sharding_spec(target.model.model.layers[0].self_attn.k_proj.weight)
+    assert "devices=[4,1]" in spec, spec
+    states_of = backend.compile(lambda batch: list(target.states(*batch.values())))
+    states = states_of(backend.put(torch.load(f"{folder}/inputs.pt")))
+    torch.save([backend.to_host(x) for x in states], f"{folder}/states.pt")
+print(json.dumps({"grown": grown}))
+"""
+
+
+def test_sharded_over_tp_it_is_the_same_target_and_the_host_never_holds_it_twice(folders, tmp_path):
+    """On the CPU the devices' shards are host memory too: the model once, not the model and a copy of it."""
+    large = Qwen2Config(
+        vocab_size=2048, hidden_size=1024, intermediate_size=3072, num_hidden_layers=8, num_attention_heads=16
+    )
+    model = Qwen2ForCausalLM(large)
+    model.save_pretrained(tmp_path)
+    size = sum(parameter.nbytes for parameter in model.parameters())
+    del model
+    for folder in folders:
+        torch.save(dict(zip(("input_ids", "position_ids", "document_ids"), inputs())), folder / "inputs.pt")
+    done = subprocess.run(
+        [sys.executable, "-c", SHARDED, tmp_path, *folders], capture_output=True, text=True, env=dict(os.environ)
+    )
+    assert done.returncode == 0, done.stderr
+    for folder in folders:
+        for ours, expected in zip(torch.load(folder / "states.pt"), golden(folder)):
+            torch.testing.assert_close(ours, expected, atol=1e-5, rtol=1e-5)
+    grown = json.loads(done.stdout)["grown"]
+    print(f"model {size / 2**20:.0f} MiB, peak memory grown by {grown / 2**20:.0f} MiB")
+    assert 0.5 * size < grown < 1.6 * size
+
+
+def test_weights_that_are_not_there_are_named(folders, tmp_path):
+    (tmp_path / "config.json").write_text((folders[0] / "config.json").read_text())
+    with pytest.raises(UserError, match="neither model.safetensors nor"):
+        open_target(str(tmp_path), torch.float32, DRAFT_IDS)
+    (tmp_path / "model.safetensors").write_bytes(b"damaged")
+    with pytest.raises(UserError, match="don't load"):
+        open_target(str(tmp_path), torch.float32, DRAFT_IDS)
+    from safetensors.torch import save_file
+
+    save_file({"model.norm.weight": torch.ones(32)}, tmp_path / "model.safetensors")
+    with pytest.raises(UserError, match="model.embed_tokens.weight is missing"):
+        open_target(str(tmp_path), torch.float32, DRAFT_IDS)
