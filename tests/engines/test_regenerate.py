@@ -20,9 +20,9 @@ ROWS = int(os.environ.get("REGENERATE_ROWS", 24))
 
 
 def write_chats(path):
-    """Shipped chats, every fourth with the next one's question and answer as its second exchange."""
-    shipped = [row["conversations"] for _, row in read_rows(data_file("package:train.jsonl"))]
-    short = [turns for turns in shipped if len(turns[0]["value"]) < 200][: ROWS + 1]
+    """Shipped chats with short answers, every fourth with the next one's question and answer as second exchange."""
+    shipped = sorted((row for _, row in read_rows(data_file("package:train.jsonl"))), key=lambda row: row["new_tokens"])
+    short = [row["conversations"] for row in shipped if len(row["conversations"][0]["value"]) < 200][: ROWS + 1]
     with path.open("w") as file:
         for i, (turns, following) in enumerate(zip(short, short[1:])):
             file.write(json.dumps({"conversations": turns[:2] + (following[:2] if i % 4 == 0 else [])}) + "\n")
