@@ -92,13 +92,14 @@ def broken(head, folder, how):
 
 
 @pytest.mark.parametrize("how", ["layer ids", "d2t", "theta", "positions", "template"])
-def test_broken_heads(how, trained, tmp_path):
+def test_broken_heads(how, trained, tmp_path, monkeypatch):
     """`doctor` catches them before (all but the template, which is the server's), `gap` explains them after."""
     head, target, file = tmp_path / "head", trained.target, PROMPTS
     expected = broken(trained.head, head, how)
     options = replace(OPTIONS, limit=4, max_new_tokens=32)
     assert doctor(head, str(target))["ok"] == (how == "template")
     if how == "positions":
+        monkeypatch.setenv("SGLANG_ALLOW_OVERWRITE_LONGER_CONTEXT_LEN", "1")  # else SGLang refuses to start
         file = tmp_path / "long.jsonl"
         text = " ".join(f"The colour of item {i} is {'red' if i % 3 else 'blue'}." for i in range(220))
         file.write_text(json.dumps({"prompt": f"{text} What is the colour of item 7?"}) + "\n")
