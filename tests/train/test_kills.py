@@ -59,7 +59,7 @@ def last_state(out: Path) -> tuple[str, bytes]:
 
 @pytest.mark.slow
 def test_twenty_kills_change_nothing(small_run, tmp_path):
-    settings = [*small_run, "train.epochs=20", "train.save_every=1", "train.keep=2", "train.heldout_rows=0"]
+    settings = [*small_run, "train.epochs=10", "train.save_every=1", "train.keep=2", "train.heldout_rows=0"]
     prepare(load_recipe(None, settings))
     command = [sys.executable, "-c", RUNS, *settings]
     server = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
