@@ -5,7 +5,7 @@ source "$(dirname "${BASH_SOURCE[0]}")/install.sh"
 if [ $# -eq 0 ]; then
   # The engines' environments are installed while the other tests run; the engine tests wait for them.
   mkdir -p .engines
-  PYTHON="$base" nice bash tests/engines/environments.sh sglang vllm >.engines/install.log 2>&1 &
+  PYTHON="$base" bash tests/engines/environments.sh sglang vllm >.engines/install.log 2>&1 &
   set -- --numprocesses=auto --dist=loadgroup
 fi
 exec "$python" -m pytest "$@"

@@ -173,9 +173,16 @@ def cli():
 
 
 def pytest_collection_modifyitems(items):
-    """In one process of several: what shares the quickstart's run, and the engines, whose servers are large."""
+    """What shares the quickstart's run, and the engines with their large servers, go to one process of several, which
+    begins with the quickstart: while that trains, the engines' environments are installed (launch/test.sh)."""
+
+    def place(item) -> int:
+        engine = "engines" in item.path.parts
+        return 1 if engine else 0 if "quickstart_run" in item.fixturenames else 2
+
+    items.sort(key=place)
     for item in items:
-        if "quickstart_run" in item.fixturenames or "engines" in item.path.parts:
+        if place(item) < 2:
             item.add_marker(pytest.mark.xdist_group("quickstart"))
 
 

@@ -5,18 +5,12 @@ from typing import NamedTuple
 
 import pytest
 
-HERE = Path(__file__).parent
 PROMPTS = "package:heldout.jsonl"
 
 
 class Trained(NamedTuple):
     target: Path
     head: Path
-
-
-def pytest_collection_modifyitems(items):
-    """Engines come last: their environments are installed while the other tests run (launch/test.sh)."""
-    items.sort(key=lambda item: HERE in item.path.parents)
 
 
 @pytest.fixture(scope="session")
