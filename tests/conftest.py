@@ -172,6 +172,7 @@ def cli():
     return run_cli
 
 
+@pytest.hookimpl(tryfirst=True)  # before pytest-xdist reads the groups
 def pytest_collection_modifyitems(items):
     """What shares the quickstart's run, and the engines with their large servers, go to one process of several, which
     begins with the quickstart: while that trains, the engines' environments are installed (launch/test.sh)."""
