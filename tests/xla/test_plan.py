@@ -12,14 +12,17 @@ import pytest
 RECIPE = "qwen2.5-7b-v4-32"
 
 
-@pytest.fixture(scope="module")
-def shallow(tmp_path_factory):
-    """A folder with a config.json alone: Qwen2.5-7B, 8 layers."""
+def write_config(folder, **changes):
+    """A folder with a config.json alone: Qwen2.5-7B, 8 layers and `changes`."""
     shipped = resources.files("eagle3_xla.target") / "configs" / "Qwen2.5-7B-Instruct" / "config.json"
-    folder = tmp_path_factory.mktemp("shallow")
-    config = json.loads(shipped.read_text()) | {"num_hidden_layers": 8}
+    config = json.loads(shipped.read_text()) | {"num_hidden_layers": 8} | changes
     (folder / "config.json").write_text(json.dumps(config))
     return folder
+
+
+@pytest.fixture(scope="module")
+def shallow(tmp_path_factory):
+    return write_config(tmp_path_factory.mktemp("shallow"))
 
 
 @pytest.mark.slow
@@ -41,13 +44,15 @@ def test_the_reference_recipe_fits_and_moves_what_it_should(cli, shallow):
     assert 0.2 < verdict["mfu"] < 1
 
 
-def test_what_cannot_fit_is_said_before_compiling(cli):
-    done = cli("plan", "--config", RECIPE, "--topology", "v5e-16", "--xla.dp=16", "--xla.tp=1")
+def test_what_cannot_fit_is_said_before_compiling(cli, tmp_path):
+    """Weights of 26 GB on a chip of 16."""
+    wide = f"--target.path={write_config(tmp_path, intermediate_size=151552)}"
+    done = cli("plan", "--config", RECIPE, wide, "--topology", "v5e-16", "--xla.dp=16", "--xla.tp=1")
     assert done.returncode == 1, done.stderr
     for part in (
         "does not fit v5e-16: 16 chips, dp=16 x tp=1",
         "of 15.75 GiB",
-        "bfloat16[152064,3584]",
+        "bfloat16[152064,3584]  model.model.embed_tokens.weight",
         "larger xla.tp",
     ):
         assert part in done.stdout
