@@ -8,7 +8,7 @@ import torch
 from regenerate.conftest import rows_of, write_questions
 
 from eagle3_xla.cli import main
-from eagle3_xla.config import Recipe
+from eagle3_xla.config import Recipe, RunError
 from eagle3_xla.data.tokenizer import load_tokenizer, stop_token_ids
 from eagle3_xla.evaluate.decode import decode_plain
 from eagle3_xla.regenerate.conversation import Refused, Sampling
@@ -68,6 +68,34 @@ def test_context_is_the_limit(small_target):
     nearly = [{"role": "user", "content": "word " * 980}]
     [reply] = answers(small_target, [nearly], Sampling(0.0, max_tokens=100), slots=1)
     assert reply.finish == "length" and 0 < reply.tokens < 100
+
+
+@pytest.mark.parametrize("failing", ["the first prefill", "a later prefill", "a decoding step"])
+def test_a_target_that_fails_answers_nobody_and_keeps_nobody_waiting(small_target, failing):
+    """A decoder layer that raises, as one does when memory runs out: running, waiting and later questions hear of it."""
+
+    async def ask():
+        async with LocalTarget(str(small_target), Sampling(0.0, max_tokens=12), 2, "cpu") as local:
+            prefills = []
+
+            def forward(module, arguments, keywords):
+                prefill = keywords["position_ids"].shape[1] > 1
+                prefills.extend([1] * prefill)
+                works = failing == "a decoding step" or failing == "a later prefill" and len(prefills) < 3
+                if not (works if prefill else failing == "a later prefill"):
+                    raise torch.OutOfMemoryError("out of memory\nTried to allocate")
+
+            local.target.model.layers[3].register_forward_pre_hook(forward, with_kwargs=True)
+            asked = [local.ask(prompt, seed) for seed, prompt in enumerate(prompts_of(5))]
+            replies = await asyncio.wait_for(asyncio.gather(*asked, return_exceptions=True), 60)
+            with pytest.raises(RunError):
+                await local.ask(prompts_of(1)[0], 0)
+            return replies
+
+    replies = asyncio.run(ask())
+    failed = [reply for reply in replies if isinstance(reply, RunError)]
+    assert {str(reply) for reply in failed} == {"the target can't go on answering: out of memory"}
+    assert len(failed) >= 3 and (failing == "a later prefill" or len(failed) == 5)
 
 
 def test_the_verb_in_process(small_target, tmp_path, capsys):

@@ -51,4 +51,4 @@ def stop_token_ids(path: str, tokenizer) -> set[int]:
 
 
 def first_line(error: Exception) -> str:
-    return str(error).strip().splitlines()[0]
+    return (str(error).strip() or type(error).__name__).splitlines()[0]

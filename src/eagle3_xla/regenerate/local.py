@@ -9,8 +9,8 @@ from dataclasses import dataclass, field
 
 import torch
 
-from eagle3_xla.config import UserError
-from eagle3_xla.data.tokenizer import load_tokenizer, stop_token_ids
+from eagle3_xla.config import RunError, UserError
+from eagle3_xla.data.tokenizer import first_line, load_tokenizer, stop_token_ids
 from eagle3_xla.regenerate.conversation import Refused, Reply, Sampling
 from eagle3_xla.target.attention import GROUPED_EINSUM
 from eagle3_xla.target.model import load_target
@@ -41,6 +41,7 @@ class LocalTarget:
         self.waiting: deque[_Question] = deque()
         self.running: list[_Question] = []  # question i has slot i
         self.wake = asyncio.Event()
+        self.failure: RunError | None = None
 
     async def __aenter__(self) -> "LocalTarget":
         self.loop = asyncio.create_task(self._run())
@@ -50,9 +51,13 @@ class LocalTarget:
         self.loop.cancel()
 
     async def ask(self, messages: list[dict], seed: int) -> Reply:
-        """Raises Refused when the messages leave no room for an answer in the target's context."""
+        """Raises Refused when the messages leave no room for an answer in the target's context, RunError when the
+        target itself fails (out of memory).
+        """
         from jinja2 import TemplateError
 
+        if self.failure:
+            raise self.failure
         try:
             prompt = self.tokenizer.apply_chat_template(messages, add_generation_prompt=True)
         except TemplateError as error:
@@ -72,13 +77,16 @@ class LocalTarget:
                     self.wake.clear()
                     await self.wake.wait()
                 while self.waiting and len(self.running) < self.slots:
-                    self._start(self.waiting.popleft())
+                    self._start(self.waiting[0])
+                    self.waiting.popleft()
                 if self.running:
                     self._step()
                 await asyncio.sleep(0)  # finished conversations ask their next question
         except Exception as error:
+            self.failure = RunError(f"the target can't go on answering: {first_line(error)}")
             for question in [*self.waiting, *self.running]:
-                question.answer.set_exception(error)
+                if not question.answer.done():
+                    question.answer.set_exception(self.failure)
 
     @torch.inference_mode()
     def _start(self, question: _Question) -> None:
