@@ -72,7 +72,7 @@ def test_context_is_the_limit(small_target):
 
 @pytest.mark.parametrize("failing", ["the first prefill", "a later prefill", "a decoding step"])
 def test_a_target_that_fails_answers_nobody_and_keeps_nobody_waiting(small_target, failing):
-    """A decoder layer that raises, as one does when memory runs out: running, waiting and later questions hear of it."""
+    """A decoder layer raises, as when memory runs out: running, waiting and later questions hear of it."""
 
     async def ask():
         async with LocalTarget(str(small_target), Sampling(0.0, max_tokens=12), 2, "cpu") as local:
