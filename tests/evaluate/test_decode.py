@@ -13,7 +13,7 @@ from eagle3_xla.draft.model import Eagle3Head, draft_config
 from eagle3_xla.draft.saved import load_head
 from eagle3_xla.evaluate.decode import Generation, SpeculativeDecoder, decode_plain
 from eagle3_xla.evaluate.run import EvalOptions, acceptance_by_position, evaluate, summary
-from eagle3_xla.loss.unroll import shift_left
+from eagle3_xla.loss.rows import shift_left
 from eagle3_xla.target.model import Target, load_target
 
 

@@ -20,18 +20,18 @@ def losses(out: Path) -> list[dict]:
 
 
 @pytest.mark.parametrize(
-    "dp, tp, accumulation, reuse",
-    [(4, 4, 1, False), (1, 1, 2, False), (2, 1, 1, True)],
-    ids=["4x4", "accumulation", "states reused, dp 2"],
+    "dp, tp, accumulation, reuse, remat",
+    [(4, 4, 1, False, False), (2, 2, 1, False, True), (1, 1, 2, False, False), (2, 1, 1, True, False)],
+    ids=["4x4", "2x2, remat", "accumulation", "states reused, dp 2"],
 )
-def test_spmd_equals_plain_torch(cli, small_run, tmp_path, dp, tp, accumulation, reuse):
+def test_spmd_equals_plain_torch(cli, small_run, tmp_path, dp, tp, accumulation, reuse, remat):
     shape = [f"train.gradient_accumulation={accumulation}", f"train.reuse_states={reuse}", "train.epochs=20"]
     shape += ["train.init=least_squares"]
     plain = load_recipe(None, [*small_run, *shape, "train.batch_size=4"])
     prepare(plain)
     train(plain, max_steps=STEPS)
     sharded = [*small_run, *shape, f"train.out={tmp_path / 'xla'}", f"train.batch_size={4 // dp}"]
-    sharded += ["xla.device=xla", f"xla.dp={dp}", f"xla.tp={tp}"]
+    sharded += ["xla.device=xla", f"xla.dp={dp}", f"xla.tp={tp}", f"xla.remat={remat}"]
     done = cli("train", "--max-steps", STEPS, *[f"--{s}" for s in sharded])
     assert done.returncode == 0, done.stderr
     ours, golden = losses(tmp_path / "xla"), losses(Path(plain.train.out))
@@ -42,6 +42,17 @@ def test_spmd_equals_plain_torch(cli, small_run, tmp_path, dp, tp, accumulation,
     assert f"compile budget: {graphs} graphs" in done.stderr
     # A row is written one step late, so the first one may count the next graph already.
     assert [row["compilations"] for row in ours][1:] == [graphs] * (STEPS - 1)
+
+
+def test_remat_on_plain_torch_gives_the_same_weights(small_run, tmp_path):
+    states = []
+    for remat in (False, True):
+        settings = [f"train.out={tmp_path / str(remat)}", f"xla.remat={remat}"]
+        recipe = load_recipe(None, [*small_run, *settings])
+        prepare(recipe)
+        train(recipe, max_steps=3)
+        states.append((Path(recipe.train.out) / "checkpoints" / "step-00000003" / "state.safetensors").read_bytes())
+    assert states[0] == states[1]
 
 
 @pytest.mark.slow

@@ -6,9 +6,9 @@ Losses of rows are [G, R]; which rows count, and what they are divided by, is th
 from typing import NamedTuple
 
 import torch
-from torch.nn.functional import pad
 
 from eagle3_xla.config import LossConfig
+from eagle3_xla.loss.rows import shift_left, shift_right
 from eagle3_xla.target.model import Teacher
 
 
@@ -68,33 +68,32 @@ class _UnrollLoss(torch.autograd.Function):
         d_weight = torch.zeros(len(p), *weight.shape, dtype=torch.float32, device=weight.device)
         total, step_losses, choices, overlaps, d_normed = 0.0, [], [], [], []
         for k, (hidden, rows) in enumerate(zip(normed, steps)):
-            kept = hidden.shape[1] - k  # the last k listed rows have no teacher at this step
-            logits = torch.einsum("grh,dh->grd", hidden[:, :kept], weight).float()
-            step_p = p[:, k:]
+            # The states go to their teachers, not the other way: no part of p is copied, and every shape is the same.
+            hidden, trained = shift_right(hidden, k), shift_right(rows.trained, k)
+            logits = torch.einsum("grh,dh->grd", hidden, weight).float()
             log_norm = logits.logsumexp(-1)
             q = (logits - log_norm[..., None]).exp()
-            real_p = step_p * in_vocabulary[:, k:, None]
+            real_p = p * in_vocabulary[..., None]
             with torch.set_grad_enabled(with_gradient):
-                cross_entropies = (log_norm - (step_p * logits).sum(-1)).requires_grad_(with_gradient)
+                cross_entropies = (log_norm - (p * logits).sum(-1)).requires_grad_(with_gradient)
                 acceptance = torch.minimum(real_p, q).sum(-1).requires_grad_(with_gradient)
-                trained = rows.trained[:, :kept]
                 loss = step_loss(config.objective, cross_entropies, acceptance, trained, rows.denominator)
                 decayed = config.decay**k * loss
                 if with_gradient:
                     d_rows = torch.autograd.grad(decayed, (cross_entropies, acceptance), allow_unused=True)
             if with_gradient:
-                d_logits = d_rows[0][..., None] * (q - step_p) if d_rows[0] is not None else 0.0
+                d_logits = d_rows[0][..., None] * (q - p) if d_rows[0] is not None else 0.0
                 if d_rows[1] is not None:
                     limiting = torch.where(q < real_p, q, 0.0)  # where q, not p, limits the acceptance
                     d_logits = d_logits + d_rows[1][..., None] * (limiting - q * limiting.sum(-1, keepdim=True))
                 d_logits = d_logits.to(hidden.dtype)
                 d_hidden = torch.einsum("grd,dh->grh", d_logits, weight).to(hidden.dtype)
-                d_normed.append(pad(d_hidden, (0, 0, 0, k)))
-                d_weight += torch.einsum("grd,grh->gdh", d_logits, hidden[:, :kept]).float()
+                d_normed.append(shift_left(d_hidden, k))
+                d_weight += torch.einsum("grd,grh->gdh", d_logits, hidden).float()
             total = total + decayed.detach()
             step_losses.append(loss.detach())
-            choices.append(pad(logits.argmax(-1), (0, k)))
-            overlaps.append(pad(acceptance.detach(), (0, k)))
+            choices.append(shift_left(logits.argmax(-1), k))
+            overlaps.append(shift_left(acceptance.detach(), k))
         ctx.save_for_backward(d_weight.sum(0), *d_normed)
         results = (torch.stack(step_losses), *choices, *overlaps)
         ctx.mark_non_differentiable(*results)

@@ -6,6 +6,16 @@ A row outside an answer has no loss, and from TTT step 1 on a row sees only its 
 import torch
 
 
+def shift_left(x: torch.Tensor, by: int) -> torch.Tensor:
+    """x[:, t + by] at [:, t], zeros at the right: static shapes at every step."""
+    return x if by == 0 else torch.cat([x[:, by:], torch.zeros_like(x[:, :by])], dim=1)
+
+
+def shift_right(x: torch.Tensor, by: int) -> torch.Tensor:
+    """x[:, t - by] at [:, t], zeros at the left."""
+    return x if by == 0 else torch.cat([torch.zeros_like(x[:, :by]), x[:, :-by]], dim=1)
+
+
 class Rows:
     """Between all rows of a batch, [B, T, ...], and the listed ones, [G, R, ...].
 

@@ -13,7 +13,7 @@ from eagle3_xla.draft.attention import causal_attention
 from eagle3_xla.draft.model import Eagle3Head
 from eagle3_xla.loss.metrics import AcceptanceSums
 from eagle3_xla.loss.objectives import StepRows, unroll_loss
-from eagle3_xla.loss.rows import Rows
+from eagle3_xla.loss.rows import Rows, shift_left
 from eagle3_xla.target.model import Teacher
 
 
@@ -23,13 +23,6 @@ class UnrollResult(NamedTuple):
     loss: torch.Tensor
     step_losses: torch.Tensor
     sums: AcceptanceSums
-
-
-def shift_left(x: torch.Tensor, by: int) -> torch.Tensor:
-    """x[:, t] -> x[:, t + by] along dim 1, zeros at the right: static shapes at every step."""
-    if by == 0:
-        return x
-    return torch.cat([x[:, by:], torch.zeros_like(x[:, :by])], dim=1)
 
 
 def plain_checkpoint(function, *tensors):

@@ -1,5 +1,7 @@
 """One micro-step: target, teacher, TTT unroll, backward, and every `gradient_accumulation` of them AdamW."""
 
+from functools import partial
+
 import torch
 from torch.func import functional_call
 
@@ -8,15 +10,15 @@ from eagle3_xla.loss.metrics import AcceptanceSums
 from eagle3_xla.loss.unroll import UnrollResult, plain_checkpoint, teacher_positions, unroll
 
 
-class _HeadUnroll(torch.nn.Module):
-    """`unroll` as a module's forward, so that functional_call can put other weights into the head."""
+class _WithHead(torch.nn.Module):
+    """Calls a function that uses the head, so that functional_call can put other weights into it meanwhile."""
 
     def __init__(self, head):
         super().__init__()
         self.head = head
 
-    def forward(self, *arguments):
-        return unroll(self.head, *arguments)
+    def forward(self, function, *arguments):
+        return function(*arguments)
 
 
 def _directly(name, function, *batch):
@@ -35,7 +37,7 @@ class TrainStep:
         self.d2t, self.t2d = backend.replicate(d2t), backend.replicate(t2d)
         self.optimizer = optimizer
         self.accumulation = recipe.train.gradient_accumulation
-        self._head_unroll = _HeadUnroll(head)
+        self._with_head = _WithHead(head)
         self._parameters = list(head.parameters())
         # One graph a micro-step when each one updates; else the gradients' (added to buffers that exist before the
         # first micro-step) and the small one of the optimizer, so that target and unroll are compiled once.
@@ -84,11 +86,19 @@ class TrainStep:
             hidden = teacher_positions(batch, hidden, groups)
             argmax, logsumexp = self.target.full_vocabulary(hidden)
         teacher = self.target.teacher(hidden, argmax, logsumexp)
-        checkpoint = backend.checkpoint if self.recipe.xla.remat else plain_checkpoint
-        maps = (self.t2d, self.d2t)
-        arguments = (self.target.embed_tokens, batch, aux.float(), teacher, *maps, self.recipe.loss, checkpoint, groups)
+
+        def with_weights(function, *arguments):
+            return functional_call(
+                self._with_head, {f"head.{n}": w for n, w in weights.items()}, (function, *arguments)
+            )
+
+        def checkpoint(function, *tensors):  # with the same weights when the backward pass calls it again
+            return backend.checkpoint(partial(with_weights, function), *tensors)
+
+        arguments = (self.target.embed_tokens, batch, aux.float(), teacher, self.t2d, self.d2t, self.recipe.loss)
+        arguments += (checkpoint if self.recipe.xla.remat else plain_checkpoint, groups)
         with backend.autocast():
-            return functional_call(self._head_unroll, {f"head.{n}": w for n, w in weights.items()}, arguments)
+            return with_weights(unroll, self.head, *arguments)
 
     def _backward(self, batch) -> UnrollResult:
         """Add the gradients of `batch`'s loss to the parameters'."""
