@@ -56,6 +56,7 @@ def test_what_cannot_fit_is_said_before_compiling(cli, tmp_path):
         "larger xla.tp",
     ):
         assert part in done.stdout
+    assert "xla.remat" not in done.stdout  # no activation is the reason
 
 
 @pytest.mark.parametrize(

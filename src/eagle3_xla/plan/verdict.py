@@ -44,8 +44,8 @@ def compile_verdict(recipe: Recipe) -> dict:
     lowered = lower_step(recipe, target)
     limit = topology.chip.hbm_bytes
     verdict = {"topology": topology.name, "chips": topology.chips, "mesh": {"dp": recipe.xla.dp, "tp": recipe.xla.tp}}
+    resident = sum(argument.bytes for argument in lowered.arguments)
     try:
-        resident = sum(argument.bytes for argument in lowered.arguments)
         if resident > limit:  # weights and optimizer alone: nothing needs to be compiled
             largest = sorted(lowered.arguments, key=lambda argument: -argument.bytes)[:10]
             raise DoesNotFit(resident, [(a.bytes, a.shape, a.name) for a in largest])
@@ -53,7 +53,7 @@ def compile_verdict(recipe: Recipe) -> dict:
     except DoesNotFit as refusal:
         buffers = [{"bytes": size, "shape": shape, "name": name} for size, shape, name in refusal.largest]
         refused = {"fits": False, "hbm_bytes_per_chip": refusal.needed, "hbm_limit_bytes": limit}
-        return verdict | refused | {"largest_buffers": buffers, "advice": _advice(recipe)}
+        return verdict | refused | {"largest_buffers": buffers, "advice": _advice(recipe, resident > limit)}
     step = model_time(executable.text, topology)
     tokens = recipe.train.batch_size * recipe.xla.dp * recipe.data.row_length
     rate = tokens / step.total
@@ -108,7 +108,13 @@ def _prepared_tokens(recipe: Recipe) -> int | None:
     return rows * recipe.data.row_length * recipe.train.epochs
 
 
-def _advice(recipe: Recipe) -> str:
+def _advice(recipe: Recipe, at_rest: bool) -> str:
+    """Settings that help; at_rest: weights and optimizer alone are too large, before any activation."""
+    if at_rest:
+        return (
+            "a larger xla.tp with a smaller xla.dp (fewer copies of the weights); a smaller data.draft_vocab_size; "
+            "a larger slice"
+        )
     ways = [] if recipe.xla.remat else ["xla.remat=true (TTT steps computed again in the backward pass)"]
     if recipe.train.batch_size > 1:
         ways.append(

@@ -1,0 +1,59 @@
+"""The blocked causal attention: the plain one's values and gradients; memory grows with the row, not with its square."""
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from eagle3_xla.draft.attention import block_length, causal_attention
+
+
+def attend_plainly(query, key, value, document_ids):
+    scores = torch.einsum("btkgd,bskd->bkgts", query, key)
+    causal = torch.ones(query.shape[1], query.shape[1], dtype=torch.bool).tril()
+    seen = causal & (document_ids[:, :, None] == document_ids[:, None, :])
+    scores = scores.masked_fill(~seen[:, None, None], float("-inf"))
+    return torch.einsum("bkgts,bskd->btkgd", scores.softmax(-1), value), scores.logsumexp(-1).permute(0, 3, 1, 2)
+
+
+def inputs(batch: int, length: int, kv: int, group: int, size: int) -> list[torch.Tensor]:
+    torch.manual_seed(0)
+    query = torch.randn(batch, length, kv, group, size) * size**-0.5
+    key, value = torch.randn(2, batch, length, kv, size)
+    return [tensor.requires_grad_() for tensor in (query, key, value)]
+
+
+@pytest.mark.parametrize("length", [1, 255, 700, 2100])
+def test_values_and_gradients_are_those_of_plain_attention(length):
+    document_ids = (torch.arange(length) // 300).expand(2, -1)
+    results = []
+    for attend in (causal_attention, attend_plainly):
+        arguments = inputs(2, length, 2, 3, 8)
+        output, logsumexp = attend(*arguments, document_ids)
+        (output.sin().sum() + logsumexp.sin().sum()).backward()
+        results.append([output, logsumexp, *(tensor.grad for tensor in arguments)])
+    for ours, expected in zip(*results):
+        torch.testing.assert_close(ours, expected, atol=2e-5, rtol=2e-5)
+
+
+class Largest(TorchDispatchMode):
+    """Elements of the largest tensor that any operation gives."""
+
+    elements = 0
+
+    def __torch_dispatch__(self, function, types, arguments=(), keywords=None):
+        result = function(*arguments, **(keywords or {}))
+        for tensor in result if isinstance(result, (tuple, list)) else [result]:
+            if isinstance(tensor, torch.Tensor):
+                self.elements = max(self.elements, tensor.numel())
+        return result
+
+
+def test_memory_grows_with_the_row_not_with_its_square():
+    largest = {}
+    for length in (4096, 8192):
+        with Largest() as seen:
+            output, logsumexp = causal_attention(*inputs(1, length, 1, 1, 8), torch.zeros(1, length))
+            (output.sum() + logsumexp.sum()).backward()
+        largest[length] = seen.elements
+    assert largest == {4096: 4096 * block_length(4096), 8192: 8192 * block_length(8192)}
+    assert block_length(4096) == block_length(8192) == 512
