@@ -1,6 +1,8 @@
 """Packing, batches, draft vocabulary, and the prepared folder."""
 
 import json
+import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -8,6 +10,7 @@ import torch
 
 from eagle3_xla.cli import main
 from eagle3_xla.config import UserError, load_recipe
+from eagle3_xla.data import prepare as prepare_module
 from eagle3_xla.data.batches import Batches
 from eagle3_xla.data.files import data_file, read_rows
 from eagle3_xla.data.packing import pack, row_arrays
@@ -73,6 +76,19 @@ def test_prepare_is_reused_until_something_changes(small_run, chat_file):
     assert prepare(recipe)["row_length"] == 96
     chat_file.write_text(chat_file.read_text().replace("Paris", "Lyon"))
     assert prepare(recipe)["key"] not in (first["key"], manifest["key"])
+
+
+def test_a_change_of_this_packages_code_is_prepared_anew(small_run, tmp_path, monkeypatch):
+    recipe = load_recipe(None, small_run)
+    first = prepare(recipe)
+    code = tmp_path / "code"
+    shutil.copytree(Path(prepare_module.__file__).parent, code, ignore=shutil.ignore_patterns("chats", "__pycache__"))
+    monkeypatch.setattr(prepare_module, "__file__", str(code / "prepare.py"))
+    assert prepare(recipe)["inputs"] == first["inputs"]  # the same code elsewhere
+    with (code / "chat.py").open("a") as file:
+        file.write("# another mask\n")
+    again = prepare(recipe)
+    assert again["inputs"] != first["inputs"] and again["key"] == first["key"]
 
 
 def test_vocabulary_counts_answers_that_the_token_budget_leaves_out(small_run):

@@ -1,4 +1,4 @@
-"""The blocked causal attention: the plain one's values and gradients; memory grows with the row, not with its square."""
+"""The blocked causal attention: the plain one's values and gradients; memory grows with the row, not its square."""
 
 import pytest
 import torch
