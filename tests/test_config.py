@@ -24,11 +24,12 @@ def test_shipped_recipes_load(name, tmp_path):
         ("loss.objective=mse", "choose one of kl, lk_alpha, lk_lambda"),
         ("train=3", "setting train is a section"),
         ("loss.decay=2", "must be in"),
+        ("xla.draft_data_parallel=true xla.tp=3", "train.batch_size is 4, no multiple of xla.tp"),
     ],
 )
 def test_bad_settings(override, message):
     with pytest.raises(UserError, match=message):
-        load_recipe(None, [override])
+        load_recipe(None, override.split())
 
 
 def test_bad_recipe_files(tmp_path):

@@ -91,6 +91,7 @@ class XlaConfig:
     device: str = "xla"  # xla | cpu | cuda
     dp: int = 1  # data-parallel replicas; dp * tp = devices
     tp: int = 1  # tensor-parallel devices in a replica
+    draft_data_parallel: bool = False  # the draft phase is not split over tp: rows over all dp * tp devices instead
     autocast: bool = True  # bf16 matmuls over fp32 master weights
     remat: bool = False  # compute each TTT step again in the backward pass: less memory, more work
     peak_tflops: float = 0.0  # bf16 TFLOP/s of a device, for MFU; 0: what is known of this TPU
@@ -272,6 +273,11 @@ def _check_values(recipe: Recipe) -> None:
         raise UserError(f"setting loss.decay is {recipe.loss.decay}; it must be in (0, 1]")
     if not recipe.train.lr > 0:
         raise UserError(f"setting train.lr is {recipe.train.lr}; it must be positive")
+    if recipe.xla.draft_data_parallel and recipe.train.batch_size % recipe.xla.tp:
+        raise UserError(
+            f"setting xla.draft_data_parallel deals the rows of a replica to its {recipe.xla.tp} devices; "
+            f"train.batch_size is {recipe.train.batch_size}, no multiple of xla.tp"
+        )
     if not 0 <= recipe.train.warmup < 1:
         raise UserError(f"setting train.warmup is {recipe.train.warmup}; it is a share of the steps in [0, 1)")
 

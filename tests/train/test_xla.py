@@ -20,18 +20,24 @@ def losses(out: Path) -> list[dict]:
 
 
 @pytest.mark.parametrize(
-    "dp, tp, accumulation, reuse, remat",
-    [(4, 4, 1, False, False), (2, 2, 1, False, True), (1, 1, 2, False, False), (2, 1, 1, True, False)],
-    ids=["4x4", "2x2, remat", "accumulation", "states reused, dp 2"],
+    "dp, tp, accumulation, reuse, settings",
+    [
+        (4, 4, 1, False, []),
+        (2, 2, 1, False, ["xla.remat=true"]),
+        (2, 2, 1, False, ["xla.draft_data_parallel=true"]),
+        (1, 1, 2, False, []),
+        (2, 1, 1, True, []),
+    ],
+    ids=["4x4", "2x2, remat", "2x2, draft dp 4", "accumulation", "states reused, dp 2"],
 )
-def test_spmd_equals_plain_torch(cli, small_run, tmp_path, dp, tp, accumulation, reuse, remat):
+def test_spmd_equals_plain_torch(cli, small_run, tmp_path, dp, tp, accumulation, reuse, settings):
     shape = [f"train.gradient_accumulation={accumulation}", f"train.reuse_states={reuse}", "train.epochs=20"]
     shape += ["train.init=least_squares"]
     plain = load_recipe(None, [*small_run, *shape, "train.batch_size=4"])
     prepare(plain)
     train(plain, max_steps=STEPS)
     sharded = [*small_run, *shape, f"train.out={tmp_path / 'xla'}", f"train.batch_size={4 // dp}"]
-    sharded += ["xla.device=xla", f"xla.dp={dp}", f"xla.tp={tp}", f"xla.remat={remat}"]
+    sharded += ["xla.device=xla", f"xla.dp={dp}", f"xla.tp={tp}", *settings]
     done = cli("train", "--max-steps", STEPS, *[f"--{s}" for s in sharded])
     assert done.returncode == 0, done.stderr
     ours, golden = losses(tmp_path / "xla"), losses(Path(plain.train.out))

@@ -11,10 +11,12 @@ from eagle3_xla.plan.search import candidates
 def test_every_candidate_has_the_rows_of_an_update():
     recipe = load_recipe("qwen2.5-7b-v4-32", [])
     meshes = candidates(recipe, 16, 4)
-    assert [(c[0].xla.dp, c[0].xla.tp) for c in meshes] == [(16, 1), (8, 2), (4, 4)]
+    layouts = [(c[0].xla.dp, c[0].xla.tp, c[0].xla.draft_data_parallel) for c in meshes]
+    assert layouts == [(16, 1, False), (8, 2, False), (8, 2, True), (4, 4, False), (4, 4, True)]
     for candidate in sum(meshes, []):
         assert candidate.xla.dp * candidate.train.batch_size * candidate.train.gradient_accumulation == 64
-    assert [[c.train.batch_size for c in mesh] for mesh in meshes] == [[1, 2, 4], [1, 2, 4, 8], [1, 2, 4, 8, 16]]
+    batches = [[c.train.batch_size for c in mesh] for mesh in meshes]
+    assert batches == [[1, 2, 4], [1, 2, 4, 8], [2, 4, 8], [1, 2, 4, 8, 16], [4, 8, 16]]
 
 
 @pytest.mark.slow
@@ -27,12 +29,14 @@ def test_search_compiles_each_once(cli, small_target, tmp_path):
     done = cli(*arguments, environment=cache)
     assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout)
-    shapes = {(p["dp"], p["tp"], p["batch_size"]) for p in found["plans"]}
+    shapes = {(p["dp"], p["tp"], p["batch_size"]) for p in found["plans"] if not p["draft_data_parallel"]}
     assert shapes == {(4, 1, 1), (2, 2, 1), (2, 2, 2), (1, 4, 1), (1, 4, 2), (1, 4, 4)}
+    split = {(p["dp"], p["tp"], p["batch_size"]) for p in found["plans"] if p["draft_data_parallel"]}
+    assert split == {(2, 2, 2), (1, 4, 4)}
     rates = [plan["tokens_per_second"] for plan in found["plans"]]
     assert rates == sorted(rates, reverse=True) and found["best"] == found["plans"][0]
     kept = {file: file.stat().st_mtime_ns for file in tmp_path.rglob("*.json")}
-    assert len(kept) == len(shapes)
+    assert len(kept) == len(shapes) + len(split)
     again = cli(*arguments, environment=cache)
     assert json.loads(again.stdout) == found
     assert kept == {file: file.stat().st_mtime_ns for file in tmp_path.rglob("*.json")}

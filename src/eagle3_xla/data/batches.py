@@ -1,8 +1,8 @@
 """Which rows a step sees: a pure function of (seed, step), so that a resumed run continues exactly where it was,
 whatever the number of hosts.
 
-A batch is `replicas` groups of rows, one a data-parallel replica. Rows are dealt so that the groups of an epoch hold
-about the same number of drafted positions: what a replica computes is as large as its largest group.
+A batch is `replicas` groups of rows, one for each device that shares the draft phase. Rows are dealt so that the groups
+of an epoch hold about the same number of drafted positions: what a device computes is as large as its largest group.
 """
 
 import numpy as np
@@ -16,7 +16,7 @@ class Batches:
     """The batches of a run; those of one epoch follow each other in random order, each from one bucket.
 
     drafted [N] int: positions that an engine would draft at, of every row (`drafted_positions`); buckets: (row length,
-    first row, rows) of the rows of one length each; group: rows of a replica in a micro-step; replicas: how many.
+    first row, rows) of the rows of one length each; group: rows of such a device in a micro-step; replicas: how many.
     """
 
     def __init__(self, drafted: np.ndarray, buckets: list[tuple[int, int, int]], group: int, replicas: int, seed: int):

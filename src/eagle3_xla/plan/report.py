@@ -6,6 +6,7 @@ GIB = 1024**3
 def verdict_screen(verdict: dict) -> str:
     mesh = verdict["mesh"]
     where = f"{verdict['topology']}: {verdict['chips']} chips, dp={mesh['dp']} x tp={mesh['tp']}"
+    where += f", draft dp={verdict['chips']}" if mesh["draft_data_parallel"] else ""
     needed, limit = verdict["hbm_bytes_per_chip"], verdict["hbm_limit_bytes"]
     memory = f"{needed / GIB:.2f} of {limit / GIB:.2f} GiB ({needed / limit:.0%})"
     if not verdict["fits"]:

@@ -22,14 +22,18 @@ COMPILER = ("torch_xla", "jaxlib", "libtpu")
 
 
 def candidates(recipe: Recipe, chips: int, kv_heads: int) -> list[list[Recipe]]:
-    """Recipes with the rows per update of `recipe`; in each list the mesh is one and the batch per replica grows."""
+    """Recipes with the rows per update of `recipe`; in each list the mesh and the draft phase's layout are one and the
+    batch per replica grows.
+    """
     train = recipe.train
     rows = recipe.xla.dp * train.batch_size * train.gradient_accumulation
     meshes = []
-    for tp in (n for n in range(1, kv_heads + 1) if kv_heads % n == 0 and chips % n == 0):
+    splits = [n for n in range(1, kv_heads + 1) if kv_heads % n == 0 and chips % n == 0]
+    for tp, split_draft in [(tp, split) for tp in splits for split in (False, True) if tp > 1 or not split]:
         dp = chips // tp
-        xla = dataclasses.replace(recipe.xla, dp=dp, tp=tp)
+        xla = dataclasses.replace(recipe.xla, dp=dp, tp=tp, draft_data_parallel=split_draft)
         batches = [2**i for i in range(rows.bit_length()) if rows % (dp * 2**i) == 0]
+        batches = [batch for batch in batches if not split_draft or batch % tp == 0]
         shapes = [dataclasses.replace(train, batch_size=b, gradient_accumulation=rows // (dp * b)) for b in batches]
         meshes.append([dataclasses.replace(recipe, xla=xla, train=shape) for shape in shapes])
     return meshes
@@ -65,7 +69,7 @@ def search(recipe: Recipe) -> dict:
 
 
 def _shape(recipe: Recipe) -> dict:
-    shape = {"dp": recipe.xla.dp, "tp": recipe.xla.tp}
+    shape = {"dp": recipe.xla.dp, "tp": recipe.xla.tp, "draft_data_parallel": recipe.xla.draft_data_parallel}
     return shape | {name: getattr(recipe.train, name) for name in ("batch_size", "gradient_accumulation")}
 
 
@@ -103,11 +107,12 @@ def _key(recipe: Recipe) -> str:
 
 
 def _table(rows: list[dict]) -> str:
-    heads = ("dp x tp", "remat", "batch", "accum.", "HBM GiB", "step ms", "tokens/s", "MFU", "hours")
-    lines = ["{:>8} {:>5} {:>5} {:>6} {:>7} {:>7} {:>8} {:>4} {:>5}".format(*heads)]
+    heads = ("dp x tp", "draft", "remat", "batch", "accum.", "HBM GiB", "step ms", "tokens/s", "MFU", "hours")
+    lines = ["{:>8} {:>6} {:>5} {:>5} {:>6} {:>7} {:>7} {:>8} {:>4} {:>5}".format(*heads)]
     for row in rows:
         hbm = row["hbm_bytes_per_chip"] / 1024**3
-        line = f"{row['dp']:>4} x {row['tp']:<1} {'yes' if row['remat'] else 'no':>5}"
+        draft = f"dp {row['dp'] * row['tp']}" if row["draft_data_parallel"] or row["tp"] == 1 else f"tp {row['tp']}"
+        line = f"{row['dp']:>4} x {row['tp']:<1} {draft:>6} {'yes' if row['remat'] else 'no':>5}"
         line += f" {row['batch_size']:>5} {row['gradient_accumulation']:>6} {hbm:>7.2f}"
         if not row["fits"]:
             lines.append(f"{line} does not fit")

@@ -43,7 +43,8 @@ def compile_verdict(recipe: Recipe) -> dict:
     started = time.perf_counter()
     lowered = lower_step(recipe, target)
     limit = topology.chip.hbm_bytes
-    verdict = {"topology": topology.name, "chips": topology.chips, "mesh": {"dp": recipe.xla.dp, "tp": recipe.xla.tp}}
+    mesh = {"dp": recipe.xla.dp, "tp": recipe.xla.tp, "draft_data_parallel": recipe.xla.draft_data_parallel}
+    verdict = {"topology": topology.name, "chips": topology.chips, "mesh": mesh}
     resident = sum(argument.bytes for argument in lowered.arguments)
     try:
         if resident > limit:  # weights and optimizer alone: nothing needs to be compiled

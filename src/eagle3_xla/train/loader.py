@@ -14,15 +14,16 @@ class Loader:
     """Batches of one split.
 
     rows: the prepared dataset; capacities: row length -> positions that a group lists (Batches.capacities), or None
-    when every row of a batch is computed; store: its target states, when they are kept (target/states.py).
+    when every row of a batch is computed; group: rows of a group; store: its target states, when they are kept
+    (target/states.py).
     """
 
-    def __init__(self, rows, capacities: dict[int, int] | None, batch_size: int, backend, store=None):
+    def __init__(self, rows, capacities: dict[int, int] | None, group: int, backend, store=None):
         self.rows, self.backend, self.store = rows, backend, store
         self.listed = {
             length: capacity
             for length, capacity in (capacities or {}).items()
-            if capacity <= (1 - WORTH_LISTING) * batch_size * length
+            if capacity <= (1 - WORTH_LISTING) * group * length
         }
 
     def host_batch(self, indices: np.ndarray) -> dict[str, torch.Tensor]:
@@ -40,7 +41,7 @@ class Loader:
             mine = share_of_process(counts, self.backend.process_index, self.backend.process_count)
             batch["loss_mask"] &= torch.from_numpy(mine)[:, None]
         tokens = int((batch["document_ids"] > 0).sum()) * self.backend.process_count
-        groups = self.backend.data_parallel // self.backend.process_count
+        groups = self.backend.draft_groups // self.backend.process_count
         capacity = self.listed.get(batch["input_ids"].shape[1])
         if capacity:
             batch |= list_rows(batch["loss_mask"], groups, capacity)

@@ -70,7 +70,8 @@ def _train(recipe: Recipe, max_steps: int, allow_recompile: bool, profile: bool,
     )
     rows_per_step = settings.batch_size * backend.data_parallel
     drafted = np.concatenate([drafted_positions(train_rows[f : f + n]["loss_mask"]).sum(1) for _, f, n in buckets])
-    batches = Batches(drafted, buckets, settings.batch_size, backend.data_parallel, settings.seed)
+    group = rows_per_step // backend.draft_groups
+    batches = Batches(drafted, buckets, group, backend.draft_groups, settings.seed)
     epoch_steps = batches.steps_per_epoch
     total_steps = settings.epochs * epoch_steps // settings.gradient_accumulation * settings.gradient_accumulation
     if total_steps == 0:
@@ -81,9 +82,9 @@ def _train(recipe: Recipe, max_steps: int, allow_recompile: bool, profile: bool,
     heldout = HeldOut(heldout_rows, manifest["heldout_sources"], heldout_buckets, settings.heldout_rows, rows_per_step)
     # An answer's positions are all that is computed, where the loss counts these (loss/rows.py).
     serving = recipe.loss.rows == "serving"
-    loader = Loader(train_rows, batches.capacities(settings.epochs) if serving else None, settings.batch_size, backend)
-    heldout_capacities = heldout.capacities(settings.batch_size) if serving else None
-    heldout_loader = Loader(heldout.rows, heldout_capacities, settings.batch_size, backend)
+    loader = Loader(train_rows, batches.capacities(settings.epochs) if serving else None, group, backend)
+    heldout_capacities = heldout.capacities(group) if serving else None
+    heldout_loader = Loader(heldout.rows, heldout_capacities, group, backend)
 
     # The frozen target, and the run that is already there, which goes on if it is the same.
     claim_output(out)

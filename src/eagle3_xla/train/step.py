@@ -76,15 +76,18 @@ class TrainStep:
 
     def _unroll(self, batch: dict[str, torch.Tensor], weights: dict[str, torch.Tensor]) -> UnrollResult:
         """weights: what the head computes with, by parameter name."""
-        backend, groups = self.backend, self.backend.data_parallel
-        if "aux" in batch:
-            aux = batch["aux"]
-            known = (batch["hidden"], batch["argmax"].long(), batch["logsumexp"])
-            hidden, argmax, logsumexp = (teacher_positions(batch, x, groups) for x in known)
-        else:
+        backend, groups = self.backend, self.backend.draft_groups
+        if "aux" not in batch:
             aux, hidden = self.target.hidden_states(batch["input_ids"], batch["position_ids"], batch["document_ids"])
-            hidden = teacher_positions(batch, hidden, groups)
-            argmax, logsumexp = self.target.full_vocabulary(hidden)
+            batch = batch | {"aux": aux, "hidden": hidden}
+        batch = {name: backend.draft_layout(x) for name, x in batch.items()}
+        aux, hidden = batch["aux"], teacher_positions(batch, batch["hidden"], groups)
+        if "argmax" in batch:
+            known = (batch["argmax"].long(), batch["logsumexp"])
+            argmax, logsumexp = (teacher_positions(batch, x, groups) for x in known)
+        else:
+            known = self.target.full_vocabulary(backend.target_layout(hidden))
+            argmax, logsumexp = (backend.draft_layout(x) for x in known)
         teacher = self.target.teacher(hidden, argmax, logsumexp)
 
         def with_weights(function, *arguments):

@@ -18,7 +18,7 @@ class PlainBackend:
         if config.device == "cuda" and not torch.cuda.is_available():
             raise UserError("xla.device is cuda, but torch sees no GPU")
         self.device = torch.device(config.device)
-        self.data_parallel = self.process_count = 1
+        self.data_parallel = self.draft_groups = self.process_count = 1
         self.process_index = 0
         self.peak_flops = config.peak_tflops * 1e12
         self._autocast = config.autocast
@@ -36,6 +36,14 @@ class PlainBackend:
     def working_weights(self, head) -> dict[str, torch.Tensor]:
         """Parameter name -> the weight that a step computes with; here the parameter itself."""
         return dict(head.named_parameters())
+
+    def draft_layout(self, tensor: torch.Tensor) -> torch.Tensor:
+        """A tensor [B or groups, ...] as the draft phase computes with it."""
+        return tensor
+
+    def target_layout(self, tensor: torch.Tensor) -> torch.Tensor:
+        """A tensor [B or groups, ...] as the target computes with it."""
+        return tensor
 
     def like(self, tensor: torch.Tensor, parameter: torch.Tensor) -> torch.Tensor:
         """`tensor` on the device, laid out as `parameter` is."""

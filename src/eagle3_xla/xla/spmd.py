@@ -56,9 +56,11 @@ class SpmdBackend:
         self.mesh = spmd.Mesh(np.arange(wanted), (config.dp, config.tp), ("dp", "tp"))
         spmd.set_global_mesh(self.mesh)
         self.data_parallel = config.dp
-        self._tensor_parallel = config.tp > 1
+        self._split_draft = config.draft_data_parallel and config.tp > 1
+        self._tensor_parallel_draft = config.tp > 1 and not self._split_draft
+        self.draft_groups = wanted if self._split_draft else config.dp  # devices that share the draft phase's rows
         self._autocast = config.autocast
-        self._shape = f"dp={config.dp} x tp={config.tp}"
+        self._shape = f"dp={config.dp} x tp={config.tp}" + self._split_draft * f", draft dp={wanted}"
 
     @property
     def description(self) -> str:
@@ -88,7 +90,7 @@ class SpmdBackend:
                 spec = ("tp", *spec[1:])
             elif style == "rowwise" and leaf == "weight":
                 spec = (None, "tp")
-            elif name == "draft_rows":
+            elif name == "draft_rows" and self._tensor_parallel_draft:
                 spec = ("tp", None)
             self._mark(tensor, self.mesh.get_op_sharding(spec))
 
@@ -101,16 +103,18 @@ class SpmdBackend:
         return head
 
     def _stored(self, name: str, parameter):
-        """Sharding of a parameter at rest, and of its moments and gradient: a matrix over all devices (ZeRO) when tp
-        is 1; else as the step computes with it (benchmarks/README.md).
+        """Sharding of a parameter at rest, and of its moments and gradient: a matrix over all devices (ZeRO) when the
+        draft phase is not split over tp; else as the step computes with it (benchmarks/README.md).
         """
-        if self._tensor_parallel or parameter.ndim < 2 or parameter.shape[0] % self.mesh.size():
+        if self._tensor_parallel_draft or parameter.ndim < 2 or parameter.shape[0] % self.mesh.size():
             return self._computed(name, parameter)
         return self.mesh.get_op_sharding((("tp", "dp"), None))
 
     def _computed(self, name: str, parameter):
         """Sharding of a weight while the step computes with it."""
         module = name.split(".")[-2]
+        if not self._tensor_parallel_draft:
+            return self.mesh.get_op_sharding((None,) * parameter.ndim)
         if module in HEAD_COLUMNS:
             return self.mesh.get_op_sharding(("tp", None))
         if module in HEAD_ROWS:
@@ -126,6 +130,20 @@ class SpmdBackend:
             _annotate(weight, self._computed(name, parameter))
             weights[name] = weight.requires_grad_()
         return weights
+
+    def draft_layout(self, tensor: torch.Tensor) -> torch.Tensor:
+        """A tensor [B or groups, ...] as the draft phase computes with it: its first dimension over all devices, or as
+        it is."""
+        return self._laid_out(tensor, ("dp", "tp")) if self._split_draft else tensor
+
+    def target_layout(self, tensor: torch.Tensor) -> torch.Tensor:
+        """A tensor [B or groups, ...] as the target computes with it: its first dimension over dp."""
+        return self._laid_out(tensor, "dp") if self._split_draft else tensor
+
+    def _laid_out(self, tensor: torch.Tensor, axes) -> torch.Tensor:
+        tensor = tensor.clone()
+        _annotate(tensor, self.mesh.get_op_sharding((axes,) + (None,) * (tensor.ndim - 1)))
+        return tensor
 
     def reduced(self, gradient: torch.Tensor, parameter: torch.Tensor) -> torch.Tensor:
         """The gradient of a working weight in float32, sharded as `parameter` is."""
