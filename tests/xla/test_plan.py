@@ -9,6 +9,9 @@ from importlib import resources
 
 import pytest
 
+from eagle3_xla.config import load_recipe
+from eagle3_xla.data.prepare import prepare
+
 RECIPE = "qwen2.5-7b-v4-32"
 
 
@@ -89,3 +92,19 @@ def test_a_missing_compiler_is_named(cli, shallow, tmp_path):
     done = cli("plan", "--config", RECIPE, f"--target.path={shallow}", environment={"PYTHONPATH": path})
     assert done.returncode == 2
     assert "the TPU compiler is not installed" in done.stderr and "eagle3-xla[plan]" in done.stderr
+
+
+@pytest.mark.slow
+def test_prepared_data_says_how_much_is_drafted(cli, small_run):
+    """The run computes an answer's positions alone, and so does its plan once the rows are there."""
+    settings = [f"--{s}" for s in small_run]
+    settings += ["--xla.device=xla", "--xla.dp=4", "--train.batch_size=4", "--topology", "v4-8", "--json"]
+    verdicts = []
+    for prepared in (False, True):
+        if prepared:
+            prepare(load_recipe(None, small_run))
+        done = cli("plan", *settings)
+        assert done.returncode == 0, done.stderr
+        verdicts.append(json.loads(done.stdout))
+    assert verdicts[1]["flops_per_chip"] < 0.95 * verdicts[0]["flops_per_chip"]
+    assert verdicts[0]["tokens"] is None and verdicts[1]["tokens"] > 0

@@ -3,7 +3,8 @@
 import numpy as np
 import torch
 
-from eagle3_xla.data.batches import list_rows, share_of_process, to_tensors
+from eagle3_xla.config import Recipe
+from eagle3_xla.data.batches import Batches, drafted_positions, list_rows, share_of_process, to_tensors
 from eagle3_xla.target.model import TargetStates
 
 # Listing rows moves data; it must spare at least this share of the positions to be worth it.
@@ -53,3 +54,19 @@ class Loader:
         if self.store:
             return batch, TargetStates(*(batch[name] for name in TargetStates._fields))
         return batch, states_of(batch)
+
+
+def training_batches(recipe: Recipe, rows, manifest: dict, backend) -> tuple[Batches, Loader]:
+    """The batches of a run and what loads them; rows, manifest: `load_prepared`'s."""
+    buckets = buckets_of(manifest, "train", len(rows))
+    drafted = np.concatenate([drafted_positions(rows[f : f + n]["loss_mask"]).sum(1) for _, f, n in buckets])
+    group = recipe.train.batch_size * backend.data_parallel // backend.draft_groups
+    batches = Batches(drafted, buckets, group, backend.draft_groups, recipe.train.seed)
+    # An answer's positions are all that is computed, where the loss counts these (loss/rows.py).
+    capacities = batches.capacities(recipe.train.epochs) if recipe.loss.rows == "serving" else None
+    return batches, Loader(rows, capacities, group, backend)
+
+
+def buckets_of(manifest: dict, split: str, rows: int) -> list:
+    """(row length, first row, rows) of a split's rows of one length each."""
+    return manifest[split].get("buckets") or [[manifest["row_length"], 0, rows]]

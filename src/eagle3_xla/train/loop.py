@@ -10,12 +10,10 @@ import dataclasses
 import signal
 from pathlib import Path
 
-import numpy as np
 import torch
 
 from eagle3_xla import checkpoint as checkpoints
 from eagle3_xla.config import Recipe, UserError, claim_output, write_run_file
-from eagle3_xla.data.batches import Batches, drafted_positions
 from eagle3_xla.data.prepare import load_prepared
 from eagle3_xla.data.vocab import d2t_t2d, draft_ids_of
 from eagle3_xla.draft.initialise import InputMoments, initialise_head
@@ -26,7 +24,7 @@ from eagle3_xla.target.states import StatesStore
 from eagle3_xla.train.budget import CompileBudget
 from eagle3_xla.train.flops import flops_per_token
 from eagle3_xla.train.heldout import HeldOut
-from eagle3_xla.train.loader import Loader
+from eagle3_xla.train.loader import Loader, buckets_of, training_batches
 from eagle3_xla.train.optimizer import AdamW
 from eagle3_xla.train.reporting import Reporter
 from eagle3_xla.train.step import TrainStep
@@ -64,14 +62,8 @@ def _train(recipe: Recipe, max_steps: int, allow_recompile: bool, profile: bool,
 
     # The data: rows of fixed shapes; batch i is a pure function of (seed, i).
     train_rows, heldout_rows, draft_ids, manifest = load_prepared(recipe.data.prepared)
-    buckets, heldout_buckets = (
-        manifest[split].get("buckets") or [[manifest["row_length"], 0, len(rows)]]
-        for split, rows in (("train", train_rows), ("heldout", heldout_rows))
-    )
+    batches, loader = training_batches(recipe, train_rows, manifest, backend)
     rows_per_step = settings.batch_size * backend.data_parallel
-    drafted = np.concatenate([drafted_positions(train_rows[f : f + n]["loss_mask"]).sum(1) for _, f, n in buckets])
-    group = rows_per_step // backend.draft_groups
-    batches = Batches(drafted, buckets, group, backend.draft_groups, settings.seed)
     epoch_steps = batches.steps_per_epoch
     total_steps = settings.epochs * epoch_steps // settings.gradient_accumulation * settings.gradient_accumulation
     if total_steps == 0:
@@ -79,12 +71,10 @@ def _train(recipe: Recipe, max_steps: int, allow_recompile: bool, profile: bool,
             f"{len(train_rows)} rows don't fill one optimizer step of {rows_per_step} rows x "
             f"{settings.gradient_accumulation}; lower train.batch_size or train.gradient_accumulation"
         )
+    heldout_buckets = buckets_of(manifest, "heldout", len(heldout_rows))
     heldout = HeldOut(heldout_rows, manifest["heldout_sources"], heldout_buckets, settings.heldout_rows, rows_per_step)
-    # An answer's positions are all that is computed, where the loss counts these (loss/rows.py).
-    serving = recipe.loss.rows == "serving"
-    loader = Loader(train_rows, batches.capacities(settings.epochs) if serving else None, group, backend)
-    heldout_capacities = heldout.capacities(group) if serving else None
-    heldout_loader = Loader(heldout.rows, heldout_capacities, group, backend)
+    heldout_capacities = heldout.capacities(batches.group) if recipe.loss.rows == "serving" else None
+    heldout_loader = Loader(heldout.rows, heldout_capacities, batches.group, backend)
 
     # The frozen target, and the run that is already there, which goes on if it is the same.
     claim_output(out)
@@ -122,7 +112,7 @@ def _train(recipe: Recipe, max_steps: int, allow_recompile: bool, profile: bool,
         return TargetStates(*map(backend.to_host, target_states(backend.put(host_batch))))
 
     if settings.reuse_states:
-        if backend.process_count > 1 or len(buckets) > 1:
+        if backend.process_count > 1 or len(batches.buckets) > 1:
             raise UserError("train.reuse_states needs one host and rows of one length; set it to false")
         for split, of in (("train", loader), ("heldout", heldout_loader)):
             of.store = StatesStore(Path(recipe.data.prepared) / "states" / split, of.rows, data_key)
@@ -170,7 +160,7 @@ def _train(recipe: Recipe, max_steps: int, allow_recompile: bool, profile: bool,
     reporter = Reporter(settings, total_steps, first_step, dataclasses.asdict(recipe), backend, flops)
     with contextlib.closing(reporter), contextlib.ExitStack() as tracing:
         reporter.say(f"{backend.description}: {total_steps} steps of {rows_per_step} x {manifest['row_length']} tokens")
-        planned = dict.fromkeys(step.graphs, len(buckets)) | {"evaluation": len(heldout.lengths)}
+        planned = dict.fromkeys(step.graphs, len(batches.buckets)) | {"evaluation": len(heldout.lengths)}
         planned |= {"update": 1} if "update" in planned else {}
         reporter.say(
             f"compile budget: {sum(planned.values())} graphs ({', '.join(f'{n} {c}' for n, c in planned.items())})"
