@@ -109,6 +109,50 @@ def test_loops_count_their_trips_and_asynchronous_collectives_hide():
     )
 
 
+FUSED = """HloModule m, is_scheduled=true
+
+%begin (p: bf16[1024,1024]) -> (bf16[1024,1024], bf16[8192,1024]) {
+  %p = bf16[1024,1024]{1,0} parameter(0)
+  %g0 = bf16[8192,1024]{1,0} all-gather(%p), channel_id=5, replica_groups=[1,8]<=[8], dimensions={0}
+  ROOT %t0 = (bf16[1024,1024]{1,0}, bf16[8192,1024]{1,0}) tuple(%p, %g0)
+}
+
+%async_collective_fusion.1 (x: bf16[1024,1024], y: bf16[1024,1024]) -> (bf16[1024,1024], bf16[8192,1024]) {
+  %x = bf16[1024,1024]{1,0} parameter(0)
+  %y = bf16[1024,1024]{1,0} parameter(1)
+  %c = bf16[1024,1024]{1,0} convolution(%x, %x)
+  %g1 = bf16[8192,1024]{1,0} all-gather(%y), channel_id=5, replica_groups=[1,8]<=[8], dimensions={0}
+  ROOT %t1 = (bf16[1024,1024]{1,0}, bf16[8192,1024]{1,0}) tuple(%c, %g1)
+}
+
+%end (z: bf16[1024,1024]) -> bf16[8192,1024] {
+  %z = bf16[1024,1024]{1,0} parameter(0)
+  ROOT %g2 = bf16[8192,1024]{1,0} all-gather(%z), channel_id=5, replica_groups=[1,8]<=[8], dimensions={0}
+}
+
+ENTRY %main (q: bf16[1024,1024]) -> bf16[8192,1024] {
+  %q = bf16[1024,1024]{1,0} parameter(0)
+  %async-collective-start = (bf16[1024,1024]{1,0}, bf16[8192,1024]{1,0}) fusion(%q), kind=kCustom, calls=%begin
+  %f1 = (bf16[1024,1024]{1,0}, bf16[8192,1024]{1,0}) fusion(%q, %q), calls=%async_collective_fusion.1, \
+backend_config={"estimated_cycles":"CYCLES"}
+  ROOT %async-collective-done = bf16[8192,1024]{1,0} fusion(%q), kind=kCustom, calls=%end
+}
+""".replace("\\\n", "")
+
+
+@pytest.mark.parametrize("cycles, exposed", [(10_000_000, False), (1000, True)])
+def test_a_collective_that_compute_carries_is_one_collective_and_the_compute_counts(cycles, exposed):
+    """The v5p's and v6e's form: a start, matmuls that each carry a part of it, a done; one channel."""
+    topology = find_topology("v5p-16")
+    text = FUSED.replace("CYCLES", str(cycles))
+    time = model_time(text, topology)
+    gather = Ici(topology).seconds("all-gather", 16 * 1024**2, parse(text)[0]["begin"][1].groups())
+    assert time.counts == {"all-gather": 1} and time.bytes == {"all-gather": 16 * 1024**2}
+    assert time.matmul >= cycles / topology.chip.clock
+    assert time.collectives + time.hidden_collectives == pytest.approx(gather)
+    assert time.collectives == pytest.approx(gather - time.matmul if exposed else 0)
+
+
 def test_tiles_pad_and_groups_follow_the_torus():
     computations, entry = parse(SCHEDULE)
     narrow, gather = computations[entry][1], computations[entry][3]

@@ -42,6 +42,11 @@ class Instruction:
         return int(self.attribute(r'"estimated_cycles":"?(\d+)') or 0)
 
     @property
+    def channel(self) -> str | None:
+        """What the parts of one collective share."""
+        return self.attribute(r"channel_id=(\d+)")
+
+    @property
     def trip_count(self) -> int:
         """Of a while loop, which the compiler knows when its bounds are constants; 1 when it doesn't."""
         return int(self.attribute(r'"known_trip_count":\{"n":"?(\d+)') or 1)

@@ -5,7 +5,8 @@ The schedule of one chip is walked instruction by instruction.
 - Everything else is bound by memory: bytes read and written over the memory's rate. (The compiler's cycles for
   elementwise work are 2.5 to 5 times that bound.)
 - A collective takes the time of its bytes over the ICI links that its group has, see `Ici`. An asynchronous one runs
-  beside what is scheduled between its start and its done; prefetches into on-chip memory cost HBM time only.
+  beside what is scheduled between its start and its done; prefetches into on-chip memory cost HBM time only. Fusions
+  in between may carry a part of it (v5p, v6e: `async_collective_fusion`); they take the time of their compute.
 - A hand-written kernel (the compiler has one for unmasked attention) counts for the bytes that it moves alone.
 - A while loop takes its body's time, times its trip count.
 
@@ -27,6 +28,7 @@ ON_CHIP_SPEEDUP = 4.0  # CMEM and VMEM against HBM
 HOP_SECONDS = 1e-6
 STATED_ERROR = 0.3  # of the whole; see calibration.json and benchmarks/README.md
 KERNEL = "tpu_custom_call"  # a hand-written kernel; other custom calls only rename buffers
+FUSED_START, FUSED_DONE = "async-collective-start", "async-collective-done"  # names of fusions
 FREE = ("parameter", "constant", "bitcast", "tuple", "get-tuple-element", "partition-id", "after-all", "iota")
 
 
@@ -127,9 +129,11 @@ class _Walk:
                 for called in instruction.calls:
                     time.add(self.run(called), 1)
                     clock += self.run(called).total
-            elif base in COLLECTIVES or self._fused_collective(instruction):
-                if opcode.endswith("-done"):
-                    wait = max(0.0, ends[instruction.operands[0]] - clock)
+            elif base in COLLECTIVES or (self._fused_collective(instruction) and not self._carries(instruction)):
+                fused = self._fused_collective(instruction)
+                flight = fused.channel if fused else instruction.name  # what start and done have in common
+                if opcode.endswith("-done") or instruction.name.startswith(FUSED_DONE):
+                    wait = max(0.0, ends[flight if fused else instruction.operands[0]] - clock)
                     time.collectives += wait
                     time.hidden_collectives -= wait
                     clock += wait
@@ -139,9 +143,9 @@ class _Walk:
                 time.counts[kind] += 1
                 time.bytes[kind] += size
                 time.slowest.append((seconds, f"{kind} of {_show(instruction)}"))
-                if opcode.endswith("-start"):
+                if opcode.endswith("-start") or instruction.name.startswith(FUSED_START):
                     wire_free = max(wire_free, clock) + seconds
-                    ends[instruction.name] = wire_free
+                    ends[flight] = wire_free
                     time.hidden_collectives += seconds
                 else:
                     wire_free = max(wire_free, clock) + seconds
@@ -161,8 +165,12 @@ class _Walk:
                 time.slowest.append((seconds, f"{'matmul' if matmul else 'memory'} {_show(instruction)}"))
         return time
 
+    def _carries(self, instruction: Instruction) -> bool:
+        """Whether a fusion is compute beside which a collective goes on that was started before."""
+        return instruction.calls[0].startswith("async_collective_fusion")
+
     def _fused_collective(self, instruction: Instruction) -> Instruction | None:
-        """The all-reduce inside a reduce-scatter fusion."""
+        """The all-reduce inside a reduce-scatter fusion, or the collective that an asynchronous fusion is part of."""
         if instruction.opcode != "fusion":
             return None
         inside = self.computations.get(instruction.calls[0], [])
@@ -171,7 +179,8 @@ class _Walk:
     def _collective(self, instruction: Instruction, base: str, shapes) -> tuple[str, int, np.ndarray | None]:
         fused = self._fused_collective(instruction)
         if fused:
-            return "reduce-scatter", sum(a.bytes for a in fused.arrays), fused.groups()
+            kind = fused.opcode if instruction.name.startswith(FUSED_START) else "reduce-scatter"
+            return kind, sum(a.bytes for a in fused.arrays), fused.groups()
         inputs = sum(a.bytes for name in instruction.operands for a in shapes.get(name, []))
         outputs = sum(a.bytes for a in instruction.arrays)
         if instruction.opcode.endswith("-start"):  # the result's shape repeats the operands
