@@ -108,7 +108,7 @@ class SpmdBackend:
         """
         if self._tensor_parallel_draft or parameter.ndim < 2 or parameter.shape[0] % self.mesh.size():
             return self._computed(name, parameter)
-        return self.mesh.get_op_sharding((("tp", "dp"), None))
+        return self.mesh.get_op_sharding((("dp", "tp"), None))  # as in `draft_layout`
 
     def _computed(self, name: str, parameter):
         """Sharding of a weight while the step computes with it."""
@@ -132,17 +132,19 @@ class SpmdBackend:
         return weights
 
     def draft_layout(self, tensor: torch.Tensor) -> torch.Tensor:
-        """A tensor [B or groups, ...] as the draft phase computes with it: its first dimension over all devices, or as
-        it is."""
-        return self._laid_out(tensor, ("dp", "tp")) if self._split_draft else tensor
+        """A tensor [B or groups, ...] of the target's as the draft phase computes with it: its first dimension over all
+        devices, or as it is."""
+        return self._laid_out(tensor, "dp", ("dp", "tp")) if self._split_draft else tensor
 
     def target_layout(self, tensor: torch.Tensor) -> torch.Tensor:
-        """A tensor [B or groups, ...] as the target computes with it: its first dimension over dp."""
-        return self._laid_out(tensor, "dp") if self._split_draft else tensor
+        """A tensor [B or groups, ...] of the draft phase as the target computes with it: over dp."""
+        return self._laid_out(tensor, ("dp", "tp"), "dp") if self._split_draft else tensor
 
-    def _laid_out(self, tensor: torch.Tensor, axes) -> torch.Tensor:
-        tensor = tensor.clone()
-        _annotate(tensor, self.mesh.get_op_sharding((axes,) + (None,) * (tensor.ndim - 1)))
+    def _laid_out(self, tensor: torch.Tensor, *layouts) -> torch.Tensor:
+        # Both sides are said: else the partitioner carries one side's layout on into the other's computation.
+        for axes in layouts:
+            tensor = tensor.clone()
+            _annotate(tensor, self.mesh.get_op_sharding((axes,) + (None,) * (tensor.ndim - 1)))
         return tensor
 
     def reduced(self, gradient: torch.Tensor, parameter: torch.Tensor) -> torch.Tensor:
