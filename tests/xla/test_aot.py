@@ -142,7 +142,7 @@ backend_config={"estimated_cycles":"CYCLES"}
 
 @pytest.mark.parametrize("cycles, exposed", [(10_000_000, False), (1000, True)])
 def test_a_collective_that_compute_carries_is_one_collective_and_the_compute_counts(cycles, exposed):
-    """The v5p's and v6e's form: a start, matmuls that each carry a part of it, a done; one channel."""
+    """The form that a v5p's schedule has: a start, matmuls that each carry a part of it, a done; one channel."""
     topology = find_topology("v5p-16")
     text = FUSED.replace("CYCLES", str(cycles))
     time = model_time(text, topology)

@@ -105,23 +105,21 @@ def _prepared_tokens(recipe: Recipe) -> int | None:
     manifest = Path(recipe.data.prepared) / "manifest.json"
     if not recipe.data.prepared or not manifest.exists():
         return None
-    rows = json.loads(manifest.read_text())["train"]["rows"]
-    return rows * recipe.data.row_length * recipe.train.epochs
+    prepared = json.loads(manifest.read_text())
+    return prepared["train"]["rows"] * prepared["row_length"] * recipe.train.epochs
 
 
 def _advice(recipe: Recipe, at_rest: bool) -> str:
     """Settings that help; at_rest: weights and optimizer alone are too large, before any activation."""
-    if at_rest:
-        return (
-            "a larger xla.tp with a smaller xla.dp (fewer copies of the weights); a smaller data.draft_vocab_size; "
-            "a larger slice"
-        )
-    ways = [] if recipe.xla.remat else ["xla.remat=true (TTT steps computed again in the backward pass)"]
-    if recipe.train.batch_size > 1:
+    ways = []
+    if not at_rest and not recipe.xla.remat:
+        ways.append("xla.remat=true (TTT steps computed again in the backward pass)")
+    if not at_rest and recipe.train.batch_size > 1:
         ways.append(
             f"train.batch_size={recipe.train.batch_size // 2} with "
             f"train.gradient_accumulation={recipe.train.gradient_accumulation * 2} (the same update)"
         )
     ways.append("a larger xla.tp with a smaller xla.dp (fewer copies of the weights)")
-    ways.append("a shorter data.row_length, a smaller data.draft_vocab_size, or a larger slice")
+    shorter = "" if at_rest else "a shorter data.row_length, "
+    ways.append(f"{shorter}a smaller data.draft_vocab_size, or a larger slice")
     return "; ".join(ways)

@@ -6,7 +6,7 @@ The schedule of one chip is walked instruction by instruction.
   elementwise work are 2.5 to 5 times that bound.)
 - A collective takes the time of its bytes over the ICI links that its group has, see `Ici`. An asynchronous one runs
   beside what is scheduled between its start and its done; prefetches into on-chip memory cost HBM time only. Fusions
-  in between may carry a part of it (v5p, v6e: `async_collective_fusion`); they take the time of their compute.
+  in between may carry a part of it (`async_collective_fusion`, seen for the v5p); they take the time of their compute.
 - A hand-written kernel (the compiler has one for unmasked attention) counts for the bytes that it moves alone.
 - A while loop takes its body's time, times its trip count.
 
