@@ -22,6 +22,7 @@ import torch
 
 BATCH, LENGTH, TTT, DRAFT_VOCABULARY = 4, 512, 7, 8192
 TOKENS = BATCH * LENGTH
+PREPARED = str(Path(tempfile.gettempdir()) / "eagle3-xla-benchmark-rows")
 
 
 def gflop_per_token(config) -> dict[str, float]:
@@ -39,17 +40,21 @@ def gflop_per_token(config) -> dict[str, float]:
     return {name: 2 * macs / 1e9 for name, macs in parts.items()}
 
 
-def a_batch(path: str, everywhere: bool) -> tuple[dict[str, torch.Tensor], int]:
-    """Packed rows of the shipped chats and how many positions are listed at most in the run that they belong to."""
+def prepare_rows(path: str) -> None:
+    """Pack the shipped chats once, before the steps' own processes start."""
     from eagle3_xla.config import load_recipe
-    from eagle3_xla.data.batches import Batches, drafted_positions, to_tensors
-    from eagle3_xla.data.prepare import load_prepared, prepare
+    from eagle3_xla.data.prepare import prepare
 
     settings = [f"target.path={path}", f"data.row_length={LENGTH}", "data.max_tokens=0", "data.deduplicate=none"]
-    settings += [f"data.prepared={Path(tempfile.gettempdir()) / 'eagle3-xla-benchmark-rows'}"]
-    recipe = load_recipe("smollm2-cpu", settings)
-    prepare(recipe)
-    rows = load_prepared(recipe.data.prepared)[0]
+    prepare(load_recipe("smollm2-cpu", [*settings, f"data.prepared={PREPARED}"]))
+
+
+def a_batch(everywhere: bool) -> tuple[dict[str, torch.Tensor], int]:
+    """Packed rows of the shipped chats and how many positions are listed at most in the run that they belong to."""
+    from eagle3_xla.data.batches import Batches, drafted_positions, to_tensors
+    from eagle3_xla.data.prepare import load_prepared
+
+    rows = load_prepared(PREPARED)[0]
     batches = Batches(drafted_positions(rows["loss_mask"][:]).sum(1), [(LENGTH, 0, len(rows))], BATCH, 1, 0)
     batch = to_tensors(rows[batches.indices(0)])
     if everywhere:
@@ -77,7 +82,7 @@ def our_step(path: str, device: str, everywhere: bool):
     optimizer = AdamW(dict(head.named_parameters()), recipe.train, 1000, backend, {})
     step = TrainStep(recipe, backend, target, head, *d2t_t2d(draft_ids, config.vocab_size), optimizer)
     backend.settle()
-    batch, capacity = a_batch(path, everywhere)
+    batch, capacity = a_batch(everywhere)
     if capacity < TOKENS:
         batch |= list_rows(batch["loss_mask"], 1, capacity)
     return lambda: float(step.run(0, backend.put(batch))[0][0])
@@ -91,7 +96,7 @@ def eager_step(path: str, everywhere: bool):
     model = load_target(path, torch.float32)
     head = Eagle3Head(draft_config(model.config, DRAFT_VOCABULARY))
     optimizer = torch.optim.AdamW(head.parameters(), lr=8e-4)
-    batch, _ = a_batch(path, everywhere)
+    batch, _ = a_batch(everywhere)
     ids, positions, answer = batch["input_ids"].long(), batch["position_ids"].long(), batch["loss_mask"]
     mask = document_mask(batch["document_ids"])
     groups = head.config.num_attention_heads // head.config.num_key_value_heads

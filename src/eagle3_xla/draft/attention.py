@@ -6,6 +6,8 @@ not with T squared; the own-row keys join it by log-sum-exp.
 
 import torch
 
+from eagle3_xla.target.order import after
+
 
 def block_length(length: int) -> int:
     """Queries that are looked at together: an eighth of the row, but 256 to 512. Fewer are a larger graph."""
@@ -19,6 +21,14 @@ def causal_attention(query, key, value, document_ids) -> tuple[torch.Tensor, tor
     Returns the output [B, T, kv_heads, group, D] and the log-sum-exp of its scores [B, T, kv_heads, group] float32.
     """
     return _CausalAttention.apply(query, key, value, document_ids)
+
+
+def softmax(scores: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """softmax [.., S] and logsumexp [..] over the last dimension, from one exponential."""
+    largest = scores.amax(-1, keepdim=True)
+    weights = (scores - largest).exp_()
+    total = weights.sum(-1, keepdim=True)
+    return weights.div_(total), (largest + total.log())[..., 0]
 
 
 def merge_own_rows(query, output, logsumexp, keys: list, values: list) -> torch.Tensor:
@@ -42,10 +52,9 @@ class _CausalAttention(torch.autograd.Function):
     def forward(ctx, query, key, value, document_ids):
         outputs, logsumexps = [], []
         for scores, _, end in _blocks(query, key, document_ids):
-            logsumexp = scores.logsumexp(-1)  # [B, kv, group, block]
-            weights = (scores - logsumexp[..., None]).exp().to(value.dtype)
-            outputs.append(torch.einsum("bkgts,bskd->btkgd", weights, value[:, :end]))
-            logsumexps.append(logsumexp.permute(0, 3, 1, 2))
+            weights, logsumexp = softmax(scores)
+            outputs.append(torch.einsum("bkgts,bskd->btkgd", weights.to(value.dtype), value[:, :end]))
+            logsumexps.append(logsumexp.permute(0, 3, 1, 2))  # [B, block, kv, group]
         output, logsumexp = torch.cat(outputs, 1), torch.cat(logsumexps, 1)
         ctx.save_for_backward(query, key, value, document_ids, output, logsumexp)
         return output, logsumexp
@@ -56,6 +65,7 @@ class _CausalAttention(torch.autograd.Function):
         # d score = weight * (d weight - sum(weight * d weight) + d logsumexp), and that sum is output * d output.
         shared = d_logsumexp - (d_output * output).float().sum(-1)  # [B, T, kv, group]
         d_output = d_output.to(value.dtype)
+        query = after(query, d_output)
         d_query, d_key, d_value = [], torch.zeros_like(key), torch.zeros_like(value)
         for scores, start, end in _blocks(query, key, document_ids):
             block = slice(start, end)

@@ -8,8 +8,10 @@ from typing import NamedTuple
 import torch
 
 from eagle3_xla.config import LossConfig
+from eagle3_xla.draft.attention import softmax
 from eagle3_xla.loss.rows import shift_left, shift_right
 from eagle3_xla.target.model import Teacher
+from eagle3_xla.target.order import after
 
 
 class StepRows(NamedTuple):
@@ -62,17 +64,18 @@ class _UnrollLoss(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, config, teacher, steps, with_gradient, weight, *normed):
-        p = teacher.logits.softmax(-1)  # [G, R, D] float32
-        in_vocabulary = (teacher.logits.logsumexp(-1) - teacher.logsumexp).exp()  # the draft vocabulary's share
+        p, logsumexp = softmax(teacher.logits)  # [G, R, D] float32
+        in_vocabulary = (logsumexp - teacher.logsumexp).exp()  # the draft vocabulary's share
         # One sum for each group until the end: the partitioner then reduces over dp once, not at every step.
         d_weight = torch.zeros(len(p), *weight.shape, dtype=torch.float32, device=weight.device)
         total, step_losses, choices, overlaps, d_normed = 0.0, [], [], [], []
+        before = ()
         for k, (hidden, rows) in enumerate(zip(normed, steps)):
             # The states go to their teachers, not the other way: no part of p is copied, and every shape is the same.
             hidden, trained = shift_right(hidden, k), shift_right(rows.trained, k)
+            hidden = after(hidden, *before)
             logits = torch.einsum("grh,dh->grd", hidden, weight).float()
-            log_norm = logits.logsumexp(-1)
-            q = (logits - log_norm[..., None]).exp()
+            q, log_norm = softmax(logits)
             real_p = p * in_vocabulary[..., None]
             with torch.set_grad_enabled(with_gradient):
                 cross_entropies = (log_norm - (p * logits).sum(-1)).requires_grad_(with_gradient)
@@ -82,6 +85,7 @@ class _UnrollLoss(torch.autograd.Function):
                 if with_gradient:
                     d_rows = torch.autograd.grad(decayed, (cross_entropies, acceptance), allow_unused=True)
             if with_gradient:
+                q = after(q, acceptance.detach()[..., None])
                 d_logits = d_rows[0][..., None] * (q - p) if d_rows[0] is not None else 0.0
                 if d_rows[1] is not None:
                     limiting = torch.where(q < real_p, q, 0.0)  # where q, not p, limits the acceptance
@@ -94,6 +98,7 @@ class _UnrollLoss(torch.autograd.Function):
             step_losses.append(loss.detach())
             choices.append(shift_left(logits.argmax(-1), k))
             overlaps.append(shift_left(acceptance.detach(), k))
+            before = [x.detach()[..., None] for x in (cross_entropies, acceptance, choices[-1])] + [d_weight[:, :1]]
         ctx.save_for_backward(d_weight.sum(0), *d_normed)
         results = (torch.stack(step_losses), *choices, *overlaps)
         ctx.mark_non_differentiable(*results)

@@ -8,10 +8,11 @@ from torch import nn
 
 from eagle3_xla.config import UserError
 from eagle3_xla.data.tokenizer import first_line, load_config
+from eagle3_xla.target.order import after
 from eagle3_xla.target.weights import StoredWeights
 
 MIN_LAYERS = 8
-VOCABULARY_CHUNK_ROWS = 512  # positions of a sequence (or of a group's list) whose full-vocabulary logits exist at once
+VOCABULARY_CHUNK_ROWS = 128  # positions of a sequence (or of a group's list) whose full-vocabulary logits exist at once
 
 
 class TargetStates(NamedTuple):
@@ -172,6 +173,7 @@ class Target(nn.Module):
         weight = self.model.get_output_embeddings().weight
         argmax, logsumexp = [], []
         for chunk in hidden.split(VOCABULARY_CHUNK_ROWS, dim=1):
+            chunk = after(chunk, *(x[-1][:, :1, None] for x in (argmax, logsumexp) if x))
             logits = torch.einsum("bth,vh->btv", chunk, weight).float()
             argmax.append(logits.argmax(-1))
             logsumexp.append(logits.logsumexp(-1))

@@ -8,6 +8,7 @@ from torch.func import functional_call
 from eagle3_xla.config import Recipe
 from eagle3_xla.loss.metrics import AcceptanceSums
 from eagle3_xla.loss.unroll import UnrollResult, plain_checkpoint, teacher_positions, unroll
+from eagle3_xla.target.order import recomputed
 
 
 class _WithHead(torch.nn.Module):
@@ -91,17 +92,16 @@ class TrainStep:
         teacher = self.target.teacher(hidden, argmax, logsumexp)
 
         def with_weights(function, *arguments):
-            return functional_call(
-                self._with_head, {f"head.{n}": w for n, w in weights.items()}, (function, *arguments)
-            )
+            named = {f"head.{name}": weight for name, weight in weights.items()}
+            with backend.autocast():
+                return functional_call(self._with_head, named, (function, *arguments))
 
         def checkpoint(function, *tensors):  # with the same weights when the backward pass calls it again
-            return backend.checkpoint(partial(with_weights, function), *tensors)
+            return recomputed(partial(with_weights, function), *tensors)
 
         arguments = (self.target.embed_tokens, batch, aux.float(), teacher, self.t2d, self.d2t, self.recipe.loss)
         arguments += (checkpoint if self.recipe.xla.remat else plain_checkpoint, groups)
-        with backend.autocast():
-            return with_weights(unroll, self.head, *arguments)
+        return with_weights(unroll, self.head, *arguments)
 
     def _backward(self, batch) -> UnrollResult:
         """Add the gradients of `batch`'s loss to the parameters'."""
