@@ -19,10 +19,16 @@ import time
 from pathlib import Path
 
 import torch
+from safetensors.torch import load_file, save_file
 
 BATCH, LENGTH, TTT, DRAFT_VOCABULARY = 4, 512, 7, 8192
 TOKENS = BATCH * LENGTH
-PREPARED = str(Path(tempfile.gettempdir()) / "eagle3-xla-benchmark-rows")
+EAGER = "eager reference"
+OURS = {
+    "ours, plain torch": ["xla.device=cpu"],
+    "ours, XLA": ["xla.device=xla"],
+    "ours, XLA, xla.remat": ["xla.device=xla", "xla.remat=true"],
+}
 
 
 def gflop_per_token(config) -> dict[str, float]:
@@ -40,32 +46,29 @@ def gflop_per_token(config) -> dict[str, float]:
     return {name: 2 * macs / 1e9 for name, macs in parts.items()}
 
 
-def prepare_rows(path: str) -> None:
-    """Pack the shipped chats once, before the steps' own processes start."""
+def write_batch(path: str, everywhere: bool, file: str) -> None:
+    """Pack the shipped chats and write one batch to `file`: the measured processes do not load `datasets`."""
     from eagle3_xla.config import load_recipe
-    from eagle3_xla.data.prepare import prepare
+    from eagle3_xla.data.batches import Batches, drafted_positions, list_rows, to_tensors
+    from eagle3_xla.data.prepare import load_prepared, prepare
 
     settings = [f"target.path={path}", f"data.row_length={LENGTH}", "data.max_tokens=0", "data.deduplicate=none"]
-    prepare(load_recipe("smollm2-cpu", [*settings, f"data.prepared={PREPARED}"]))
-
-
-def a_batch(everywhere: bool) -> tuple[dict[str, torch.Tensor], int]:
-    """Packed rows of the shipped chats and how many positions are listed at most in the run that they belong to."""
-    from eagle3_xla.data.batches import Batches, drafted_positions, to_tensors
-    from eagle3_xla.data.prepare import load_prepared
-
-    rows = load_prepared(PREPARED)[0]
+    settings += [f"data.prepared={Path(tempfile.gettempdir()) / 'eagle3-xla-benchmark-rows'}"]
+    recipe = load_recipe("smollm2-cpu", settings)
+    prepare(recipe)
+    rows = load_prepared(recipe.data.prepared)[0]
     batches = Batches(drafted_positions(rows["loss_mask"][:]).sum(1), [(LENGTH, 0, len(rows))], BATCH, 1, 0)
     batch = to_tensors(rows[batches.indices(0)])
+    capacity = batches.capacities(1)[LENGTH]  # positions that are listed at most in the whole run
     if everywhere:
         batch["loss_mask"][:] = True
-        return batch, TOKENS
-    return batch, batches.capacities(1)[LENGTH]
+    elif capacity < TOKENS:
+        batch |= list_rows(batch["loss_mask"], 1, capacity)
+    save_file(batch, file)
 
 
-def our_step(path: str, device: str, everywhere: bool):
+def our_step(path: str, batch: dict[str, torch.Tensor], settings: list[str]):
     from eagle3_xla.config import load_recipe
-    from eagle3_xla.data.batches import list_rows
     from eagle3_xla.data.vocab import d2t_t2d
     from eagle3_xla.draft.model import Eagle3Head, draft_config
     from eagle3_xla.target.model import open_target
@@ -73,7 +76,7 @@ def our_step(path: str, device: str, everywhere: bool):
     from eagle3_xla.train.step import TrainStep
     from eagle3_xla.xla import make_backend
 
-    recipe = load_recipe("smollm2-cpu", [f"xla.device={device}", f"loss.ttt_length={TTT}"])
+    recipe = load_recipe("smollm2-cpu", [f"loss.ttt_length={TTT}", *settings])
     backend = make_backend(recipe.xla)
     draft_ids = torch.arange(DRAFT_VOCABULARY)
     target = backend.place_target(open_target(path, torch.float32, draft_ids))
@@ -82,13 +85,10 @@ def our_step(path: str, device: str, everywhere: bool):
     optimizer = AdamW(dict(head.named_parameters()), recipe.train, 1000, backend, {})
     step = TrainStep(recipe, backend, target, head, *d2t_t2d(draft_ids, config.vocab_size), optimizer)
     backend.settle()
-    batch, capacity = a_batch(everywhere)
-    if capacity < TOKENS:
-        batch |= list_rows(batch["loss_mask"], 1, capacity)
     return lambda: float(step.run(0, backend.put(batch))[0][0])
 
 
-def eager_step(path: str, everywhere: bool):
+def eager_step(path: str, batch: dict[str, torch.Tensor]):
     """The reference: what a first version in plain torch would do."""
     from eagle3_xla.draft.model import Eagle3Head, draft_config
     from eagle3_xla.target.model import aux_layers, document_mask, load_target
@@ -96,7 +96,6 @@ def eager_step(path: str, everywhere: bool):
     model = load_target(path, torch.float32)
     head = Eagle3Head(draft_config(model.config, DRAFT_VOCABULARY))
     optimizer = torch.optim.AdamW(head.parameters(), lr=8e-4)
-    batch, _ = a_batch(everywhere)
     ids, positions, answer = batch["input_ids"].long(), batch["position_ids"].long(), batch["loss_mask"]
     mask = document_mask(batch["document_ids"])
     groups = head.config.num_attention_heads // head.config.num_key_value_heads
@@ -152,8 +151,9 @@ def matmul_gflops() -> float:
     return count * 2 * 2048 * 576 * 8192 / (time.perf_counter() - started) / 1e9
 
 
-def measure(kind: str, path: str, steps: int, everywhere: bool) -> dict:
-    step = eager_step(path, everywhere) if kind == "eager" else our_step(path, kind, everywhere)
+def measure(kind: str, path: str, batch_file: str, steps: int) -> dict:
+    batch = load_file(batch_file)
+    step = eager_step(path, batch) if kind == EAGER else our_step(path, batch, OURS[kind])
     started = time.perf_counter()
     loss = step()
     first = time.perf_counter() - started
@@ -163,12 +163,12 @@ def measure(kind: str, path: str, steps: int, everywhere: bool) -> dict:
         step()
         times.append(time.perf_counter() - started)
     # Not getrusage: a process inherits its parent's peak there.
-    peak = int(re.search(r"VmHWM:\s+(\d+) kB", Path("/proc/self/status").read_text())[1]) / 2**20
+    peak = int(re.search(r"VmHWM:\s+(\d+) kB", Path("/proc/self/status").read_text())[1]) * 1024 / 1e9
     return {
         "loss": loss,
         "first_seconds": first,
         "tokens_per_second": TOKENS / sorted(times)[steps // 2],
-        "peak_gib": peak,
+        "peak_gb": peak,
     }
 
 
@@ -177,10 +177,11 @@ def main():
     parser.add_argument("--target", required=True)
     parser.add_argument("--steps", type=int, default=3)
     parser.add_argument("--everywhere", action="store_true", help="let every position count, the user's too")
-    parser.add_argument("--kind", choices=("xla", "cpu", "eager"), help=argparse.SUPPRESS)
+    parser.add_argument("--measure", nargs=2, help=argparse.SUPPRESS)  # one of the kinds, and the batch's file
     options = parser.parse_args()
-    if options.kind:
-        print(json.dumps(measure(options.kind, options.target, options.steps, options.everywhere)))
+    if options.measure:
+        kind, file = options.measure
+        print(json.dumps(measure(kind, options.target, file, options.steps)))
         return
     from transformers import AutoConfig
 
@@ -189,19 +190,23 @@ def main():
     print(f"plain matmul: {peak:.0f} GFLOP/s")
     for name, gflop in parts.items():
         print(f"  {gflop / total:6.1%} of the matmul work: {name} ({gflop:.3f} GFLOP per token)")
-    results = {}
-    for kind, label in (("eager", "eager reference"), ("cpu", "ours, plain torch"), ("xla", "ours, compiled by XLA")):
-        command = [sys.executable, __file__, "--kind", kind, "--target", options.target, "--steps", str(options.steps)]
-        command += ["--everywhere"] if options.everywhere else []
-        output = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True).stdout
-        results[kind] = json.loads(output.splitlines()[-1])
-        speed = results[kind]["tokens_per_second"]
-        print(
-            f"{label:>22}: {speed:6.1f} tokens/s, {speed / results['eager']['tokens_per_second']:.2f}x the eager "
-            f"reference, {speed * total:5.1f} GFLOP/s = {speed * total / peak:.0%} of the matmul's, first step "
-            f"{results[kind]['first_seconds']:.0f} s, peak {results[kind]['peak_gib']:.2f} GiB",
-            flush=True,
-        )
+    with tempfile.TemporaryDirectory() as folder:
+        batch_file = f"{folder}/batch.safetensors"
+        write_batch(options.target, options.everywhere, batch_file)
+        eager = 0.0
+        for kind in (EAGER, *OURS):
+            command = [sys.executable, __file__, "--target", options.target, "--steps", str(options.steps)]
+            command += ["--measure", kind, batch_file]
+            output = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True).stdout
+            result = json.loads(output.splitlines()[-1])
+            speed = result["tokens_per_second"]
+            eager = eager or speed
+            print(
+                f"{kind:>22}: {speed:6.1f} tokens/s, {speed / eager:.2f}x the eager reference, "
+                f"{speed * total:5.1f} GFLOP/s = {speed * total / peak:.0%} of the matmul's, first step "
+                f"{result['first_seconds']:.0f} s, peak {result['peak_gb']:.2f} GB",
+                flush=True,
+            )
 
 
 if __name__ == "__main__":

@@ -4,7 +4,6 @@ import contextlib
 import resource
 
 import torch
-import torch.utils.checkpoint
 
 from eagle3_xla.config import UserError, XlaConfig
 
@@ -62,10 +61,6 @@ class PlainBackend:
         if not self._autocast:
             return contextlib.nullcontext()
         return torch.autocast(self.device.type, dtype=torch.bfloat16)
-
-    def checkpoint(self, function, *tensors):
-        """function(*tensors), computed again in the backward pass instead of kept."""
-        return torch.utils.checkpoint.checkpoint(function, *tensors, use_reentrant=False)
 
     def compile(self, function):
         return function

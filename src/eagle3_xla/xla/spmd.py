@@ -1,7 +1,9 @@
 """torch_xla SPMD (2.9.0): the mesh, the shardings, the compiled step, the count of compilations."""
 
 import contextlib
+import ctypes
 import os
+import platform
 import re
 import resource
 
@@ -12,7 +14,6 @@ import torch_xla.core.xla_model as xla_model
 import torch_xla.debug.metrics as xla_metrics
 import torch_xla.distributed.spmd as spmd
 import torch_xla.runtime as runtime
-import torch_xla.utils.checkpoint
 
 from eagle3_xla.config import UserError, XlaConfig
 from eagle3_xla.target.attention import GROUPED_EINSUM
@@ -35,6 +36,7 @@ class SpmdBackend:
         wanted = config.dp * config.tp
         if runtime.device_type() == "CPU":
             os.environ.setdefault("CPU_NUM_DEVICES", str(wanted))
+            _return_freed_memory()
         runtime.use_spmd()
         found = runtime.global_runtime_device_count()
         if found != wanted:
@@ -227,10 +229,6 @@ class SpmdBackend:
         xla_model.wait_device_ops()
         session.export(session.stop(), folder)
 
-    def checkpoint(self, function, *tensors):
-        """function(*tensors), computed again in the backward pass instead of kept."""
-        return torch_xla.utils.checkpoint.checkpoint(function, *tensors)
-
     def compile(self, function):
         """`function` as one graph; torch_xla raises when it would need a second one."""
         return torch_xla.compile(function, full_graph=True, name=function.__name__)
@@ -248,6 +246,16 @@ class SpmdBackend:
 def _annotate(tensor: torch.Tensor, sharding) -> None:
     """Give a tensor inside a graph its sharding."""
     torch_xla._XLAC._xla_annotate_custom_sharding(tensor, sharding)
+
+
+def _return_freed_memory() -> None:
+    """Let malloc give back what XLA's compiler and the step's own temporaries leave: glibc raises its own thresholds
+    with each large block that is freed, and keeps an arena for each thread (0.4 GiB in benchmarks/step.py).
+    """
+    if platform.libc_ver()[0] == "glibc":
+        libc = ctypes.CDLL(None)
+        for option, value in ((-1, 2**17), (-3, 2**17), (-8, 1)):  # M_TRIM_THRESHOLD, M_MMAP_THRESHOLD, M_ARENA_MAX
+            libc.mallopt(option, value)
 
 
 def _peak_flops() -> float:
