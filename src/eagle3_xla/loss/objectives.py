@@ -46,15 +46,20 @@ def step_loss(objective: str, cross_entropies, acceptance, rows, denominator) ->
     return kl_weight * kl + (1 - kl_weight) * (1 - mean_acceptance)
 
 
-def unroll_loss(config: LossConfig, teacher: Teacher, steps: list[StepRows], weight, normed: list):
+def unroll_loss(
+    config: LossConfig, teacher: Teacher, steps: list[StepRows], weight, normed: list, in_order: bool = False
+):
     """sum_k decay**k * step_loss over all TTT steps.
 
     teacher [G, R, ...] at step 0's positions (step k's are k further on); weight [D, H]: lm_head; normed: K hidden
     states [G, R, H] after the final norm. Returns the loss with gradient, and detached: the unweighted step losses
-    [K], the head's choices [K] of [G, R] int64 (draft ids) and its acceptance [K] of [G, R] float32.
+    [K], the head's choices [K] of [G, R] int64 (draft ids) and its acceptance [K] of [G, R] float32. in_order: each
+    step's logits only after the step before has used its own (target/order.py), for the memory.
     """
     length = len(normed)
-    loss, step_losses, *rest = _UnrollLoss.apply(config, teacher, steps, torch.is_grad_enabled(), weight, *normed)
+    loss, step_losses, *rest = _UnrollLoss.apply(
+        config, teacher, steps, torch.is_grad_enabled(), in_order, weight, *normed
+    )
     return loss, step_losses, rest[:length], rest[length:]
 
 
@@ -63,13 +68,13 @@ class _UnrollLoss(torch.autograd.Function):
     one [G, R, D] float32 tensor exists where plain autograd keeps several for each step."""
 
     @staticmethod
-    def forward(ctx, config, teacher, steps, with_gradient, weight, *normed):
+    def forward(ctx, config, teacher, steps, with_gradient, in_order, weight, *normed):
         p, logsumexp = softmax(teacher.logits)  # [G, R, D] float32
         in_vocabulary = (logsumexp - teacher.logsumexp).exp()  # the draft vocabulary's share
         # One sum for each group until the end: the partitioner then reduces over dp once, not at every step.
         d_weight = torch.zeros(len(p), *weight.shape, dtype=torch.float32, device=weight.device)
         total, step_losses, choices, overlaps, d_normed = 0.0, [], [], [], []
-        before = ()
+        before = ()  # with in_order: what step k - 1 computes from its logits
         for k, (hidden, rows) in enumerate(zip(normed, steps)):
             # The states go to their teachers, not the other way: no part of p is copied, and every shape is the same.
             hidden, trained = shift_right(hidden, k), shift_right(rows.trained, k)
@@ -85,7 +90,8 @@ class _UnrollLoss(torch.autograd.Function):
                 if with_gradient:
                     d_rows = torch.autograd.grad(decayed, (cross_entropies, acceptance), allow_unused=True)
             if with_gradient:
-                q = after(q, acceptance.detach()[..., None])
+                if in_order:
+                    q = after(q, acceptance.detach()[..., None])  # its own tensor is no longer needed then
                 d_logits = d_rows[0][..., None] * (q - p) if d_rows[0] is not None else 0.0
                 if d_rows[1] is not None:
                     limiting = torch.where(q < real_p, q, 0.0)  # where q, not p, limits the acceptance
@@ -98,7 +104,8 @@ class _UnrollLoss(torch.autograd.Function):
             step_losses.append(loss.detach())
             choices.append(shift_left(logits.argmax(-1), k))
             overlaps.append(shift_left(acceptance.detach(), k))
-            before = [x.detach()[..., None] for x in (cross_entropies, acceptance, choices[-1])] + [d_weight[:, :1]]
+            if in_order:  # not d_hidden: with tensor parallelism its reduction would have to be waited for
+                before = [x.detach()[..., None] for x in (cross_entropies, acceptance, choices[-1])] + [d_weight[:, :1]]
         ctx.save_for_backward(d_weight.sum(0), *d_normed)
         results = (torch.stack(step_losses), *choices, *overlaps)
         ctx.mark_non_differentiable(*results)
@@ -107,4 +114,4 @@ class _UnrollLoss(torch.autograd.Function):
     @staticmethod
     def backward(ctx, d_loss, *_):
         d_weight, *d_normed = ctx.saved_tensors
-        return None, None, None, None, d_loss * d_weight, *(d_loss.to(d.dtype) * d for d in d_normed)
+        return None, None, None, None, None, d_loss * d_weight, *(d_loss.to(d.dtype) * d for d in d_normed)

@@ -25,11 +25,6 @@ class UnrollResult(NamedTuple):
     sums: AcceptanceSums
 
 
-def plain_checkpoint(function, *tensors):
-    """No rematerialisation: the function itself."""
-    return function(*tensors)
-
-
 def unroll(
     head: Eagle3Head,
     embed_tokens,
@@ -39,7 +34,7 @@ def unroll(
     t2d: torch.Tensor,
     d2t: torch.Tensor,
     config: LossConfig,
-    checkpoint=plain_checkpoint,
+    remat=None,
     groups: int | None = None,
 ) -> UnrollResult:
     """Unroll the head `config.ttt_length` steps over packed rows.
@@ -47,8 +42,8 @@ def unroll(
     batch: input_ids, position_ids, document_ids [B, T] int, loss_mask [B, T] bool (token t was written by the
     assistant), and, unless all rows count, `rows` and `slots` (loss/rows.py); aux [B, T, 3H]: the target's states at
     every row; teacher [G, R, ...]: its distributions at the position after each listed row (`teacher_positions`);
-    t2d [V] bool, d2t [D]. checkpoint(function, *tensors): the caller's rematerialisation of one step. groups: G, how
-    many devices share the batch (default: B).
+    t2d [V] bool, d2t [D]. remat(function, *tensors): the caller's rematerialisation of one step; given, the loss too
+    is made one step after the other. groups: G, how many devices share the batch (default: B).
     """
     input_ids, position_ids, loss_mask = batch["input_ids"], batch["position_ids"], batch["loss_mask"]
     rows = rows_of(batch, groups)
@@ -70,7 +65,8 @@ def unroll(
     hidden, normed, keys, values = rows.take(features), [], [], []
     for k in range(config.ttt_length):
         embeds = embed_tokens(rows.take(shift_left(input_ids, 1 + k))).to(aux.dtype)
-        hidden, key, value = checkpoint(step_function(k), embeds, hidden, key0, value0, *keys, *values)
+        tensors = (embeds, hidden, key0, value0, *keys, *values)
+        hidden, key, value = remat(step_function(k), *tensors) if remat else step_function(k)(*tensors)
         normed.append(head.norm(hidden))
         if k > 0:
             keys.append(key)
@@ -91,7 +87,9 @@ def unroll(
         else:
             denominator = trained.float().sum().clamp_min(1.0)
         steps.append(StepRows(drafted, trained.float(), denominator))
-    loss, step_losses, choices, overlaps = unroll_loss(config, teacher, steps, head.lm_head.weight, normed)
+    loss, step_losses, choices, overlaps = unroll_loss(
+        config, teacher, steps, head.lm_head.weight, normed, remat is not None
+    )
 
     with torch.no_grad():
         sums, chain = [], torch.ones_like(steps[0].drafted)

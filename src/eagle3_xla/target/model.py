@@ -12,7 +12,7 @@ from eagle3_xla.target.order import after
 from eagle3_xla.target.weights import StoredWeights
 
 MIN_LAYERS = 8
-VOCABULARY_CHUNK_ROWS = 128  # positions of a sequence (or of a group's list) whose full-vocabulary logits exist at once
+VOCABULARY_CHUNK_ROWS = 256  # positions of a sequence (or of a group's list) whose full-vocabulary logits exist at once
 
 
 class TargetStates(NamedTuple):

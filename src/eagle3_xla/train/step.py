@@ -7,7 +7,7 @@ from torch.func import functional_call
 
 from eagle3_xla.config import Recipe
 from eagle3_xla.loss.metrics import AcceptanceSums
-from eagle3_xla.loss.unroll import UnrollResult, plain_checkpoint, teacher_positions, unroll
+from eagle3_xla.loss.unroll import UnrollResult, teacher_positions, unroll
 from eagle3_xla.target.order import recomputed
 
 
@@ -96,11 +96,11 @@ class TrainStep:
             with backend.autocast():
                 return functional_call(self._with_head, named, (function, *arguments))
 
-        def checkpoint(function, *tensors):  # with the same weights when the backward pass calls it again
+        def remat(function, *tensors):  # with the same weights when the backward pass calls it again
             return recomputed(partial(with_weights, function), *tensors)
 
         arguments = (self.target.embed_tokens, batch, aux.float(), teacher, self.t2d, self.d2t, self.recipe.loss)
-        arguments += (checkpoint if self.recipe.xla.remat else plain_checkpoint, groups)
+        arguments += (remat if self.recipe.xla.remat else None, groups)
         return with_weights(unroll, self.head, *arguments)
 
     def _backward(self, batch) -> UnrollResult:
