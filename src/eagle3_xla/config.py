@@ -93,7 +93,7 @@ class XlaConfig:
     tp: int = 1  # tensor-parallel devices in a replica
     draft_data_parallel: bool = False  # the draft phase is not split over tp: rows over all dp * tp devices instead
     autocast: bool = True  # bf16 matmuls over fp32 master weights
-    remat: bool = False  # compute each TTT step again in the backward pass: less memory, more work
+    remat: bool = False  # TTT steps computed again in the backward pass, losses one by one: less memory, more work
     peak_tflops: float = 0.0  # bf16 TFLOP/s of a device, for MFU; 0: what is known of this TPU
 
 

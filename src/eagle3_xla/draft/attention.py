@@ -28,7 +28,6 @@ def softmax(scores: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     largest = scores.amax(-1, keepdim=True)
     weights = (scores - largest).exp_()
     total = weights.sum(-1, keepdim=True)
-    # Not weights / total: within a matmul of a TPU a division costs more than the exponential.
     return weights.mul_(1 / total), (largest + total.log())[..., 0]
 
 
@@ -66,7 +65,7 @@ class _CausalAttention(torch.autograd.Function):
         # d score = weight * (d weight - sum(weight * d weight) + d logsumexp), and that sum is output * d output.
         shared = d_logsumexp - (d_output * output).float().sum(-1)  # [B, T, kv, group]
         d_output = d_output.to(value.dtype)
-        query = after(query, d_output)
+        query = after(query, d_output)  # else XLA keeps the weights of the forward pass instead of making them again
         d_query, d_key, d_value = [], torch.zeros_like(key), torch.zeros_like(value)
         for scores, start, end in _blocks(query, key, document_ids):
             block = slice(start, end)

@@ -173,6 +173,7 @@ class Target(nn.Module):
         weight = self.model.get_output_embeddings().weight
         argmax, logsumexp = [], []
         for chunk in hidden.split(VOCABULARY_CHUNK_ROWS, dim=1):
+            # One chunk after the other.
             chunk = after(chunk, *(x[-1][:, :1, None] for x in (argmax, logsumexp) if x))
             logits = torch.einsum("bth,vh->btv", chunk, weight).float()
             argmax.append(logits.argmax(-1))
