@@ -5,8 +5,9 @@
 The step is `train`'s own: frozen target, teacher, TTT unroll, backward, AdamW, at the sizes of the embedded target
 (B=4, T=512, TTT 7, draft vocabulary 8,192), one device. The reference is a straightforward eager step of the same maths
 (Hugging Face forward with all hidden states, full logits, torch.optim.AdamW). Each runs in a process of its own, so
-that its peak memory is its own. GFLOP per token is counted from the matmuls (2 per multiply-add, backward twice the
-forward; attention left out).
+that its peak memory is its own, and they step in turns, so that a slow minute of the machine slows them all. The batch
+is packed before, so that `datasets` is in none of them. GFLOP per token is counted from the matmuls (2 per
+multiply-add, backward twice the forward; attention left out).
 """
 
 import argparse
@@ -17,6 +18,7 @@ import sys
 import tempfile
 import time
 from pathlib import Path
+from statistics import median
 
 import torch
 from safetensors.torch import load_file, save_file
@@ -136,7 +138,7 @@ def eager_step(path: str, batch: dict[str, torch.Tensor]):
         loss.backward()
         torch.nn.utils.clip_grad_norm_(head.parameters(), 0.5)
         optimizer.step()
-        return float(loss)
+        return float(loss.detach())
 
     return step
 
@@ -151,62 +153,62 @@ def matmul_gflops() -> float:
     return count * 2 * 2048 * 576 * 8192 / (time.perf_counter() - started) / 1e9
 
 
-def measure(kind: str, path: str, batch_file: str, steps: int) -> dict:
+def serve(kind: str, path: str, batch_file: str) -> None:
+    """In a process of its own: one step now and one for each line of stdin; its seconds and the peak memory so far."""
     batch = load_file(batch_file)
     step = eager_step(path, batch) if kind == EAGER else our_step(path, batch, OURS[kind])
-    started = time.perf_counter()
-    loss = step()
-    first = time.perf_counter() - started
-    times = []
-    for _ in range(steps):
+    while True:
         started = time.perf_counter()
         step()
-        times.append(time.perf_counter() - started)
-    # Not getrusage: a process inherits its parent's peak there.
-    peak = int(re.search(r"VmHWM:\s+(\d+) kB", Path("/proc/self/status").read_text())[1]) * 1024 / 1e9
-    return {
-        "loss": loss,
-        "first_seconds": first,
-        "tokens_per_second": TOKENS / sorted(times)[steps // 2],
-        "peak_gb": peak,
-    }
+        seconds = time.perf_counter() - started
+        # Not getrusage: a process inherits its parent's peak there.
+        peak = int(re.search(r"VmHWM:\s+(\d+) kB", Path("/proc/self/status").read_text())[1]) * 1024
+        print(json.dumps({"seconds": seconds, "peak_gb": peak / 1e9}), flush=True)
+        if not sys.stdin.readline():
+            return
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--target", required=True)
-    parser.add_argument("--steps", type=int, default=3)
+    parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--everywhere", action="store_true", help="let every position count, the user's too")
-    parser.add_argument("--measure", nargs=2, help=argparse.SUPPRESS)  # one of the kinds, and the batch's file
+    parser.add_argument("--serve", nargs=2, help=argparse.SUPPRESS)  # one of the kinds, and the batch's file
     options = parser.parse_args()
-    if options.measure:
-        kind, file = options.measure
-        print(json.dumps(measure(kind, options.target, file, options.steps)))
-        return
+    if options.serve:
+        kind, file = options.serve
+        return serve(kind, options.target, file)
     from transformers import AutoConfig
 
     parts = gflop_per_token(AutoConfig.from_pretrained(options.target))
-    peak, total = matmul_gflops(), sum(parts.values())
-    print(f"plain matmul: {peak:.0f} GFLOP/s")
+    total = sum(parts.values())
     for name, gflop in parts.items():
         print(f"  {gflop / total:6.1%} of the matmul work: {name} ({gflop:.3f} GFLOP per token)")
     with tempfile.TemporaryDirectory() as folder:
         batch_file = f"{folder}/batch.safetensors"
         write_batch(options.target, options.everywhere, batch_file)
-        eager = 0.0
+        processes, first, steps, matmuls = {}, {}, {}, []
         for kind in (EAGER, *OURS):
-            command = [sys.executable, __file__, "--target", options.target, "--steps", str(options.steps)]
-            command += ["--measure", kind, batch_file]
-            output = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True).stdout
-            result = json.loads(output.splitlines()[-1])
-            speed = result["tokens_per_second"]
-            eager = eager or speed
-            print(
-                f"{kind:>22}: {speed:6.1f} tokens/s, {speed / eager:.2f}x the eager reference, "
-                f"{speed * total:5.1f} GFLOP/s = {speed * total / peak:.0%} of the matmul's, first step "
-                f"{result['first_seconds']:.0f} s, peak {result['peak_gb']:.2f} GB",
-                flush=True,
-            )
+            command = [sys.executable, __file__, "--target", options.target, "--serve", kind, batch_file]
+            processes[kind] = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+            first[kind], steps[kind] = json.loads(processes[kind].stdout.readline()), []
+        for _ in range(options.rounds):  # in turns: what the machine does meanwhile meets them all
+            matmuls.append(matmul_gflops())
+            for kind, process in processes.items():
+                print("step", file=process.stdin, flush=True)
+                steps[kind].append(json.loads(process.stdout.readline()))
+        for process in processes.values():
+            process.communicate()
+    peak = median(matmuls)
+    print(f"plain matmul: {peak:.0f} GFLOP/s")
+    for kind, measured in steps.items():
+        speed = TOKENS / median(step["seconds"] for step in measured)
+        ratio = median(eager["seconds"] / ours["seconds"] for eager, ours in zip(steps[EAGER], measured))
+        print(
+            f"{kind:>22}: {speed:6.1f} tokens/s, {ratio:.2f}x the eager reference, {speed * total:5.1f} GFLOP/s = "
+            f"{speed * total / peak:.0%} of the matmul's, first step {first[kind]['seconds']:.0f} s, "
+            f"peak {measured[-1]['peak_gb']:.2f} GB"
+        )
 
 
 if __name__ == "__main__":
