@@ -250,7 +250,7 @@ def _annotate(tensor: torch.Tensor, sharding) -> None:
 
 def _return_freed_memory() -> None:
     """Let malloc give back what XLA's compiler and the step's own temporaries leave: glibc raises its own thresholds
-    with each large block that is freed, and keeps an arena for each thread (0.4 GiB in benchmarks/step.py).
+    with each large block that is freed, and keeps an arena for each thread.
     """
     if platform.libc_ver()[0] == "glibc":
         libc = ctypes.CDLL(None)
