@@ -15,6 +15,7 @@ from eagle3_xla.loss.metrics import AcceptanceSums
 from eagle3_xla.loss.objectives import StepRows, unroll_loss
 from eagle3_xla.loss.rows import Rows, shift_left
 from eagle3_xla.target.model import Teacher
+from eagle3_xla.target.order import after
 
 
 class UnrollResult(NamedTuple):
@@ -42,8 +43,9 @@ def unroll(
     batch: input_ids, position_ids, document_ids [B, T] int, loss_mask [B, T] bool (token t was written by the
     assistant), and, unless all rows count, `rows` and `slots` (loss/rows.py); aux [B, T, 3H]: the target's states at
     every row; teacher [G, R, ...]: its distributions at the position after each listed row (`teacher_positions`);
-    t2d [V] bool, d2t [D]. remat(function, *tensors): the caller's rematerialisation of one step; given, the loss too
-    is made one step after the other. groups: G, how many devices share the batch (default: B).
+    t2d [V] bool, d2t [D]. remat(function, *tensors): the caller's rematerialisation of one step; given, the steps
+    begin after the target's last logits, and the loss too is made one step after the other. groups: G, how many
+    devices share the batch (default: B).
     """
     input_ids, position_ids, loss_mask = batch["input_ids"], batch["position_ids"], batch["loss_mask"]
     rows = rows_of(batch, groups)
@@ -63,6 +65,8 @@ def unroll(
         return step
 
     hidden, normed, keys, values = rows.take(features), [], [], []
+    if remat:  # no step before the target has its last logits
+        hidden = after(hidden, teacher.logsumexp[:, -1:, None])
     for k in range(config.ttt_length):
         embeds = embed_tokens(rows.take(shift_left(input_ids, 1 + k))).to(aux.dtype)
         tensors = (embeds, hidden, key0, value0, *keys, *values)

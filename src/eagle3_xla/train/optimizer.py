@@ -67,16 +67,21 @@ class AdamW:
         clip = (config.max_grad_norm / (norm + 1e-6)).clamp(max=1.0)
         bias1 = 1 - config.beta1**self.step_count
         bias2 = 1 - config.beta2**self.step_count
-        for name, parameter in self.parameters.items():
-            gradient = gradients[name] * clip
-            first, second = self.first[name], self.second[name]
-            first.mul_(config.beta1).add_(gradient, alpha=1 - config.beta1)
-            second.mul_(config.beta2).addcmul_(gradient, gradient, value=1 - config.beta2)
+        # In the order in which torch_xla numbers the step's arguments: weights from the last layer to the first, then
+        # the moments likewise, the second before the first. XLA lets the n-th output of a size take the buffer of the
+        # n-th argument of that size, and copies what it takes too early.
+        for name, parameter in reversed(self.parameters.items()):
+            gradient = gradients[name].mul_(clip)
+            first = self.first[name].mul(config.beta1).add_(gradient, alpha=1 - config.beta1)
+            second = self.second[name].mul(config.beta2).addcmul_(gradient, gradient, value=1 - config.beta2)
             update = (first / bias1) / ((second / bias2).sqrt() + EPSILON)
             rate = lr * self.lr_scale[name] if name in self.lr_scale else lr
             if parameter.ndim > 1:  # norms are not decayed
                 parameter.mul_(1 - lr * config.weight_decay)
             parameter.sub_(rate * update)
+        for name, gradient in reversed(gradients.items()):
+            self.second[name].mul_(config.beta2).addcmul_(gradient, gradient, value=1 - config.beta2)
+            self.first[name].mul_(config.beta1).add_(gradient, alpha=1 - config.beta1)
         return norm
 
     def state(self) -> dict[str, torch.Tensor]:
