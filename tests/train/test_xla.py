@@ -1,6 +1,8 @@
 """The compiled SPMD step on virtual CPU devices: the losses of one plain CPU, one graph, no compilation after it."""
 
 import json
+import os
+import re
 from pathlib import Path
 
 import pytest
@@ -59,6 +61,25 @@ def test_remat_on_plain_torch_gives_the_same_weights(small_run, tmp_path):
         train(recipe, max_steps=3)
         states.append((Path(recipe.train.out) / "checkpoints" / "step-00000003" / "state.safetensors").read_bytes())
     assert states[0] == states[1]
+
+
+def test_weights_and_moments_take_their_own_buffers(cli, small_run, small_target, tokenizer, tmp_path):
+    """XLA gives an output the buffer of an argument of its size: another than its own has to be copied first."""
+    # No matrices of one size but those of the same kind: gate, up and down; k and v.
+    changes = {"num_hidden_layers": 8, "intermediate_size": 160, "num_key_value_heads": 2}
+    Qwen2ForCausalLM(Qwen2Config(**Qwen2Config.from_pretrained(small_target).to_dict() | changes)).save_pretrained(
+        tmp_path / "distinct"
+    )
+    tokenizer.save_pretrained(tmp_path / "distinct")
+    flags = f"{os.environ['XLA_FLAGS']} --xla_dump_to={tmp_path / 'dump'} --xla_dump_hlo_as_text"
+    settings = [*small_run, f"target.path={tmp_path / 'distinct'}", "data.draft_vocab_size=96", "xla.device=xla"]
+    prepare(load_recipe(None, settings))
+    done = cli("train", "--max-steps", 1, *[f"--{s}" for s in settings], environment={"XLA_FLAGS": flags})
+    assert done.returncode == 0, done.stderr
+    (step,) = (tmp_path / "dump").glob("*_gradients_and_update_eager*cpu_after_optimizations.txt")
+    text = step.read_text()
+    assert text.splitlines()[0].count("may-alias") == 13 * 3 + 1  # weights with their moments, the count of steps
+    assert re.findall(r"= f32\[(\d+,\d+)\]\S* copy\(%p\d", text) == []
 
 
 @pytest.mark.slow
