@@ -93,13 +93,14 @@ def our_step(path: str, batch: dict[str, torch.Tensor], settings: list[str]):
 def eager_step(path: str, batch: dict[str, torch.Tensor]):
     """The reference: what a first version in plain torch would do."""
     from eagle3_xla.draft.model import Eagle3Head, draft_config
-    from eagle3_xla.target.model import aux_layers, document_mask, load_target
+    from eagle3_xla.target.families import aux_layers
+    from eagle3_xla.target.model import document_masks, load_target
 
     model = load_target(path, torch.float32)
     head = Eagle3Head(draft_config(model.config, DRAFT_VOCABULARY))
     optimizer = torch.optim.AdamW(head.parameters(), lr=8e-4)
     ids, positions, answer = batch["input_ids"].long(), batch["position_ids"].long(), batch["loss_mask"]
-    mask = document_mask(batch["document_ids"])
+    mask = document_masks(model.config, batch["document_ids"])
     groups = head.config.num_attention_heads // head.config.num_key_value_heads
     scale = head.config.head_dim**-0.5
 

@@ -183,8 +183,10 @@ def _quickstart(options, overrides) -> dict:
 
 def _prepare(options, overrides) -> dict:
     from eagle3_xla.data.prepare import prepare
+    from eagle3_xla.target.families import load_target_config
 
     recipe = load_recipe(options.config, overrides)
+    load_target_config(recipe.target.path)  # before data is read
     manifest = prepare(recipe)
     if options.show is None:
         return manifest

@@ -75,5 +75,5 @@ def test_not_a_target(tmp_path):
     BertModel(
         BertConfig(hidden_size=16, num_hidden_layers=1, num_attention_heads=1, intermediate_size=16)
     ).save_pretrained(tmp_path / "bert")
-    with pytest.raises(UserError, match="not a causal LM"):
+    with pytest.raises(UserError, match="model type 'bert' is unknown here"):
         load_target(str(tmp_path / "bert"), torch.float32)

@@ -84,7 +84,7 @@ def test_placed_tensor_by_tensor_it_is_the_same_target(folders):
         target.place(lambda tensor: tensor.clone())  # the copy stands for the devices' shards
         assert len(reads) == len(list(target.parameters()))
         tied = target.model.config.tie_word_embeddings
-        assert (target.model.lm_head.weight is target.embed_tokens.weight) == tied
+        assert (target.model.lm_head.weight is target.model.get_input_embeddings().weight) == tied
         for ours, expected in zip(target.states(*inputs()), golden(folder)):
             assert torch.equal(ours, expected)
 

@@ -5,7 +5,7 @@ target else. Without a record a doubt about the training is a warning, and no fi
 """
 
 from eagle3_xla.doctor.files import Finding, Head, Target
-from eagle3_xla.target.model import MIN_LAYERS, aux_layers
+from eagle3_xla.target.families import MIN_LAYERS, aux_layers
 
 ARCHITECTURE = "LlamaForCausalLMEagle3"
 FLAGS = ("norm_output", "norm_before_residual", "norm_before_fc")

@@ -28,7 +28,7 @@ def draft_config(target_config, draft_vocab_size: int) -> LlamaConfig:
         max_position_embeddings=target_config.max_position_embeddings,
         rms_norm_eps=target_config.rms_norm_eps,
         rope_theta=target_config.rope_theta,
-        rope_scaling=target_config.rope_scaling,
+        rope_scaling=getattr(target_config, "rope_scaling", None),
         bos_token_id=target_config.bos_token_id,
         eos_token_id=target_config.eos_token_id,
         tie_word_embeddings=False,

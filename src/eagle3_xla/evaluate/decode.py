@@ -20,6 +20,7 @@ import torch
 from transformers import DynamicCache
 
 from eagle3_xla.draft.model import Eagle3Head
+from eagle3_xla.target.families import attention_masks
 from eagle3_xla.target.model import Target
 from eagle3_xla.target.sampling import choose_tokens
 
@@ -61,7 +62,7 @@ class Choice:
 def decode_plain(target: Target, prompt: list[int], max_new_tokens: int, stop_ids: set[int], choose=None) -> Generation:
     """The target's own decoding, one token a call."""
     choose = choose or Choice()
-    cache = DynamicCache(config=target.model.config)
+    cache = DynamicCache()  # whole: a window is the mask's matter, so that drafts can be taken back
     ids = torch.tensor([prompt], device=target.device)
     output = target.model(input_ids=ids, past_key_values=cache, logits_to_keep=1)
     token = choose(output.logits[0, -1], len(prompt))
@@ -125,7 +126,7 @@ class SpeculativeDecoder:
     @torch.inference_mode()
     def decode(self, prompt: list[int], max_new_tokens: int, stop_ids: set[int], choose=None) -> Generation:
         choose = choose or Choice()
-        cache, draft_cache = DynamicCache(config=self.target.model.config), _DraftCache()
+        cache, draft_cache = DynamicCache(), _DraftCache()
         output = self.target.model(
             input_ids=torch.tensor([prompt], device=self.target.device), past_key_values=cache, logits_to_keep=1
         )
@@ -166,10 +167,11 @@ class SpeculativeDecoder:
         visible = tree.visible()
         positions = known + visible.sum(-1) - 1
         mask = torch.cat([torch.ones(len(visible), known, dtype=torch.bool), visible], dim=1)
+        distance = positions[:, None] - torch.cat([torch.arange(known), positions])
         output = self.target.model(
             input_ids=torch.tensor([tree.tokens], device=device),
             position_ids=positions[None].to(device),
-            attention_mask=mask[None, None].to(device),
+            attention_mask=attention_masks(self.target.model.config, mask[None].to(device), distance.to(device)),
             past_key_values=cache,
         )
         return output.logits[0], self.target.captured_aux()[0]

@@ -7,7 +7,7 @@ import torch
 from eagle3_xla.config import Recipe
 from eagle3_xla.data.prepare import load_prepared
 from eagle3_xla.draft.model import Eagle3Head, draft_config
-from eagle3_xla.target.model import Target, aux_layers
+from eagle3_xla.target.model import Target
 from eagle3_xla.train.loader import training_batches
 from eagle3_xla.train.optimizer import AdamW
 from eagle3_xla.train.step import TrainStep
@@ -23,7 +23,6 @@ def lower_step(recipe: Recipe, target_config) -> LoweredStep:
     """
     from transformers import AutoModelForCausalLM
 
-    aux_layers(target_config.num_hidden_layers)
     backend = AotBackend(recipe.xla)
     listed = _listed_positions(recipe, backend)
     draft_vocabulary, vocabulary = recipe.data.draft_vocab_size, target_config.vocab_size

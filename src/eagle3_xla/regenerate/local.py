@@ -13,7 +13,8 @@ from eagle3_xla.config import RunError, UserError
 from eagle3_xla.data.tokenizer import first_line, load_tokenizer, stop_token_ids
 from eagle3_xla.regenerate.conversation import Refused, Reply, Sampling
 from eagle3_xla.target.attention import GROUPED_EINSUM
-from eagle3_xla.target.model import load_target
+from eagle3_xla.target.families import attention_masks
+from eagle3_xla.target.model import document_masks, load_target
 from eagle3_xla.target.sampling import choose_tokens
 
 
@@ -96,7 +97,7 @@ class LocalTarget:
         logits = self.target(
             input_ids=torch.tensor([question.prompt], device=self.device),
             position_ids=torch.arange(length, device=self.device)[None],
-            attention_mask=torch.ones(length, length, dtype=torch.bool, device=self.device).tril()[None, None],
+            attention_mask=document_masks(self.target.config, torch.zeros(1, length, device=self.device)),
             past_key_values=self.cache,
             logits_to_keep=1,
         ).logits[:, -1]
@@ -110,11 +111,11 @@ class LocalTarget:
         positions = [len(question.prompt) + len(question.tokens) - 1 for question in self.running]
         self.cache.decode(positions)
         at = torch.tensor(positions, device=self.device)
-        visible = torch.arange(max(positions) + 1, device=self.device) <= at[:, None]
+        distance = at[:, None, None] - torch.arange(max(positions) + 1, device=self.device)
         logits = self.target(
             input_ids=last[:, None],
             position_ids=at[:, None],
-            attention_mask=visible[:, None, None],
+            attention_mask=attention_masks(self.target.config, distance >= 0, distance),
             past_key_values=self.cache,
         ).logits[:, -1]
         tokens = self._choose(logits, self.running)

@@ -1,27 +1,47 @@
 """The target's attention for the TPU partitioner, as a transformers attention function."""
 
 import torch
-from transformers import AttentionInterface
+from transformers import AttentionInterface, AttentionMaskInterface
+from transformers.masking_utils import sdpa_mask
 
 GROUPED_EINSUM = "grouped_einsum"
 
 
-def grouped_einsum_attention(module, query, key, value, attention_mask, scaling, dropout=0.0, **kwargs):
+def grouped_einsum_attention(
+    module, query, key, value, attention_mask, scaling=None, dropout=0.0, softcap=None, s_aux=None, **kwargs
+):
     """Softmax attention with grouped heads and no repeated keys.
 
     As `torch.nn.functional.scaled_dot_product_attention`, heads sharded over tp make the partitioner gather query, key
     and value, and every chip then computes all heads (benchmarks/README.md).
 
-    query [B, heads, T, D]; key, value [B, kv_heads, T, D]; attention_mask [B, 1, T, T] bool -> [B, T, heads, D], None.
+    query [B, heads, T, D]; key, value [B, kv_heads, S, D]; attention_mask [B, 1, T, S] bool, windows included;
+    softcap: scores become softcap * tanh(scores / softcap) (Gemma-2); s_aux [heads]: attention sinks, one more score
+    in every softmax, without a value (gpt-oss) -> [B, T, heads, D], None.
     """
     batch, heads, length, head_dim = query.shape
     kv_heads = key.shape[1]
+    scaling = head_dim**-0.5 if scaling is None else scaling
     query = query.reshape(batch, kv_heads, heads // kv_heads, length, head_dim) * scaling
     scores = torch.einsum("bkgtd,bksd->bkgts", query, key).float()
+    if softcap is not None:
+        scores = softcap * (scores / softcap).tanh()
     scores = scores.masked_fill(~attention_mask[:, :, None], torch.finfo(torch.float32).min)
-    weights = scores.softmax(-1).to(value.dtype)
+    if s_aux is None:
+        weights = scores.softmax(-1).to(value.dtype)
+    else:
+        sinks = s_aux.float().view(1, kv_heads, -1, 1, 1)
+        largest = scores.amax(-1, keepdim=True).maximum(sinks)
+        weights = (scores - largest).exp()
+        weights = (weights / (weights.sum(-1, keepdim=True) + (sinks - largest).exp())).to(value.dtype)
     output = torch.einsum("bkgts,bksd->btkgd", weights, value)
     return output.reshape(batch, length, heads, head_dim), None
 
 
+def _bool_mask(*arguments, **keywords):
+    """transformers' own bool mask, which sdpa leaves out where its kernel has a flag for it."""
+    return sdpa_mask(*arguments, **keywords | {"allow_is_causal_skip": False})
+
+
 AttentionInterface.register(GROUPED_EINSUM, grouped_einsum_attention)
+AttentionMaskInterface.register(GROUPED_EINSUM, _bool_mask)

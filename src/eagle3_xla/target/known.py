@@ -3,7 +3,7 @@
 from importlib import resources
 from pathlib import Path
 
-from eagle3_xla.data.tokenizer import load_config
+from eagle3_xla.target.families import load_target_config
 
 
 def plan_config(path: str):
@@ -13,5 +13,5 @@ def plan_config(path: str):
     """
     shipped = Path(str(resources.files("eagle3_xla.target") / "configs")) / Path(path).name
     if path.count("/") == 1 and not Path(path).exists() and shipped.is_dir():
-        return load_config(str(shipped))
-    return load_config(path)
+        return load_target_config(str(shipped))
+    return load_target_config(path)

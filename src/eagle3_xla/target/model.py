@@ -1,4 +1,4 @@
-"""Any Hugging Face causal LM as the frozen target of an EAGLE3 head."""
+"""A Hugging Face causal LM of a known family (target/families.py) as the frozen target of an EAGLE3 head."""
 
 import hashlib
 from typing import NamedTuple
@@ -7,11 +7,17 @@ import torch
 from torch import nn
 
 from eagle3_xla.config import UserError
-from eagle3_xla.data.tokenizer import first_line, load_config
+from eagle3_xla.data.tokenizer import first_line
+from eagle3_xla.target.families import (
+    attention_masks,
+    aux_layers,
+    load_target_config,
+    logits_of,
+    plain_attention,
+)
 from eagle3_xla.target.order import after
 from eagle3_xla.target.weights import StoredWeights
 
-MIN_LAYERS = 8
 VOCABULARY_CHUNK_ROWS = 256  # positions of a sequence (or of a group's list) whose full-vocabulary logits exist at once
 
 
@@ -40,26 +46,13 @@ class Teacher(NamedTuple):
     argmax: torch.Tensor
 
 
-def aux_layers(num_layers: int) -> tuple[int, int, int]:
-    """0-based decoder layers whose outputs feed the head: {1, L//2-1, L-4}, as every engine takes by default.
-
-    Hugging Face's `hidden_states` index of layer i is i + 1. Raises UserError when the three are not distinct.
-    """
-    if num_layers < MIN_LAYERS:
-        raise UserError(
-            f"the target has {num_layers} decoder layers; EAGLE3 takes hidden states of three distinct ones "
-            f"and needs at least {MIN_LAYERS}"
-        )
-    return (1, num_layers // 2 - 1, num_layers - 4)
-
-
 def load_target(path: str, dtype: torch.dtype):
     """The frozen causal LM on the CPU, in eval mode, without gradients. Raises UserError when it can't be a target."""
     from transformers import AutoModelForCausalLM
 
-    aux_layers(load_config(path).num_hidden_layers)
+    attention = plain_attention(load_target_config(path))
     try:
-        model = AutoModelForCausalLM.from_pretrained(path, dtype=dtype, attn_implementation="sdpa")
+        model = AutoModelForCausalLM.from_pretrained(path, dtype=dtype, attn_implementation=attention)
     except (OSError, ValueError) as error:
         raise UserError(f"the weights of target {path!r} don't load: {first_line(error)}") from None
     return model.eval().requires_grad_(False)
@@ -73,10 +66,9 @@ def open_target(path: str, dtype: torch.dtype, draft_ids: torch.Tensor) -> "Targ
     from accelerate import init_empty_weights
     from transformers import AutoModelForCausalLM
 
-    config = load_config(path)
-    aux_layers(config.num_hidden_layers)
+    config = load_target_config(path)
     with init_empty_weights():  # buffers, which no file holds, are computed
-        model = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation="sdpa")
+        model = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation=plain_attention(config))
     model.tie_weights()
     return Target(model.eval().requires_grad_(False), draft_ids, weights=StoredWeights(path, dtype))
 
@@ -128,9 +120,11 @@ class Target(nn.Module):
 
         return hook
 
-    @property
-    def embed_tokens(self) -> nn.Embedding:
-        return self.model.get_input_embeddings()
+    def embed_tokens(self, ids: torch.Tensor) -> torch.Tensor:
+        """ids [..] -> rows of the embedding table [.., H], which is what SGLang and vLLM feed their draft models: the
+        scaling that Gemma's and Granite's own forward applies to them is left out there too.
+        """
+        return nn.functional.embedding(ids, self.model.get_input_embeddings().weight)
 
     def fingerprint(self) -> str:
         """Which target this is: a hash of its config and of its lm_head rows of the draft vocabulary."""
@@ -140,6 +134,7 @@ class Target(nn.Module):
 
     @property
     def final_norm_weight(self) -> torch.Tensor:
+        """Its scale is this plus families.norm_offset."""
         return self.model.model.norm.weight
 
     @property
@@ -152,8 +147,8 @@ class Target(nn.Module):
         output = self.model.model(
             input_ids=input_ids,
             position_ids=position_ids,
-            # A ready-made 4-D mask: one graph, no device sync in transformers' own mask code.
-            attention_mask=document_mask(document_ids),
+            # Ready-made 4-D masks: one graph, no device sync in transformers' own mask code.
+            attention_mask=document_masks(self.model.config, document_ids),
             use_cache=False,
         )
         return self.captured_aux(), output.last_hidden_state
@@ -175,7 +170,7 @@ class Target(nn.Module):
         for chunk in hidden.split(VOCABULARY_CHUNK_ROWS, dim=1):
             # One chunk after the other.
             chunk = after(chunk, *(x[-1][:, :1, None] for x in (argmax, logsumexp) if x))
-            logits = torch.einsum("bth,vh->btv", chunk, weight).float()
+            logits = logits_of(self.model.config, torch.einsum("bth,vh->btv", chunk, weight).float())
             argmax.append(logits.argmax(-1))
             logsumexp.append(logits.logsumexp(-1))
         return torch.cat(argmax, 1), torch.cat(logsumexp, 1)
@@ -184,12 +179,15 @@ class Target(nn.Module):
     def teacher(self, hidden: torch.Tensor, argmax: torch.Tensor, logsumexp: torch.Tensor) -> Teacher:
         """hidden [.., H] after the final norm; argmax, logsumexp [..]: its `full_vocabulary`."""
         logits = torch.einsum("bth,dh->btd", hidden.to(self.draft_rows.dtype), self.draft_rows)
-        return Teacher(logits.float(), logsumexp, argmax)
+        return Teacher(logits_of(self.model.config, logits.float()), logsumexp, argmax)
 
 
-def document_mask(document_ids: torch.Tensor) -> torch.Tensor:
-    """Causal attention inside each document, [B, 1, T, T] bool; padding attends to padding, so no row is empty."""
-    length = document_ids.shape[1]
-    causal = torch.ones(length, length, dtype=torch.bool, device=document_ids.device).tril()
+def document_masks(config, document_ids: torch.Tensor):
+    """Causal attention inside each document of packed rows, with the family's windows (families.attention_masks).
+
+    document_ids [B, T]; padding attends to padding, so no row is empty.
+    """
+    position = torch.arange(document_ids.shape[1], device=document_ids.device)
+    distance = position[:, None] - position
     same = document_ids[:, :, None] == document_ids[:, None, :]
-    return (same & causal)[:, None]
+    return attention_masks(config, same & (distance >= 0), distance)

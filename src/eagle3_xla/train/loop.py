@@ -19,6 +19,7 @@ from eagle3_xla.data.vocab import d2t_t2d, draft_ids_of
 from eagle3_xla.draft.initialise import InputMoments, initialise_head
 from eagle3_xla.draft.model import Eagle3Head, draft_config
 from eagle3_xla.draft.saved import load_head
+from eagle3_xla.target.families import linear_rows, load_target_config, norm_offset
 from eagle3_xla.target.model import TargetStates, open_target
 from eagle3_xla.target.states import StatesStore
 from eagle3_xla.train.budget import CompileBudget
@@ -58,6 +59,7 @@ def train(recipe: Recipe, max_steps: int = 0, allow_recompile: bool = False, pro
 
 def _train(recipe: Recipe, max_steps: int, allow_recompile: bool, profile: bool, stopping: list[str]) -> dict:
     settings, out = recipe.train, Path(recipe.train.out)
+    load_target_config(recipe.target.path)  # a target that is not supported, before anything else
     backend = make_backend(recipe.xla)  # first: XLA devices must exist before autograd runs anywhere
 
     # The data: rows of fixed shapes; batch i is a pure function of (seed, i).
@@ -93,14 +95,14 @@ def _train(recipe: Recipe, max_steps: int, allow_recompile: bool, profile: bool,
     first_step = backend.agreed(saved.micro_step if saved else 0, "the newest checkpoint; train.out must be shared")
 
     # With reuse_states the target runs once over all rows, and the step starts from what it said.
-    lm_head_rows = target.draft_rows.float()
+    lm_head_rows = linear_rows(target_config, target.draft_rows.float())
     head = Eagle3Head(draft_config(target_config, len(draft_ids)))
     if warm_head is not None:
         refuse_other_head(warm_head.config, head.config, settings.warm_start)
     d2t, t2d = d2t_t2d(draft_ids, target_config.vocab_size)
     target = backend.place_target(target)
     backend.settle()
-    norm_weight = backend.to_host(target.final_norm_weight).float()
+    norm_weight = backend.to_host(target.final_norm_weight).float() + norm_offset(target_config)
 
     @backend.compile
     def target_states(batch):

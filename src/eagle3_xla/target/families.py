@@ -1,0 +1,232 @@
+"""What a target may be: the model types that are proven equal to transformers, and every field of their config.json.
+
+A field that is neither here nor without effect is refused by name: a head that is trained on other maths than the
+engine serves looks well in training and dies in serving. tests/target/test_families.py runs every family.
+"""
+
+from eagle3_xla.config import UserError
+from eagle3_xla.data.tokenizer import first_line, load_config
+
+MIN_LAYERS = 8
+
+# Fields that every family reads, and those that change nothing in a forward pass without training.
+SHAPE = """vocab_size hidden_size intermediate_size num_hidden_layers num_attention_heads num_key_value_heads head_dim
+max_position_embeddings rms_norm_eps rope_theta rope_scaling rope_parameters tie_word_embeddings""".split()
+WITHOUT_EFFECT = """_attn_implementation _attn_implementation_autoset _attn_implementation_internal _name_or_path
+architectures attention_dropout auto_map bad_words_ids begin_suppress_tokens bos_token_id cache_implementation
+diversity_penalty do_sample dtype early_stopping embd_pdrop encoder_no_repeat_ngram_size eos_token_id
+exponential_decay_length_penalty finetuning_task forced_bos_token_id forced_eos_token_id id2label initializer_range
+label2id length_penalty max_length min_length model_type no_repeat_ngram_size num_beam_groups num_beams
+num_return_sequences output_attentions output_hidden_states output_router_logits output_scores pad_token pad_token_id
+prefix pretraining_tp problem_type quantization_config remove_invalid_values repetition_penalty resid_pdrop return_dict
+return_dict_in_generate router_aux_loss_coef router_jitter_noise sep_token_id suppress_tokens task_specific_params
+temperature tf_legacy_loss tokenizer_class top_k top_p torch_dtype torchscript transformers.js_config
+transformers_version typical_p unsloth_fixed unsloth_version use_bfloat16 use_cache""".split()
+# Fields that are right at one value; at another one transformers, the engines or we compute something else.
+ONLY = {
+    "is_decoder": False,
+    "is_encoder_decoder": False,
+    "add_cross_attention": False,
+    "tie_encoder_decoder": False,
+    "cross_attention_hidden_size": None,
+    "chunk_size_feed_forward": 0,
+    "pruned_heads": {},
+    "decoder_start_token_id": None,
+    "use_bidirectional_attention": False,
+    "full_attn_mod": 1,
+    "interpolate_factor": 1,
+    "swiglu_limit": 7.0,  # transformers' gpt-oss has it as a constant
+}
+
+# Which of transformers' mask functions a family's layers call: one for each layer type, or one for all layers.
+BY_LAYER, ALL_LAYERS = "by layer", "all layers"
+
+
+class Family:
+    """fields: of its config.json, beside SHAPE; masks: BY_LAYER, ALL_LAYERS or None (no windows)."""
+
+    def __init__(self, fields: str, masks: str | None = None):
+        self.fields, self.masks = fields.split(), masks
+
+
+WINDOWS = "use_sliding_window sliding_window max_window_layers"
+GEMMA = "hidden_activation attention_bias query_pre_attn_scalar sliding_window layer_types final_logit_softcapping"
+FAMILIES = {
+    "qwen2": Family(f"hidden_act layer_types {WINDOWS}", BY_LAYER),
+    "qwen3": Family(f"hidden_act attention_bias layer_types {WINDOWS}", BY_LAYER),
+    "qwen3_moe": Family(
+        f"hidden_act attention_bias {WINDOWS} decoder_sparse_step moe_intermediate_size num_experts_per_tok "
+        "num_experts norm_topk_prob mlp_only_layers",
+        ALL_LAYERS,
+    ),
+    "llama": Family("hidden_act attention_bias mlp_bias"),
+    "mistral": Family("hidden_act sliding_window", ALL_LAYERS),
+    "mixtral": Family("hidden_act sliding_window num_experts_per_tok num_local_experts", ALL_LAYERS),
+    "phi3": Family("hidden_act sliding_window partial_rotary_factor original_max_position_embeddings", ALL_LAYERS),
+    "gemma2": Family(f"{GEMMA} attn_logit_softcapping", BY_LAYER),
+    "gemma3_text": Family(f"{GEMMA} rope_local_base_freq sliding_window_pattern _sliding_window_pattern", BY_LAYER),
+    "gpt_oss": Family(
+        "hidden_act attention_bias sliding_window layer_types num_local_experts num_experts_per_tok experts_per_token "
+        "initial_context_length",
+        BY_LAYER,
+    ),
+    "smollm3": Family(
+        f"hidden_act attention_bias mlp_bias no_rope_layers no_rope_layer_interval layer_types {WINDOWS}", BY_LAYER
+    ),
+    "olmo2": Family("hidden_act attention_bias"),
+    "granite": Family(
+        "hidden_act attention_bias mlp_bias embedding_multiplier logits_scaling residual_multiplier "
+        "attention_multiplier"
+    ),
+}
+
+# Why the well-known ones among the others are refused.
+REFUSED = {
+    "cohere": "Cohere scales its logits and shares one norm between attention and MLP",
+    "cohere2": "Cohere scales its logits and shares one norm between attention and MLP",
+    "gpt_neox": "GPT-NeoX has LayerNorm, parallel residuals and no `model.layers`",
+    "gptj": "GPT-J has LayerNorm, parallel residuals and no `model.layers`",
+    "gpt2": "GPT-2 has learned positions and LayerNorm",
+    "opt": "OPT has learned positions and LayerNorm",
+    "bloom": "BLOOM has ALiBi positions",
+    "mpt": "MPT has ALiBi positions",
+    "falcon": "Falcon has LayerNorm and parallel residuals",
+    "phi": "Phi-1 and Phi-2 have LayerNorm, parallel residuals and a bias in lm_head",
+    "starcoder2": "StarCoder-2 has LayerNorm with biases",
+    "stablelm": "StableLM has LayerNorm",
+    "glm": "GLM rotates pairs of neighbours, which no check here has compared",
+    "glm4": "GLM-4 rotates pairs of neighbours and has norms after its layers, which no check here has compared",
+    "deepseek_v2": "DeepSeek has latent attention (MLA)",
+    "deepseek_v3": "DeepSeek has latent attention (MLA)",
+    "qwen2_moe": "Qwen2-MoE adds a shared expert with a gate of its own",
+    "qwen3_next": "Qwen3-Next has linear attention",
+    "llama4": "Llama-4 has a vision tower and attention in chunks",
+    "llama4_text": "Llama-4 has attention in chunks",
+    "phimoe": "Phi-3.5-MoE routes by a rule of its own (sparsemixer)",
+    "minicpm": "MiniCPM's code is in its repository",
+    "mamba": "Mamba has no attention",
+    "mamba2": "Mamba has no attention",
+    "jamba": "Jamba mixes attention with Mamba",
+    "granitemoe": "Granite-MoE's experts are in one tensor with a router of its own",
+    "gemma": "Gemma 1 is not among the engines' EAGLE3 targets",
+    "gemma3n": "Gemma-3n has several streams of hidden states",
+}
+ROPE_TYPES = ("default", "linear", "llama3", "yarn")
+
+
+def load_target_config(path: str):
+    """The Hugging Face config of a supported target, a folder's or a hub id's. Raises UserError that says why not."""
+    from transformers import PretrainedConfig
+
+    if not path:
+        raise UserError("setting target.path is empty; name a folder or a hub id")
+    try:
+        written = PretrainedConfig.get_config_dict(path)[0]
+    except (OSError, ValueError) as error:
+        raise UserError(f"no target at {path!r}: {first_line(error)}") from None
+    check(written, path)
+    config = load_config(path)
+    aux_layers(config.num_hidden_layers)
+    return config
+
+
+def aux_layers(num_layers: int) -> tuple[int, int, int]:
+    """0-based decoder layers whose outputs feed the head: {1, L//2-1, L-4}, as every engine takes by default.
+
+    Hugging Face's `hidden_states` index of layer i is i + 1. Raises UserError when the three are not distinct.
+    """
+    if num_layers < MIN_LAYERS:
+        raise UserError(
+            f"the target has {num_layers} decoder layers; EAGLE3 takes hidden states of three distinct ones "
+            f"and needs at least {MIN_LAYERS}"
+        )
+    return (1, num_layers // 2 - 1, num_layers - 4)
+
+
+def check(written: dict, path: str) -> None:
+    """Raises UserError unless a target with this config.json is computed as transformers does."""
+
+    def refuse(why: str):
+        return UserError(f"target {path!r} is not supported: {why}")
+
+    kind = written.get("model_type")
+    architectures = written.get("architectures") or []
+    for part in ("vision_config", "audio_config"):
+        if part in written:
+            raise refuse(f"it has a {part.removesuffix('_config')} tower ({kind}); take a text-only checkpoint")
+    if written.get("is_encoder_decoder"):
+        raise refuse(f"{kind} is an encoder-decoder; EAGLE3 drafts for a decoder alone")
+    if kind not in FAMILIES:
+        if kind in REFUSED:
+            raise refuse(REFUSED[kind])
+        if "auto_map" in written:
+            raise refuse(f"model type {kind!r} brings its own code (auto_map), which is never run here")
+        raise refuse(f"model type {kind!r} is unknown here; known: {', '.join(FAMILIES)}")
+    if architectures and not any(name.endswith("ForCausalLM") for name in architectures):
+        raise refuse(f"not a causal LM: its config.json says architectures {architectures}")
+    if kind == "gemma3_text" and written.get("attn_logit_softcapping"):
+        raise refuse("attn_logit_softcapping is set, which transformers' Gemma-3 leaves out")
+    family = FAMILIES[kind]
+    known = {*SHAPE, *WITHOUT_EFFECT, *family.fields}
+    for field, value in written.items():
+        if field in ONLY:
+            if value not in (ONLY[field], None):
+                raise refuse(f"{field} is {value!r} in config.json; only {ONLY[field]!r} is computed here")
+        elif field not in known and value not in (None, False, [], {}):  # a field that is off changes nothing
+            raise refuse(f"{field} ({value!r}) in config.json is no field of {kind} that is known here")
+    rope = written.get("rope_scaling") or {}
+    rope_type = rope.get("rope_type", rope.get("type", "default"))
+    if rope_type not in ROPE_TYPES:
+        raise refuse(f"rope_scaling {rope_type!r}; known: {', '.join(ROPE_TYPES)}")
+    if strange := set(written.get("layer_types") or []) - {"full_attention", "sliding_attention"}:
+        raise refuse(f"layer_types has {', '.join(sorted(strange))}; known: full_attention, sliding_attention")
+    newer = (written.get("rope_parameters") or {}).get("rope_theta")
+    if newer not in (None, written.get("rope_theta")):
+        raise refuse(
+            "config.json has its RoPE in rope_parameters, as transformers 5 writes it and 4.57 does not read it; put "
+            "rope_theta and rope_scaling at the top level too"
+        )
+
+
+def attention_masks(config, visible, distance):
+    """What the family's decoder takes as ready-made masks: a 4-D tensor, or one for each of its layer types.
+
+    visible [B, Q, K] bool: what a query may see without any window (its own document, its own past); distance, which
+    broadcasts against it: how many positions a key lies before its query. A layer with a window sees
+    distance < sliding_window, as transformers' `sliding_window_overlay` has it.
+    """
+    masks = FAMILIES[config.model_type].masks
+    if masks is None:
+        return visible[:, None]
+    window = config.sliding_window
+    within = None if window is None else (visible & (distance < window))[:, None]
+    if masks == ALL_LAYERS:
+        return visible[:, None] if window is None else within
+    return {"full_attention": visible[:, None], "sliding_attention": within}
+
+
+def logits_of(config, products):
+    """The model's logits from lm_head's products, elementwise: Granite's scaling, Gemma's soft cap."""
+    if scaling := getattr(config, "logits_scaling", None):
+        products = products / scaling
+    if cap := getattr(config, "final_logit_softcapping", None):
+        products = cap * (products / cap).tanh()
+    return products
+
+
+def linear_rows(config, rows):
+    """lm_head rows with a constant scaling of the logits folded in, for a head that has none; a soft cap stays out."""
+    return rows / (getattr(config, "logits_scaling", None) or 1.0)
+
+
+def norm_offset(config) -> float:
+    """What the family's RMSNorm adds to its weight: Gemma scales by 1 + weight."""
+    return 1.0 if config.model_type.startswith("gemma") else 0.0
+
+
+def plain_attention(config) -> str:
+    """transformers' attention implementation for plain torch: sdpa where that computes what the family does."""
+    from eagle3_xla.target.attention import GROUPED_EINSUM
+
+    capped = getattr(config, "attn_logit_softcapping", None)
+    return GROUPED_EINSUM if config.model_type == "gpt_oss" or capped else "sdpa"

@@ -1,0 +1,138 @@
+"""Every supported family against transformers' own forward, and what is refused."""
+
+import inspect
+import json
+
+import pytest
+import torch
+from target.family_models import CONFIGS, VOCABULARY, WINDOW, small_model
+from transformers import CONFIG_MAPPING
+
+from eagle3_xla.cli import main
+from eagle3_xla.config import UserError
+from eagle3_xla.target.families import FAMILIES, ONLY, SHAPE, WITHOUT_EFFECT, aux_layers, check, load_target_config
+from eagle3_xla.target.model import Target, load_target
+
+LENGTHS = (19, 25, 12)  # documents of a row, then 4 of padding
+DRAFT_IDS = torch.arange(1, VOCABULARY, 2)
+
+
+def packed_rows() -> dict[str, torch.Tensor]:
+    """Two rows [2, 60] of several documents and padding."""
+    torch.manual_seed(1)
+    rows = []
+    for lengths in (LENGTHS, LENGTHS[::-1]):
+        padding = 60 - sum(lengths)
+        positions = torch.cat([*map(torch.arange, lengths), torch.zeros(padding, dtype=torch.long)])
+        documents = torch.tensor([i + 1 for i, n in enumerate(lengths) for _ in range(n)] + [0] * padding)
+        rows.append((torch.randint(0, VOCABULARY, (60,)), positions, documents))
+    return dict(zip(("input_ids", "position_ids", "document_ids"), map(torch.stack, zip(*rows))))
+
+
+@torch.no_grad()
+def golden(model, batch) -> list[torch.Tensor]:
+    """aux, argmax, logsumexp, draft-vocabulary probabilities by transformers' forward of each document alone, [n, ..]
+    over all documents."""
+    layers, found = aux_layers(model.config.num_hidden_layers), []
+    for ids, documents in zip(batch["input_ids"], batch["document_ids"]):
+        for document in range(1, len(LENGTHS) + 1):
+            output = model(input_ids=ids[documents == document][None], output_hidden_states=True, use_cache=False)
+            aux = torch.cat([output.hidden_states[i + 1] for i in layers], -1)
+            logits = output.logits
+            probabilities = logits.softmax(-1)[..., DRAFT_IDS]
+            found.append([x[0] for x in (aux, logits.argmax(-1), logits.logsumexp(-1), probabilities)])
+    return [torch.cat(column) for column in zip(*found)]
+
+
+def of_documents(states, teacher, batch) -> list[torch.Tensor]:
+    """The same of packed rows."""
+    probabilities = (teacher.logits - teacher.logsumexp[..., None]).exp()
+    columns = states.aux, states.argmax, states.logsumexp, probabilities
+    return [
+        torch.cat([x[row][batch["document_ids"][row] == d] for row in range(2) for d in range(1, len(LENGTHS) + 1)])
+        for x in columns
+    ]
+
+
+def assert_equal(ours: list[torch.Tensor], expected: list[torch.Tensor]) -> None:
+    torch.testing.assert_close(ours[0], expected[0], atol=1e-4, rtol=1e-4)
+    assert torch.equal(ours[1], expected[1])
+    torch.testing.assert_close(ours[2], expected[2], atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(ours[3], expected[3], atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_packed_rows_are_transformers_documents(name, tmp_path):
+    model, batch = small_model(name), packed_rows()
+    model.save_pretrained(tmp_path)
+    target = Target(load_target(str(tmp_path), torch.float32), DRAFT_IDS)
+    states = target.states(**batch)
+    teacher = target.teacher(states.hidden, states.argmax, states.logsumexp)
+    assert_equal(of_documents(states, teacher, batch), golden(model, batch))
+
+
+def test_every_family_is_here():
+    assert {config.model_type for config in CONFIGS.values()} == set(FAMILIES)
+    assert WINDOW < min(LENGTHS)
+
+
+QWEN2 = {"architectures": ["Qwen2ForCausalLM"], "model_type": "qwen2", "num_hidden_layers": 8, "vocab_size": 64}
+REFUSED = [
+    ({"model_type": "cohere"}, "Cohere scales its logits and shares one norm"),
+    ({"model_type": "gpt_neox"}, "GPT-NeoX has LayerNorm"),
+    ({"model_type": "starcoder2"}, "StarCoder-2 has LayerNorm"),
+    ({"model_type": "glm4"}, "GLM-4 rotates pairs"),
+    ({"model_type": "deepseek_v3", "auto_map": {"AutoModelForCausalLM": "m.Model"}}, "latent attention"),
+    ({"model_type": "qwen2_moe"}, "a shared expert"),
+    ({"model_type": "own", "auto_map": {"AutoConfig": "configuration.Own"}}, "'own' brings its own code"),
+    ({"model_type": "not-yet-known"}, "model type 'not-yet-known' is unknown here; known: qwen2"),
+    ({"model_type": "t5", "is_encoder_decoder": True}, "encoder-decoder"),
+    ({"model_type": "gemma3", "vision_config": {}}, "vision tower"),
+    ({"model_type": "qwen2_audio", "audio_config": {}}, "audio tower"),
+    ({"architectures": ["Qwen2ForSequenceClassification"]}, "not a causal LM"),
+    ({"num_hidden_layers": 7}, "7 decoder layers"),
+    ({"logit_scale": 0.5}, r"logit_scale \(0.5\) in config.json is no field of qwen2"),
+    ({"attn_logit_softcapping": 30.0}, "attn_logit_softcapping"),
+    ({"residual_multiplier": 0.2}, "residual_multiplier"),
+    ({"layer_types": ["full_attention"] * 7 + ["chunked_attention"]}, "layer_types has chunked_attention"),
+    ({"model_type": "gemma3_text", "use_bidirectional_attention": True}, "use_bidirectional_attention is True"),
+    ({"model_type": "gemma3_text", "attn_logit_softcapping": 30.0}, "transformers' Gemma-3 leaves out"),
+    ({"model_type": "gpt_oss", "swiglu_limit": 5.0}, "swiglu_limit is 5.0 in config.json; only 7.0"),
+    ({"rope_scaling": {"rope_type": "dynamic", "factor": 2.0}}, "rope_scaling 'dynamic'"),
+    ({"rope_parameters": {"rope_theta": 1e6}}, "as transformers 5 writes it"),
+    ({"is_decoder": True}, "is_decoder is True"),
+]
+
+
+@pytest.mark.parametrize("changes, line", REFUSED, ids=lambda value: value if isinstance(value, str) else "")
+def test_refused_with_its_line(changes, line, tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps(QWEN2 | changes))
+    with pytest.raises(UserError, match=line) as raised:
+        load_target_config(str(tmp_path))
+    assert len(str(raised.value).splitlines()) == 1
+
+
+@pytest.mark.parametrize("verb", ["prepare", "plan", "train"])
+def test_no_verb_goes_on_with_a_refused_target(verb, small_run, tmp_path, capsys, monkeypatch):
+    """Before data is read: there is none."""
+    monkeypatch.setenv("CPU_NUM_DEVICES", "1")  # which `plan` sets for its process
+    (tmp_path / "config.json").write_text(json.dumps(QWEN2 | {"logit_scale": 0.5}))
+    settings = [*small_run, f"target.path={tmp_path}", "xla.device=xla", "data.train=[/nowhere.jsonl]"]
+    settings += ["xla.dp=4", "xla.tp=4", f"train.out={tmp_path / 'out'}", f"data.prepared={tmp_path / 'none'}"]
+    assert main([verb, *[f"--{setting}" for setting in settings]]) == 2
+    error = capsys.readouterr().err
+    assert "logit_scale" in error and "Traceback" not in error and not (tmp_path / "out").exists()
+
+
+def test_no_field_of_transformers_is_forgotten():
+    """What the families' own configs declare is known here: a newer transformers that adds a field fails here first."""
+    for kind, family in FAMILIES.items():
+        declared = set(inspect.signature(CONFIG_MAPPING[kind].__init__).parameters) - {"self", "kwargs"}
+        assert declared <= {*SHAPE, *WITHOUT_EFFECT, *ONLY, *family.fields, "attn_logit_softcapping"}, kind
+
+
+def test_saved_configs_of_all_families_are_supported(tmp_path):
+    for config in CONFIGS.values():
+        config.architectures = ["ForCausalLM"]
+        config.save_pretrained(tmp_path)
+        check(json.loads((tmp_path / "config.json").read_text()), "saved")
