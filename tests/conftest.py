@@ -140,6 +140,18 @@ def small_settings(small_target, chat_file, tmp_path) -> list[str]:
     ]
 
 
+@pytest.fixture(scope="session")
+def gcs(tmp_path_factory):
+    """An emulated bucket (tests/gcs.py), and a cache folder for what is read from it."""
+    from gcs import Bucket
+
+    os.environ["XDG_CACHE_HOME"] = str(tmp_path_factory.mktemp("cache"))
+    bucket = Bucket()
+    yield bucket
+    bucket.close()
+    del os.environ["XDG_CACHE_HOME"]
+
+
 @pytest.fixture
 def chat_file(tmp_path) -> Path:
     return write_chats(tmp_path)

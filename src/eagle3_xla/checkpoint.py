@@ -5,6 +5,9 @@
                              /SHA256SUMS          of the two above; `sha256sum -c` reads it
                /.partial-*                        being written or deleted; one that a kill left goes with the next save
 
+The folder may be a URL of an object store: there SHA256SUMS is written last and removed first, and a checkpoint without
+it is none.
+
 Batches are a pure function of (seed, micro-step) and the step has no other randomness, so the micro-step is the data
 cursor and the RNG state.
 """
@@ -13,7 +16,6 @@ import dataclasses
 import hashlib
 import json
 import math
-import os
 import shutil
 from pathlib import Path
 
@@ -21,10 +23,12 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
+from eagle3_xla import storage
 from eagle3_xla.config import Recipe, UserError
+from eagle3_xla.storage import Location
 
 STATE, META, SUMS = "state.safetensors", "meta.json", "SHA256SUMS"
-PARTIAL = ".partial-"
+STEP = "step-"
 
 # Settings that may differ between a run and its continuation: they change no weight.
 FREE = (
@@ -63,58 +67,47 @@ class Checkpoint:
     tau: float | None = None
 
 
-def save(folder: Path, checkpoint: Checkpoint, keep: int) -> Path:
-    """Write a checkpoint atomically; once it is durable, drop all but the last `keep` and the best by tau.
+def save(folder: Location, checkpoint: Checkpoint, keep: int) -> Location:
+    """Write a checkpoint whole or not at all; once it is durable, drop all but the last `keep` and the best by tau.
 
     Returns its folder. Raises SaveFailed when the disk is full or refuses; the earlier ones are untouched then.
     """
-    folder = Path(folder)
-    final = folder / f"step-{checkpoint.micro_step:08d}"
-    partial = folder / f"{PARTIAL}{final.name}"
+    final = storage.join(folder, f"{STEP}{checkpoint.micro_step:08d}")
     tensors = {f"head.{name}": value for name, value in checkpoint.head.items()}
     tensors |= {f"optimizer.{name}": value for name, value in checkpoint.optimizer.items()}
     tensors |= {"d2t": checkpoint.d2t, "t2d": checkpoint.t2d}
     named = ("micro_step", "tau", "recipe", "data_key", "draft_config")
     meta = json.dumps({name: getattr(checkpoint, name) for name in named}, indent=1)
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        for stale in folder.glob(f"{PARTIAL}*"):
-            shutil.rmtree(stale)
-        partial.mkdir()
-        save_file(tensors, partial / STATE)
-        (partial / META).write_text(meta)
-        (partial / SUMS).write_text("".join(f"{_sha256(partial / name)}  {name}\n" for name in (STATE, META)))
-        for name in (STATE, META, SUMS, "."):
-            _fsync(partial / name)
-        if final.exists():  # damaged, or the run would have gone on from it
-            _remove(final)
-        os.replace(partial, final)
-        _fsync(folder)
+        storage.remove_unfinished(folder, last=SUMS, prefix=STEP)
+        with storage.whole_folder(final, last=SUMS) as partial:
+            save_file(tensors, partial / STATE)
+            (partial / META).write_text(meta)
+            (partial / SUMS).write_text("".join(f"{_sha256(partial / name)}  {name}\n" for name in (STATE, META)))
     except (OSError, SafetensorError) as error:
-        shutil.rmtree(partial, ignore_errors=True)
         needed = sum(tensor.nbytes for tensor in tensors.values()) + len(meta)
         raise SaveFailed(_what_remains(folder, final, needed, error)) from error
-    _prune(folder, final, keep)
+    _prune(folder, storage.base_name(final), keep)
     return final
 
 
-def load_latest(folder: Path, warn) -> Checkpoint | None:
+def load_latest(folder: Location, warn) -> Checkpoint | None:
     """The newest checkpoint whose checksums hold; a damaged one is reported through `warn` and passed over."""
-    return _first_whole(reversed(_steps(folder)), warn)
+    return _first_whole(folder, reversed(_steps(folder)), warn)
 
 
-def load_best(folder: Path, warn) -> Checkpoint | None:
+def load_best(folder: Location, warn) -> Checkpoint | None:
     """The whole checkpoint with the highest tau; the newest one where no tau is known."""
-    return _first_whole(sorted(_steps(folder), key=_rank, reverse=True), warn)
+    return _first_whole(folder, sorted(_steps(folder), key=lambda name: _rank(folder, name), reverse=True), warn)
 
 
-def load(path: Path) -> Checkpoint:
+def load(path: Location) -> Checkpoint:
     """Read one checkpoint folder. Raises UserError when it is missing or damaged."""
-    path = Path(path)
-    meta = _verified_meta(path)
-    if not _matches(path, STATE):
-        raise UserError(f"checkpoint {path} is damaged (the checksum of {STATE} does not hold)")
-    tensors = {name: value.clone() for name, value in load_file(path / STATE).items()}  # the file is memory-mapped
+    sums, meta = _verified_meta(path)
+    with storage.as_local_file(storage.join(path, STATE)) as state:
+        if not _listed(sums, STATE, _sha256(state)):
+            raise UserError(f"checkpoint {path} is damaged (the checksum of {STATE} does not hold)")
+        tensors = {name: value.clone() for name, value in load_file(state).items()}  # the file is memory-mapped
 
     def group(prefix: str) -> dict[str, torch.Tensor]:
         return {name.removeprefix(prefix): value for name, value in tensors.items() if name.startswith(prefix)}
@@ -142,79 +135,72 @@ def refuse_changed_run(saved: Checkpoint, recipe: Recipe, data_key: str) -> None
         )
 
 
-def _steps(folder: Path) -> list[Path]:
-    return sorted(Path(folder).glob("step-*"))
+def _steps(folder: Location) -> list[str]:
+    """Names of the checkpoints in it, the newest last."""
+    return storage.whole_folders(folder, last=SUMS, prefix=STEP)
 
 
-def _first_whole(paths, warn) -> Checkpoint | None:
-    for path in paths:
+def _first_whole(folder: Location, names, warn) -> Checkpoint | None:
+    for name in names:
         try:
-            return load(path)
+            return load(storage.join(folder, name))
         except UserError as error:
             warn(f"{error}; it is passed over")
     return None
 
 
-def _rank(path: Path) -> tuple[float, str]:
+def _rank(folder: Location, name: str) -> tuple[float, str]:
     """Order by tau, then by step; a checkpoint without one, or whose meta.json is damaged, comes before all others."""
     try:
-        tau = _verified_meta(path)["tau"]
+        tau = _verified_meta(storage.join(folder, name))[1]["tau"]
     except UserError:
         tau = None
-    return (-math.inf if tau is None or math.isnan(tau) else tau, path.name)
+    return (-math.inf if tau is None or math.isnan(tau) else tau, name)
 
 
-def _prune(folder: Path, newest: Path, keep: int) -> None:
+def _prune(folder: Location, newest: str, keep: int) -> None:
     """Steps after `newest` are damaged ones that the run passed over when it resumed: they must not fill `keep`."""
-    own = [path for path in _steps(folder) if path.name <= newest.name]
-    kept = [*own[-keep:], max(own, key=_rank)]
-    for path in _steps(folder):
-        if path not in kept:
-            _remove(path)
+    steps = _steps(folder)
+    own = [name for name in steps if name <= newest]
+    kept = [*own[-keep:], max(own, key=lambda name: _rank(folder, name))]
+    for name in steps:
+        if name not in kept:
+            storage.remove(storage.join(folder, name), first=SUMS)
 
 
-def _remove(path: Path) -> None:
-    """Rename first: a kill in between leaves a .partial folder, not half a checkpoint."""
-    gone = path.with_name(f"{PARTIAL}old-{path.name}")
-    os.replace(path, gone)
-    shutil.rmtree(gone)
-
-
-def _what_remains(folder: Path, final: Path, needed: int, error: Exception) -> str:
+def _what_remains(folder: Location, final: Location, needed: int, error: Exception) -> str:
     # safetensors says "Error while serializing: I/O error: No space left on device (os error 28)".
-    reason = getattr(error, "strerror", None) or str(error).rpartition(": ")[2].partition(" (os error")[0]
+    reason = getattr(error, "strerror", None) or str(error)
+    if isinstance(error, SafetensorError):
+        reason = reason.rpartition(": ")[2].partition(" (os error")[0]
     try:
-        free = f"{shutil.disk_usage(folder).free:,} bytes are free there"
-        saved = _first_whole(reversed(_steps(folder)), warn=lambda _: None)
+        free = "" if storage.is_url(folder) else f", {shutil.disk_usage(folder).free:,} bytes are free there"
+        saved = _first_whole(folder, reversed(_steps(folder)), warn=lambda _: None)
     except OSError:
-        free, saved = "the folder can't be read", None
-    remaining = f"{folder}/step-{saved.micro_step:08d} is whole" if saved else "no earlier checkpoint is there"
+        free, saved = ", the folder can't be read", None
+    newest = saved and storage.join(folder, f"{STEP}{saved.micro_step:08d}")
+    remaining = f"{newest} is whole" if saved else "no earlier checkpoint is there"
+    remedy = "mend that" if storage.is_url(folder) else "make room"
     return (
-        f"checkpoint {final} could not be written ({reason}): it takes {needed:,} bytes, {free}. "
-        f"{remaining}; make room and start again to continue"
+        f"checkpoint {final} could not be written ({reason}): it takes {needed:,} bytes{free}. "
+        f"{remaining}; {remedy} and start again to continue"
     )
 
 
-def _verified_meta(path: Path) -> dict:
-    if not all((path / name).is_file() for name in (STATE, META, SUMS)):
+def _verified_meta(path: Location) -> tuple[bytes, dict]:
+    """(SHA256SUMS, meta.json) of a checkpoint."""
+    if not {STATE, META, SUMS} <= set(storage.entries(path)):
         raise UserError(f"{path} is not a checkpoint ({STATE}, {META} and {SUMS} are expected)")
-    if not _matches(path, META):
+    sums, meta = (storage.read(storage.join(path, name)) for name in (SUMS, META))
+    if not _listed(sums, META, hashlib.sha256(meta).hexdigest()):
         raise UserError(f"checkpoint {path} is damaged (the checksum of {META} does not hold)")
-    return json.loads((path / META).read_text())
+    return sums, json.loads(meta)
 
 
-def _matches(path: Path, name: str) -> bool:
-    return f"{_sha256(path / name)}  {name}".encode() in (path / SUMS).read_bytes().splitlines()
+def _listed(sums: bytes, name: str, sha256: str) -> bool:
+    return f"{sha256}  {name}".encode() in sums.splitlines()
 
 
 def _sha256(path: Path) -> str:
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def _fsync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -11,6 +11,9 @@ from pathlib import Path
 from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from eagle3_xla import storage
+from eagle3_xla.storage import Location
+
 RUN_FILE = "run.yaml"
 
 
@@ -99,7 +102,7 @@ class XlaConfig:
 
 @dataclass
 class TrainConfig:
-    out: str = ""  # folder of checkpoints, metrics.jsonl, tracker logs
+    out: str = ""  # folder (or gs:// URL) of checkpoints, metrics.jsonl, tracker logs
     epochs: int = 3
     batch_size: int = 4  # rows per data-parallel replica in a micro-step
     gradient_accumulation: int = 1
@@ -209,18 +212,19 @@ def load_recipe(name: str | None, overrides: list[str]) -> Recipe:
     return recipe
 
 
-def write_run_file(recipe: Recipe, out: Path) -> None:
-    OmegaConf.save(OmegaConf.structured(recipe), Path(out) / RUN_FILE)
+def write_run_file(recipe: Recipe, out: Location) -> None:
+    storage.write(storage.join(out, RUN_FILE), OmegaConf.to_yaml(OmegaConf.structured(recipe)))
 
 
-def claim_output(out: Path) -> Path:
+def claim_output(out: Location) -> Location:
     """Make the output folder. Raises UserError when it holds something that this program did not write."""
-    out = Path(out)
-    if out.exists() and not out.is_dir():
+    out = storage.join(out)
+    if storage.exists(out) and not storage.is_folder(out):
         raise UserError(f"{out} is a file; an output folder is expected")
-    if out.is_dir() and any(out.iterdir()) and not (out / RUN_FILE).exists():
+    names = storage.entries(out)
+    if names and RUN_FILE not in names:
         raise UserError(f"{out} is not empty and has no {RUN_FILE}, so it is not ours; choose another folder")
-    out.mkdir(parents=True, exist_ok=True)
+    storage.make_folder(out)
     return out
 
 

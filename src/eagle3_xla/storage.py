@@ -1,0 +1,371 @@
+"""Files and folders, on this machine or on an object store: a path, or a URL that fsspec knows (gs://, s3://, ...).
+
+What is written is there whole or not at all: a file on a disk by a rename, an object by the store's own promise. A
+folder (`whole_folder`) is renamed too; object stores have no rename, so there its last file is written last and
+removed first, and without it the folder counts as absent. They have no append either: what grows lies in a folder of
+this machine and is copied (`LocalFolder`). What needs a real file reads a copy in ~/.cache/eagle3-xla.
+
+Every failure is an OSError whose message is one line and names the location.
+"""
+
+import contextlib
+import hashlib
+import io
+import logging
+import os
+import re
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+PARTIAL = ".partial-"
+OPTIONS = {"use_listings_cache": False}  # others write too
+CHECKED = {"gs": {"consistency": "md5"}, "gcs": {"consistency": "md5"}}  # what is written is compared with the store's
+Location = str | Path  # a URL is always a string: Path would make one slash of two
+
+
+def is_url(location: Location) -> bool:
+    text = str(location)
+    assert not (isinstance(location, Path) and re.match(r"[a-z][a-z0-9+.-]+:/[^/]", text)), f"{text} was a URL"
+    return re.match(r"[a-z][a-z0-9+.-]+://", text) is not None
+
+
+def join(folder: Location, *names: str) -> Location:
+    """A location in `folder`: a string of a URL's, else a Path."""
+    return "/".join([str(folder).rstrip("/"), *map(str, names)]) if is_url(folder) else Path(folder, *names)
+
+
+def base_name(location: Location) -> str:
+    return str(location).rstrip("/").rpartition("/")[2]
+
+
+def exists(location: Location) -> bool:
+    """Whether a file or a folder is there; where that can't be known, an error says why."""
+    if not is_url(location):
+        return Path(location).exists()
+    with _in_one_line(location), contextlib.suppress(FileNotFoundError):
+        store, path = _store(location)
+        return bool(store.info(path))
+    return False
+
+
+def is_folder(location: Location) -> bool:
+    if not is_url(location):
+        return Path(location).is_dir()
+    with _in_one_line(location), contextlib.suppress(FileNotFoundError):
+        store, path = _store(location)
+        return store.info(path)["type"] == "directory"
+    return False
+
+
+def entries(folder: Location) -> list[str]:
+    """Names of what lies in a folder, sorted; of one that isn't there, none."""
+    if not is_url(folder):
+        return sorted(entry.name for entry in Path(folder).iterdir()) if Path(folder).is_dir() else []
+    with _in_one_line(folder), contextlib.suppress(FileNotFoundError):
+        store, path = _store(folder)
+        return sorted({base_name(entry) for entry in store.ls(path, detail=False) if entry.rstrip("/") != path})
+    return []
+
+
+def files(folder: Location) -> dict[str, str]:
+    """Of every file below `folder`: its name from there -> what changes with its content (etag, generation, size)."""
+    if not is_url(folder):
+        found = {str(f.relative_to(folder)): f.stat() for f in sorted(Path(folder).rglob("*")) if f.is_file()}
+        return {name: f"{stat.st_mtime_ns} {stat.st_size}" for name, stat in found.items()}
+    with _in_one_line(folder):
+        store, path = _store(folder)
+        found = store.find(path, detail=True)
+    return {name.removeprefix(path).lstrip("/"): _version(info) for name, info in sorted(found.items())}
+
+
+def read(location: Location) -> bytes:
+    with open_file(location) as file:
+        return file.read()
+
+
+def open_file(location: Location):
+    """A file's bytes as a stream."""
+    if not is_url(location):
+        return Path(location).open("rb")
+    with _in_one_line(location):
+        store, path = _store(location)
+        return io.BufferedReader(_Stream(store.open(path, "rb"), location), 1 << 20)
+
+
+def read_range(location: str, start: int, length: int) -> bytes:
+    """`length` bytes of a URL's file from `start` on: one request."""
+    with _in_one_line(location):
+        store, path = _store(location)
+        return store.cat_file(path, start=start, end=start + length) if length else b""
+
+
+def write(location: Location, content: str | bytes) -> None:
+    """Write a file whole or not at all."""
+    content = content.encode() if isinstance(content, str) else content
+    if is_url(location):
+        with _in_one_line(location):
+            store, path = _store(location)
+            store.pipe_file(path, content, **CHECKED.get(_protocol(location), {}))
+        return
+    location = Path(location)
+    partial = location.with_name(f"{PARTIAL}{location.name}")
+    partial.write_bytes(content)
+    _fsync(partial)
+    os.replace(partial, location)
+    _fsync(location.parent)
+
+
+def make_folder(folder: Location) -> None:
+    """Object stores have no folders to make."""
+    if not is_url(folder):
+        Path(folder).mkdir(parents=True, exist_ok=True)
+
+
+def remove(location: Location, first: str = "") -> None:
+    """Remove a file or a folder; of a folder, the file `first` before the others. What isn't there is no error."""
+    if not is_url(location):
+        path = Path(location)
+        if path.is_dir():  # a kill in between leaves a partial folder, not half of this one
+            gone = path.with_name(f"{PARTIAL}old-{path.name}")
+            os.replace(path, gone)
+            shutil.rmtree(gone)
+        else:
+            path.unlink(missing_ok=True)
+        return
+    with _in_one_line(location):
+        store, path = _store(location)
+        for name in [f"{path}/{first}"] * bool(first) + [path]:
+            with contextlib.suppress(FileNotFoundError):
+                store.rm(name, recursive=True)
+
+
+def upload(file: Path, location: Location) -> None:
+    """Copy a file of this machine to a URL."""
+    with _in_one_line(location):
+        store, path = _store(location)
+        store.put_file(str(file), path, **CHECKED.get(_protocol(location), {}))
+
+
+def upload_folder(folder: Path, location: Location, last: str = "") -> None:
+    """Copy the files below a folder of this machine to a URL, the file `last` after all others."""
+    for name in sorted(files(folder), key=lambda name: (name == last, name)):
+        upload(folder / name, join(location, name))
+
+
+@contextlib.contextmanager
+def whole_folder(folder: Location, last: str) -> Iterator[Path]:
+    """A folder of this machine to write files into; at the end of the block they become `folder`, all or none.
+
+    last: the file without which the folder counts as absent where nothing can be renamed. After an error nothing of it
+    remains.
+    """
+    if is_url(folder):
+        with scratch(folder) as partial:
+            yield partial
+            remove(folder, first=last)
+            upload_folder(partial, folder, last)
+        return
+    folder = Path(folder)
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    partial = folder.with_name(f"{PARTIAL}{folder.name}")
+    try:
+        partial.mkdir()
+        yield partial
+        for name in [*files(partial), "."]:
+            _fsync(partial / name)
+        if folder.exists():
+            remove(folder)
+        os.replace(partial, folder)
+        _fsync(folder.parent)
+    except BaseException:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise
+
+
+def whole_folders(parent: Location, last: str, prefix: str = "") -> list[str]:
+    """Names of the folders in `parent` that `whole_folder` finished, sorted."""
+    names = [name for name in entries(parent) if name.startswith(prefix) and not name.startswith(PARTIAL)]
+    if not is_url(parent) or not names:
+        return names
+    finished = {base_name(name[: -len(last) - 1]) for name in files(parent) if base_name(name) == last}
+    return [name for name in names if name in finished]
+
+
+def remove_unfinished(parent: Location, last: str, prefix: str = "") -> None:
+    """Remove what a kill left of folders that were being written or removed."""
+    if is_url(parent):
+        stale = {name for name in entries(parent) if name.startswith(prefix)}
+        stale -= set(whole_folders(parent, last, prefix)) if stale else set()
+        for name in stale:
+            remove(join(parent, name))
+    else:
+        for path in Path(parent).glob(f"{PARTIAL}*"):
+            shutil.rmtree(path)
+
+
+def cache_folder() -> Path:
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "eagle3-xla"
+
+
+@contextlib.contextmanager
+def scratch(location: Location) -> Iterator[Path]:
+    """An empty folder of this machine for what is on its way to or from `location`; one that a kill left is reused."""
+    folder = cache_folder() / "scratch" / _hash(str(location))
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+    try:
+        yield folder
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def as_local_file(location: Location) -> Iterator[Path]:
+    """The file itself, or a copy of a URL's that lives as long as the block."""
+    if not is_url(location):
+        yield Path(location)
+        return
+    with scratch(location) as folder:
+        _download(location, folder / base_name(location))
+        yield folder / base_name(location)
+
+
+def local_file(location: Location, version: str | None = None) -> Path:
+    """The file itself, or a copy of a URL's in the cache, made once for each `version` (default: asked for)."""
+    if not is_url(location):
+        return Path(location)
+    if version is None:
+        with _in_one_line(location):
+            store, path = _store(location)
+            version = _version(store.info(path))
+    copy = cache_folder() / "files" / _hash(f"{location} {version}") / base_name(location)
+    if not copy.exists():
+        copy.parent.mkdir(parents=True, exist_ok=True)
+        partial = copy.with_name(f"{PARTIAL}{os.getpid()}")  # several processes may want it
+        try:
+            _download(location, partial)
+            os.replace(partial, copy)
+        finally:
+            partial.unlink(missing_ok=True)
+    return copy
+
+
+def local_folder(location: Location, without: str = "") -> Path:
+    """The folder itself, or one of links to the cached copies of a URL's files, but those whose names end in `without`.
+
+    Raises FileNotFoundError when nothing is there.
+    """
+    if not is_url(location):
+        return Path(location)
+    versions = {n: v for n, v in files(location).items() if not (without and n.endswith(without))}
+    if not versions:
+        raise FileNotFoundError(f"{location}: no such folder")
+    folder = cache_folder() / "folders" / _hash(f"{location} {versions}")
+    for name, version in versions.items():
+        link, copy = folder / name, local_file(join(location, name), version)
+        link.parent.mkdir(parents=True, exist_ok=True)
+        with contextlib.suppress(FileExistsError):
+            link.symlink_to(copy)
+    return folder
+
+
+class LocalFolder:
+    """A folder of this machine for files that grow. path: `location` itself, or one in the cache whose changed files
+    `upload` copies to the URL; it starts empty but for what `restore` fetches."""
+
+    def __init__(self, location: Location):
+        self.location, self._sent = location, {}
+        self.path = cache_folder() / "growing" / _hash(str(location)) if is_url(location) else Path(location)
+        if is_url(location):
+            shutil.rmtree(self.path, ignore_errors=True)
+        self.path.mkdir(parents=True, exist_ok=True)
+
+    def restore(self, name: str) -> None:
+        """Fetch a file that an earlier run uploaded, if it did."""
+        source = join(self.location, name)
+        if is_url(source) and exists(source):
+            _download(source, self.path / name)
+
+    def upload(self) -> None:
+        """Copy what has changed since the last time."""
+        if not is_url(self.location):
+            return
+        for name, version in files(self.path).items():
+            if self._sent.get(name) != version:
+                upload(self.path / name, join(self.location, name))
+                self._sent[name] = version
+
+
+class _Stream(io.RawIOBase):
+    """A store's file whose errors while reading are in one line too."""
+
+    def __init__(self, file, location: str):
+        self.file, self.location = file, location
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer) -> int:
+        with _in_one_line(self.location):
+            content = self.file.read(len(buffer))
+        buffer[: len(content)] = content
+        return len(content)
+
+    def close(self) -> None:
+        self.file.close()
+        super().close()
+
+
+def _store(location: str):
+    """(fsspec's file system, path in it) of a URL."""
+    import fsspec
+
+    logging.getLogger("gcsfs").setLevel(logging.CRITICAL)  # it logs tracebacks of what it raises
+    try:
+        return fsspec.core.url_to_fs(location.rstrip("/"), **OPTIONS)
+    except (ImportError, ValueError) as error:
+        raise OSError(f"{location}: {_protocol(location)}:// can't be used here ({error})") from None
+
+
+def _protocol(url: str) -> str:
+    return url.partition("://")[0]
+
+
+def _version(info: dict) -> str:
+    names = ("etag", "ETag", "generation", "size", "mtime", "LastModified", "created")
+    return " ".join(str(info[name]) for name in names if info.get(name) is not None)
+
+
+def _download(location: str, file: Path) -> None:
+    with _in_one_line(location):
+        store, path = _store(location)
+        store.get_file(path, str(file))
+
+
+@contextlib.contextmanager
+def _in_one_line(location: Location):
+    """Each store has errors of its own: all become an OSError of one line that names the location."""
+    try:
+        yield
+    except FileNotFoundError as error:
+        raise FileNotFoundError(f"{location}: no such file, folder or bucket") from error
+    except Exception as error:
+        reason = " ".join(str(error).split()) or type(error).__name__
+        if isinstance(error, OSError) and str(location) in reason:
+            raise
+        denied = isinstance(error, PermissionError) or re.search(r"Forbidden|, 40[13]$", reason)
+        kind = PermissionError if denied else OSError
+        raise kind(f"{location}: {'access is denied' if denied else 'the store failed'} ({reason})") from error
+
+
+def _hash(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()[:24]
+
+
+def _fsync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
