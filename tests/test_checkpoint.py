@@ -1,5 +1,6 @@
 """What a kill, a damaged file or a full disk leaves behind: always a checkpoint that can be used, and a clear word."""
 
+import asyncio
 import contextlib
 import json
 import os
@@ -15,6 +16,7 @@ import pytest
 import torch
 
 from eagle3_xla import checkpoint as checkpoints
+from eagle3_xla import storage
 from eagle3_xla.config import UserError, load_recipe
 from eagle3_xla.data.prepare import prepare
 from eagle3_xla.train.loop import train
@@ -36,9 +38,10 @@ def at(step: int, tau: float | None = None) -> checkpoints.Checkpoint:
     )
 
 
-def steps(folder: Path) -> list[int]:
-    assert all(path.name.startswith("step-") for path in folder.iterdir()), list(folder.iterdir())
-    return [int(path.name[5:]) for path in sorted(folder.iterdir())]
+def steps(folder) -> list[int]:
+    names = storage.entries(folder)
+    assert all(name.startswith("step-") for name in names), names
+    return [int(name[5:]) for name in names]
 
 
 @contextlib.contextmanager
@@ -62,14 +65,23 @@ def test_everything_comes_back(tmp_path):
     subprocess.run(["sha256sum", "--check", "--quiet", "SHA256SUMS"], cwd=path, check=True)
 
 
-def test_the_last_and_the_best_are_kept(tmp_path):
+@pytest.fixture
+def bucket(gcs) -> str:
+    """A folder's URL in the emulated bucket."""
+    return f"{gcs.url}/{random.randrange(10**9)}/checkpoints"
+
+
+@pytest.mark.parametrize("place", ["tmp_path", "bucket"])
+def test_the_last_and_the_best_are_kept(request, place):
+    folder = request.getfixturevalue(place)
     for step, tau in enumerate([None, 1.2, 1.5, None, 1.4, float("nan"), 1.3]):
-        checkpoints.save(tmp_path, at(step, tau), keep=2)
-    assert steps(tmp_path) == [2, 5, 6]
-    assert checkpoints.load_best(tmp_path, warn=pytest.fail).micro_step == 2
-    assert checkpoints.load_latest(tmp_path, warn=pytest.fail).micro_step == 6
-    checkpoints.save(tmp_path, at(7, 1.6), keep=2)
-    assert steps(tmp_path) == [6, 7]
+        checkpoints.save(folder, at(step, tau), keep=2)
+    assert steps(folder) == [2, 5, 6]
+    assert checkpoints.load_best(folder, warn=pytest.fail).micro_step == 2
+    latest = checkpoints.load_latest(folder, warn=pytest.fail)
+    assert latest.micro_step == 6 and torch.equal(latest.head["fc.weight"], at(6).head["fc.weight"])
+    checkpoints.save(folder, at(7, 1.6), keep=2)
+    assert steps(folder) == [6, 7]
 
 
 def test_without_tau_the_best_is_the_newest(tmp_path):
@@ -134,6 +146,43 @@ def test_a_failed_write_leaves_the_last_checkpoint_and_says_so(tmp_path):
     assert f"{folder}/step-00000001 is whole" in message and "bytes" in message and "\n" not in message
     assert steps(folder) == [1]
     assert checkpoints.load_latest(folder, pytest.fail).micro_step == 1
+
+
+def test_in_a_bucket_a_checkpoint_is_whole_with_its_last_object(bucket):
+    checkpoints.save(bucket, at(1), keep=2)
+    newest = checkpoints.save(bucket, at(2), keep=2)
+    content = bytearray(storage.read(f"{newest}/state.safetensors"))
+    content[-1] ^= 1
+    storage.write(f"{newest}/state.safetensors", bytes(content))
+    said = []
+    assert checkpoints.load_latest(bucket, said.append).micro_step == 1
+    assert len(said) == 1 and "the checksum of state.safetensors does not hold" in said[0]
+    storage.remove(f"{newest}/SHA256SUMS")  # the rest is what a kill leaves
+    assert checkpoints.load_latest(bucket, pytest.fail).micro_step == 1
+    assert steps(bucket) == [1, 2]
+    checkpoints.save(bucket, at(3), keep=2)
+    assert steps(bucket) == [1, 3]
+
+
+def test_a_bucket_that_fails_leaves_the_last_checkpoint_and_says_so(gcs, bucket, monkeypatch):
+    sleep = asyncio.sleep
+    monkeypatch.setattr("gcsfs.retry.asyncio.sleep", lambda _: sleep(0))  # between its tries
+    checkpoints.save(bucket, at(1), keep=1)
+    for broken in ("state.safetensors", "SHA256SUMS"):
+        gcs.break_uploads = broken
+        try:
+            with pytest.raises(checkpoints.SaveFailed) as failure:
+                checkpoints.save(bucket, at(2), keep=1)
+        finally:
+            gcs.break_uploads = ""
+        message = str(failure.value)
+        assert f"step-00000002 could not be written ({bucket}/step-00000002/{broken}: the store failed" in message
+        assert f"{bucket}/step-00000001 is whole; mend that and start again" in message and "\n" not in message
+        assert checkpoints.load_latest(bucket, pytest.fail).micro_step == 1
+    with pytest.raises(checkpoints.SaveFailed, match="access is denied.*the folder can't be read"):
+        checkpoints.save("gs://forbidden/run", at(1), keep=1)
+    checkpoints.save(bucket, at(2), keep=1)
+    assert steps(bucket) == [2]
 
 
 def weights(recipe) -> dict:
