@@ -10,32 +10,14 @@ import dataclasses
 import signal
 from pathlib import Path
 
-import torch
-
 from eagle3_xla import checkpoint as checkpoints
-from eagle3_xla.config import Recipe, UserError, claim_output, write_run_file
-from eagle3_xla.data.prepare import load_prepared
-from eagle3_xla.data.vocab import d2t_t2d, draft_ids_of
-from eagle3_xla.draft.initialise import InputMoments, initialise_head
-from eagle3_xla.draft.model import Eagle3Head, draft_config
-from eagle3_xla.draft.saved import load_head
-from eagle3_xla.target.families import linear_rows, load_target_config, norm_offset
-from eagle3_xla.target.model import TargetStates, open_target
-from eagle3_xla.target.states import StatesStore
+from eagle3_xla.config import Recipe, UserError
 from eagle3_xla.train.budget import CompileBudget
 from eagle3_xla.train.flops import flops_per_token
-from eagle3_xla.train.heldout import HeldOut
-from eagle3_xla.train.loader import Loader, buckets_of, training_batches
-from eagle3_xla.train.optimizer import AdamW
 from eagle3_xla.train.reporting import Reporter
-from eagle3_xla.train.step import TrainStep
-from eagle3_xla.xla import make_backend
+from eagle3_xla.train.setup import Run, Stopped, set_up
 
 PROFILED = range(3, 6)  # micro-steps of this process that --profile traces: the first ones compile
-
-
-class Stopped(Exception):
-    """SIGTERM before there was anything to save."""
 
 
 def train(recipe: Recipe, max_steps: int = 0, allow_recompile: bool = False, profile: bool = False) -> dict:
@@ -50,209 +32,141 @@ def train(recipe: Recipe, max_steps: int = 0, allow_recompile: bool = False, pro
     stopping: list[str] = []
     previous_handler = signal.signal(signal.SIGTERM, lambda *_: stopping.append("SIGTERM"))
     try:
-        return _train(recipe, max_steps, allow_recompile, profile, stopping)
+        run = set_up(recipe, stopping)
+        flops = flops_per_token(run.target_config, recipe)
+        settings = dataclasses.asdict(recipe)
+        reporter = Reporter(recipe.train, run.data.total_steps, run.first_step, settings, run.backend, flops)
+        with contextlib.closing(reporter):
+            loop = Loop(run, reporter, allow_recompile, stopping)
+            loop.steps(max_steps, profile)
+            return loop.summary()
     except Stopped:
         return {"micro_steps": 0, "ended": "SIGTERM", "checkpoint": None}
     finally:
         signal.signal(signal.SIGTERM, previous_handler)
 
 
-def _train(recipe: Recipe, max_steps: int, allow_recompile: bool, profile: bool, stopping: list[str]) -> dict:
-    settings, out = recipe.train, Path(recipe.train.out)
-    load_target_config(recipe.target.path)  # a target that is not supported, before anything else
-    backend = make_backend(recipe.xla)  # first: XLA devices must exist before autograd runs anywhere
+class Loop:
+    """The steps of a run, and what happens between them. stopping: has an entry once the run is told to stop."""
 
-    # The data: rows of fixed shapes; batch i is a pure function of (seed, i).
-    train_rows, heldout_rows, draft_ids, manifest = load_prepared(recipe.data.prepared)
-    batches, loader = training_batches(recipe, train_rows, manifest, backend)
-    rows_per_step = settings.batch_size * backend.data_parallel
-    epoch_steps = batches.steps_per_epoch
-    total_steps = settings.epochs * epoch_steps // settings.gradient_accumulation * settings.gradient_accumulation
-    if total_steps == 0:
-        raise UserError(
-            f"{len(train_rows)} rows don't fill one optimizer step of {rows_per_step} rows x "
-            f"{settings.gradient_accumulation}; lower train.batch_size or train.gradient_accumulation"
+    def __init__(self, run: Run, reporter: Reporter, allow_recompile: bool, stopping: list[str]):
+        self.run, self.reporter, self.stopping = run, reporter, stopping
+        self.settings = run.recipe.train
+        self.done, self.ended = run.first_step, ""
+        self.tau: float | None = None  # held-out, after the last update
+        self.path = run.out / "checkpoints" / f"step-{self.done:08d}" if run.saved else None  # the last checkpoint
+        self.budget = self._compile_budget(allow_recompile)
+
+    def _compile_budget(self, allow_recompile: bool) -> CompileBudget:
+        run, say = self.run, self.reporter.say
+        say(
+            f"{run.backend.description}: {run.data.total_steps} steps of {run.data.rows_per_step} x "
+            f"{run.data.manifest['row_length']} tokens"
         )
-    heldout_buckets = buckets_of(manifest, "heldout", len(heldout_rows))
-    heldout = HeldOut(heldout_rows, manifest["heldout_sources"], heldout_buckets, settings.heldout_rows, rows_per_step)
-    heldout_capacities = heldout.capacities(batches.group) if recipe.loss.rows == "serving" else None
-    heldout_loader = Loader(heldout.rows, heldout_capacities, batches.group, backend)
+        planned = dict.fromkeys(run.step.graphs, len(run.data.batches.buckets))
+        planned |= {"evaluation": len(run.data.heldout.lengths)} | ({"update": 1} if "update" in planned else {})
+        say(f"compile budget: {sum(planned.values())} graphs ({', '.join(f'{n} {c}' for n, c in planned.items())})")
+        return CompileBudget(run.backend, planned, say, allow_recompile)
 
-    # The frozen target, and the run that is already there, which goes on if it is the same.
-    claim_output(out)
-    warm_head = None
-    if settings.warm_start:  # keeps the head's own vocabulary: its lm_head rows mean nothing under another
-        warm_head, d2t = load_head(Path(settings.warm_start))
-        draft_ids = draft_ids_of(d2t)
-    target = open_target(recipe.target.path, getattr(torch, recipe.target.dtype), draft_ids)
-    target_config = target.model.config
-    data_key = f"{manifest['key']} {target.fingerprint()}"
-    saved = checkpoints.load_latest(out / "checkpoints", warn=print)
-    if saved:
-        checkpoints.refuse_changed_run(saved, recipe, data_key)
-    if backend.process_index == 0:
-        write_run_file(recipe, out)
-    first_step = backend.agreed(saved.micro_step if saved else 0, "the newest checkpoint; train.out must be shared")
+    def steps(self, max_steps: int, profile: bool) -> None:
+        """Train up to the last step, or until the run is told to stop or gains no more."""
+        run, reporter, settings = self.run, self.reporter, self.settings
+        if self._gains_no_more():  # so it ended already
+            self.ended = "patience"
+            return
+        last_step = self._last_step(max_steps)
+        self._begin(last_step)
+        window, waiting = [], None  # what the steps since the last log returned; what is logged next
+        with contextlib.ExitStack() as tracing:
+            for micro_step in range(run.first_step, last_step):
+                batch, tokens = run.data.loader.load(run.data.batches.indices(micro_step))
+                if profile and micro_step - run.first_step == PROFILED.start:
+                    tracing.enter_context(run.backend.profiler(str(run.out / "profile")))
+                with reporter.dispatching():
+                    window.append(run.step.run(micro_step, batch, self.budget.run))
+                if micro_step + 1 - run.first_step == PROFILED.stop:
+                    tracing.close()
+                reporter.count(tokens)
+                self.done = micro_step + 1
 
-    # With reuse_states the target runs once over all rows, and the step starts from what it said.
-    lm_head_rows = linear_rows(target_config, target.draft_rows.float())
-    head = Eagle3Head(draft_config(target_config, len(draft_ids)))
-    if warm_head is not None:
-        refuse_other_head(warm_head.config, head.config, settings.warm_start)
-    d2t, t2d = d2t_t2d(draft_ids, target_config.vocab_size)
-    target = backend.place_target(target)
-    backend.settle()
-    norm_weight = backend.to_host(target.final_norm_weight).float() + norm_offset(target_config)
+                # Read metrics one step late: the device already has the next step, so the host never makes it wait.
+                if waiting:
+                    reporter.log(*waiting, run.optimizer, self.budget.made)
+                    waiting = None
+                if self.done % settings.log_every == 0 or self.done == last_step:
+                    waiting, window = (self.done, window), []
 
-    @backend.compile
-    def target_states(batch):
-        return target.states(batch["input_ids"], batch["position_ids"], batch["document_ids"])
-
-    def states_of(host_batch):
-        if stopping:
-            raise Stopped
-        return TargetStates(*map(backend.to_host, target_states(backend.put(host_batch))))
-
-    if settings.reuse_states:
-        if backend.process_count > 1 or len(batches.buckets) > 1:
-            raise UserError("train.reuse_states needs one host and rows of one length; set it to false")
-        for split, of in (("train", loader), ("heldout", heldout_loader)):
-            of.store = StatesStore(Path(recipe.data.prepared) / "states" / split, of.rows, data_key)
-            of.store.fill(states_of, rows_per_step)
-
-    # The head: float32 master weights, from the checkpoint or from what the target says about a sample of rows.
-    lr_scale = {}
-    if saved:
-        head.load_state_dict(saved.head)
-    else:
-        moments = InputMoments(head.config.hidden_size)
-        for step in range(min(max(1, settings.init_rows // rows_per_step), epoch_steps)):
-            batch, states = loader.states(batches.indices(step), states_of)
-            embeds = backend.to_host(target.embed_tokens(batch["input_ids"].to(target.device)))
-            moments.add(states.aux, embeds, states.hidden, norm_weight, batch["loss_mask"])
-        initialise_head(head, settings.init, settings.seed, lm_head_rows, norm_weight, moments)
-        lr_scale["fc.weight"] = 1 / moments.aux_rms().clamp_min(1e-3)
-        if warm_head is not None:
-            head.load_state_dict(warm_head.state_dict())
-    head = backend.place_head(head)
-    optimizer_steps = total_steps // settings.gradient_accumulation
-    optimizer = AdamW(
-        dict(head.named_parameters()), settings, optimizer_steps, backend, lr_scale, saved.optimizer if saved else None
-    )
-    step = TrainStep(recipe, backend, target, head, d2t, t2d, optimizer)
-    backend.settle()
-
-    def save(done: int, tau: float | None, folder: str = "checkpoints") -> Path:
-        state = checkpoints.Checkpoint(
-            micro_step=done,
-            head={name: backend.to_host(value) for name, value in head.state_dict().items()},
-            optimizer={name: backend.to_host(value) for name, value in optimizer.state().items()},
-            d2t=d2t,
-            t2d=t2d,
-            recipe=dataclasses.asdict(recipe),
-            data_key=data_key,
-            draft_config=head.config.to_dict(),
-            tau=tau,
-        )
-        if backend.process_index > 0:  # every host holds the whole state, one writes it
-            return out / folder
-        return checkpoints.save(out / folder, state, settings.keep)
-
-    flops = flops_per_token(target_config, recipe)
-    reporter = Reporter(settings, total_steps, first_step, dataclasses.asdict(recipe), backend, flops)
-    with contextlib.closing(reporter), contextlib.ExitStack() as tracing:
-        reporter.say(f"{backend.description}: {total_steps} steps of {rows_per_step} x {manifest['row_length']} tokens")
-        planned = dict.fromkeys(step.graphs, len(batches.buckets)) | {"evaluation": len(heldout.lengths)}
-        planned |= {"update": 1} if "update" in planned else {}
-        reporter.say(
-            f"compile budget: {sum(planned.values())} graphs ({', '.join(f'{n} {c}' for n, c in planned.items())})"
-        )
-        budget = CompileBudget(backend, planned, reporter.say, allow_recompile)
-        if saved:
-            reporter.say(f"continued after step {first_step}")
-
-        def evaluate(done: int) -> float:
-            figures = heldout.measure(heldout_loader, lambda batch: budget.run("evaluation", step.evaluate, batch))
-            reporter.log_heldout(done, figures)
-            return figures["tau"]
-
-        whole_updates = -(-max_steps // settings.gradient_accumulation) * settings.gradient_accumulation
-        last_step = min(total_steps, first_step + whole_updates) if max_steps else total_steps
-        path = out / "checkpoints" / f"step-{first_step:08d}" if saved else None
-        tau, window, waiting, done, ended = None, [], None, first_step, "done"
-        if settings.patience and reporter.evaluations_without_gain() >= settings.patience:
-            last_step, ended = first_step, "patience"
-        if not saved and first_step < last_step:
-            # The untrained head, to compare with.
-            save(0, evaluate(0) if heldout.batches else None, "initial")
-
-        for micro_step in range(first_step, last_step):
-            batch, tokens = loader.load(batches.indices(micro_step))
-            if profile and micro_step - first_step == PROFILED.start:
-                tracing.enter_context(backend.profiler(str(out / "profile")))
-            with reporter.dispatching():
-                window.append(step.run(micro_step, batch, budget.run))
-            if micro_step + 1 - first_step == PROFILED.stop:
-                tracing.close()
-            reporter.count(tokens)
-            done = micro_step + 1
-
-            # Read metrics one step late: the device already has the next step, so the host never makes it wait.
+                if self.done % settings.gradient_accumulation == 0:
+                    self._after_update(last_step)
+                if self.ended:
+                    break
             if waiting:
-                reporter.log(*waiting, optimizer, budget.made)
-                waiting = None
-            if done % settings.log_every == 0 or done == last_step:
-                waiting, window = (done, window), []
+                reporter.log(*waiting, run.optimizer, self.budget.made)
 
-            if done % settings.gradient_accumulation:
-                continue
-            updates = done // settings.gradient_accumulation
-            every = settings.eval_every
-            measured = done == total_steps or (updates % every == 0 if every else _passes(done, epoch_steps, settings))
-            measured = measured and heldout.batches
-            tau = evaluate(done) if measured else None
-            stop = backend.agree_to_stop(micro_step, bool(stopping))
-            if measured or stop or updates % settings.save_every == 0 or done == last_step:
-                path = save(done, tau)
-            if stop:
-                ended = "SIGTERM"
-                reporter.say(f"SIGTERM: saved {path}; start again to continue")
-                break
-            if settings.patience and reporter.evaluations_without_gain() >= settings.patience:
-                ended = "patience"
-                reporter.say(f"no better tau in {settings.patience} evaluations: stopped")
-                break
-        if waiting:
-            reporter.log(*waiting, optimizer, budget.made)
-        best = reporter.best_tau()
-    ended = "max_steps" if ended == "done" and done < total_steps else ended
-    return {
-        "micro_steps": done,
-        "of": total_steps,
-        "tau": tau,
-        "best_tau": best,
-        "checkpoint": path and str(path),
-        "ended": ended,
-    }
+    def _last_step(self, max_steps: int) -> int:
+        total, first, accumulation = self.run.data.total_steps, self.run.first_step, self.settings.gradient_accumulation
+        whole_updates = -(-max_steps // accumulation) * accumulation
+        return min(total, first + whole_updates) if max_steps else total
 
+    def _begin(self, last_step: int) -> None:
+        run = self.run
+        if run.saved:
+            self.reporter.say(f"continued after step {run.first_step}")
+        elif run.first_step < last_step:  # the untrained head, to compare with
+            self._save(self._evaluate() if run.data.heldout.batches else None, "initial")
 
-def _passes(done: int, epoch_steps: int, settings) -> bool:
-    """Whether an epoch ended within the last update."""
-    return done // epoch_steps > (done - settings.gradient_accumulation) // epoch_steps
+    def _after_update(self, last_step: int) -> None:
+        """Evaluate, save and stop where it is due."""
+        reporter, settings = self.reporter, self.settings
+        updates = self.done // settings.gradient_accumulation
+        measured = self._evaluation_is_due(updates)
+        self.tau = self._evaluate() if measured else None
+        stop = self.run.backend.agree_to_stop(self.done - 1, bool(self.stopping))
+        if measured or stop or updates % settings.save_every == 0 or self.done == last_step:
+            self.path = self._save(self.tau)
+        if stop:
+            self.ended = "SIGTERM"
+            reporter.say(f"SIGTERM: saved {self.path}; start again to continue")
+        elif self._gains_no_more():
+            self.ended = "patience"
+            reporter.say(f"no better tau in {settings.patience} evaluations: stopped")
 
+    def _evaluation_is_due(self, updates: int) -> bool:
+        data, settings = self.run.data, self.settings
+        if not data.heldout.batches:
+            return False
+        if self.done == data.total_steps:
+            return True
+        if settings.eval_every:
+            return updates % settings.eval_every == 0
+        epoch = data.batches.steps_per_epoch  # one ended within the last update
+        return self.done // epoch > (self.done - settings.gradient_accumulation) // epoch
 
-def refuse_other_head(warm, wanted, path: str) -> None:
-    """Raises UserError when the head of a warm start was made for another target."""
-    names = (
-        "hidden_size",
-        "intermediate_size",
-        "num_attention_heads",
-        "num_key_value_heads",
-        "vocab_size",
-        "rope_theta",
-    )
-    differences = [
-        f"{n} is {getattr(warm, n)}, not {getattr(wanted, n)}" for n in names if getattr(warm, n) != getattr(wanted, n)
-    ]
-    if differences:
-        raise UserError(f"train.warm_start: the head at {path} was made for another target: {'; '.join(differences)}")
+    def _gains_no_more(self) -> bool:
+        patience = self.settings.patience
+        return bool(patience) and self.reporter.evaluations_without_gain() >= patience
+
+    def _evaluate(self) -> float:
+        data, evaluate = self.run.data, self.run.step.evaluate
+        figures = data.heldout.measure(
+            data.heldout_loader, lambda batch: self.budget.run("evaluation", evaluate, batch)
+        )
+        self.reporter.log_heldout(self.done, figures)
+        return figures["tau"]
+
+    def _save(self, tau: float | None, folder: str = "checkpoints") -> Path:
+        state = self.run.checkpoint(self.done, tau)
+        if self.run.backend.process_index > 0:  # every host holds the whole state, one writes it
+            return self.run.out / folder
+        return checkpoints.save(self.run.out / folder, state, self.settings.keep)
+
+    def summary(self) -> dict:
+        total = self.run.data.total_steps
+        return {
+            "micro_steps": self.done,
+            "of": total,
+            "tau": self.tau,
+            "best_tau": self.reporter.best_tau(),
+            "checkpoint": self.path and str(self.path),
+            "ended": self.ended or ("max_steps" if self.done < total else "done"),
+        }

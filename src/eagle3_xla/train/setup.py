@@ -1,0 +1,208 @@
+"""What a run is before its first step: the data, the frozen target, the head with its optimizer, the compiled step."""
+
+import dataclasses
+from pathlib import Path
+
+import torch
+
+from eagle3_xla import checkpoint as checkpoints
+from eagle3_xla.config import Recipe, UserError, claim_output, write_run_file
+from eagle3_xla.data.batches import Batches
+from eagle3_xla.data.prepare import load_prepared
+from eagle3_xla.data.vocab import d2t_t2d, draft_ids_of
+from eagle3_xla.draft.initialise import InputMoments, initialise_head
+from eagle3_xla.draft.model import Eagle3Head, draft_config
+from eagle3_xla.draft.saved import load_head
+from eagle3_xla.target.families import linear_rows, load_target_config, norm_offset
+from eagle3_xla.target.model import TargetStates, open_target
+from eagle3_xla.target.states import StatesStore
+from eagle3_xla.train.heldout import HeldOut
+from eagle3_xla.train.loader import Loader, buckets_of, training_batches
+from eagle3_xla.train.optimizer import AdamW
+from eagle3_xla.train.step import TrainStep
+from eagle3_xla.xla import make_backend
+
+
+class Stopped(Exception):
+    """SIGTERM before there was anything to save."""
+
+
+@dataclasses.dataclass
+class Data:
+    """Rows of fixed shapes; batch i is a pure function of (seed, i).
+
+    draft_ids [D]: target ids of the draft vocabulary; rows_per_step: of a micro-step over all replicas.
+    """
+
+    manifest: dict
+    draft_ids: torch.Tensor
+    batches: Batches
+    loader: Loader
+    heldout: HeldOut
+    heldout_loader: Loader
+    rows_per_step: int
+    total_steps: int
+
+
+@dataclasses.dataclass
+class Run:
+    """A run that is ready to step. saved: the checkpoint that it goes on from, or None."""
+
+    recipe: Recipe
+    backend: object
+    data: Data
+    target_config: object
+    head: Eagle3Head
+    optimizer: AdamW
+    step: TrainStep
+    d2t: torch.Tensor
+    t2d: torch.Tensor
+    data_key: str
+    saved: checkpoints.Checkpoint | None
+
+    @property
+    def out(self) -> Path:
+        return Path(self.recipe.train.out)
+
+    @property
+    def first_step(self) -> int:
+        return self.saved.micro_step if self.saved else 0
+
+    def checkpoint(self, done: int, tau: float | None) -> checkpoints.Checkpoint:
+        """The state after micro-step `done`, copied to the host; tau: what these weights reach on held-out rows."""
+        to_host = self.backend.to_host
+        return checkpoints.Checkpoint(
+            micro_step=done,
+            head={name: to_host(value) for name, value in self.head.state_dict().items()},
+            optimizer={name: to_host(value) for name, value in self.optimizer.state().items()},
+            d2t=self.d2t,
+            t2d=self.t2d,
+            recipe=dataclasses.asdict(self.recipe),
+            data_key=self.data_key,
+            draft_config=self.head.config.to_dict(),
+            tau=tau,
+        )
+
+
+def set_up(recipe: Recipe, stopping: list[str]) -> Run:
+    """Raises UserError for a recipe, data or output folder that doesn't fit, Stopped once `stopping` has an entry."""
+    settings, out = recipe.train, Path(recipe.train.out)
+    load_target_config(recipe.target.path)  # a target that is not supported, before anything else
+    backend = make_backend(recipe.xla)  # first: XLA devices must exist before autograd runs anywhere
+    data = _read_data(recipe, backend)
+
+    # The frozen target, and the run that is already there, which goes on if it is the same.
+    claim_output(out)
+    warm_head = None
+    if settings.warm_start:  # keeps the head's own vocabulary: its lm_head rows mean nothing under another
+        warm_head, d2t = load_head(Path(settings.warm_start))
+        data.draft_ids = draft_ids_of(d2t)
+    target = open_target(recipe.target.path, getattr(torch, recipe.target.dtype), data.draft_ids)
+    target_config = target.model.config
+    data_key = f"{data.manifest['key']} {target.fingerprint()}"
+    saved = checkpoints.load_latest(out / "checkpoints", warn=print)
+    if saved:
+        checkpoints.refuse_changed_run(saved, recipe, data_key)
+    if backend.process_index == 0:
+        write_run_file(recipe, out)
+    backend.agreed(saved.micro_step if saved else 0, "the newest checkpoint; train.out must be shared")
+
+    lm_head_rows = linear_rows(target_config, target.draft_rows.float())
+    head = Eagle3Head(draft_config(target_config, len(data.draft_ids)))
+    if warm_head is not None:
+        refuse_other_head(warm_head.config, head.config, settings.warm_start)
+    d2t, t2d = d2t_t2d(data.draft_ids, target_config.vocab_size)
+    target = backend.place_target(target)
+    backend.settle()
+
+    states_of = _states_function(backend, target, stopping)
+    if settings.reuse_states:
+        _keep_states(recipe, backend, data, data_key, states_of)
+
+    # Float32 master weights, from the checkpoint or from what the target says about a sample of rows.
+    lr_scale = {}
+    if saved:
+        head.load_state_dict(saved.head)
+    else:
+        lr_scale = _initialise(recipe, backend, data, target, head, lm_head_rows, states_of)
+        if warm_head is not None:
+            head.load_state_dict(warm_head.state_dict())
+    head = backend.place_head(head)
+    updates = data.total_steps // settings.gradient_accumulation
+    state = saved.optimizer if saved else None
+    optimizer = AdamW(dict(head.named_parameters()), settings, updates, backend, lr_scale, state)
+    step = TrainStep(recipe, backend, target, head, d2t, t2d, optimizer)
+    backend.settle()
+    return Run(recipe, backend, data, target_config, head, optimizer, step, d2t, t2d, data_key, saved)
+
+
+def _read_data(recipe: Recipe, backend) -> Data:
+    settings = recipe.train
+    train_rows, heldout_rows, draft_ids, manifest = load_prepared(recipe.data.prepared)
+    batches, loader = training_batches(recipe, train_rows, manifest, backend)
+    rows_per_step = settings.batch_size * backend.data_parallel
+    total_steps = settings.epochs * batches.steps_per_epoch
+    total_steps -= total_steps % settings.gradient_accumulation
+    if total_steps == 0:
+        raise UserError(
+            f"{len(train_rows)} rows don't fill one optimizer step of {rows_per_step} rows x "
+            f"{settings.gradient_accumulation}; lower train.batch_size or train.gradient_accumulation"
+        )
+    buckets = buckets_of(manifest, "heldout", len(heldout_rows))
+    heldout = HeldOut(heldout_rows, manifest["heldout_sources"], buckets, settings.heldout_rows, rows_per_step)
+    capacities = heldout.capacities(batches.group) if recipe.loss.rows == "serving" else None
+    heldout_loader = Loader(heldout.rows, capacities, batches.group, backend)
+    return Data(manifest, draft_ids, batches, loader, heldout, heldout_loader, rows_per_step, total_steps)
+
+
+def _states_function(backend, target, stopping: list[str]):
+    """host batch -> the target's states on the host."""
+
+    @backend.compile
+    def target_states(batch):
+        return target.states(batch["input_ids"], batch["position_ids"], batch["document_ids"])
+
+    def states_of(host_batch) -> TargetStates:
+        if stopping:
+            raise Stopped
+        return TargetStates(*map(backend.to_host, target_states(backend.put(host_batch))))
+
+    return states_of
+
+
+def _keep_states(recipe: Recipe, backend, data: Data, data_key: str, states_of) -> None:
+    """Run the target once over all rows; the step starts from what it said."""
+    if backend.process_count > 1 or len(data.batches.buckets) > 1:
+        raise UserError("train.reuse_states needs one host and rows of one length; set it to false")
+    for split, loader in (("train", data.loader), ("heldout", data.heldout_loader)):
+        loader.store = StatesStore(Path(recipe.data.prepared) / "states" / split, loader.rows, data_key)
+        loader.store.fill(states_of, data.rows_per_step)
+
+
+def _initialise(recipe: Recipe, backend, data: Data, target, head, lm_head_rows, states_of) -> dict[str, torch.Tensor]:
+    """Give `head` its first weights (draft/initialise.py); returns the learning rates' scales (AdamW)."""
+    settings, moments = recipe.train, InputMoments(head.config.hidden_size)
+    norm_weight = backend.to_host(target.final_norm_weight).float() + norm_offset(target.model.config)
+    for step in range(min(max(1, settings.init_rows // data.rows_per_step), data.batches.steps_per_epoch)):
+        batch, states = data.loader.states(data.batches.indices(step), states_of)
+        embeds = backend.to_host(target.embed_tokens(batch["input_ids"].to(target.device)))
+        moments.add(states.aux, embeds, states.hidden, norm_weight, batch["loss_mask"])
+    initialise_head(head, settings.init, settings.seed, lm_head_rows, norm_weight, moments)
+    return {"fc.weight": 1 / moments.aux_rms().clamp_min(1e-3)}
+
+
+def refuse_other_head(warm, wanted, path: str) -> None:
+    """Raises UserError when the head of a warm start was made for another target."""
+    names = (
+        "hidden_size",
+        "intermediate_size",
+        "num_attention_heads",
+        "num_key_value_heads",
+        "vocab_size",
+        "rope_theta",
+    )
+    differences = [
+        f"{n} is {getattr(warm, n)}, not {getattr(wanted, n)}" for n in names if getattr(warm, n) != getattr(wanted, n)
+    ]
+    if differences:
+        raise UserError(f"train.warm_start: the head at {path} was made for another target: {'; '.join(differences)}")
