@@ -1,15 +1,21 @@
 """Recipes, overrides, and what is said when they are wrong."""
 
-import pytest
+from dataclasses import asdict
 
-from eagle3_xla.config import UserError, load_recipe, recipe_names, write_run_file
+import pytest
+import yaml
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from eagle3_xla.config import Recipe, UserError, load_recipe, recipe_names
+from eagle3_xla.outputs import claim_output, write_run_file
 
 
 @pytest.mark.parametrize("name", recipe_names())
 def test_shipped_recipes_load(name, tmp_path):
     recipe = load_recipe(name, ["train.lr=0.5"])
     assert recipe.train.lr == 0.5
-    write_run_file(recipe, tmp_path)
+    write_run_file(recipe, tmp_path, "train")
     assert load_recipe(str(tmp_path / "run.yaml"), []) == recipe
 
 
@@ -20,10 +26,25 @@ def test_shipped_recipes_load(name, tmp_path):
         ("train.warmupp=0.1", "nearest known one is train.warmup"),
         ("trian.lr=1", "unknown setting trian; the nearest known one is train"),
         ("train.epochs=many", "train.epochs"),
-        ("train.epochs=0", "train.epochs is 0; it must be at least 1"),
+        ("train.epochs=0", "train.epochs is 0; it must be in \\[1, 1000000\\]"),
         ("loss.objective=mse", "choose one of kl, lk_alpha, lk_lambda"),
         ("train=3", "setting train is a section"),
         ("loss.decay=2", "must be in"),
+        ("train.lr=nan", "train.lr is nan; a finite number"),
+        ("train.lr=0", r"train.lr is 0.0; it must be in \(0, 1000\]"),
+        ("xla.peak_tflops=inf", "xla.peak_tflops is inf; a finite number"),
+        ("train.max_grad_norm=1e400", "train.max_grad_norm is inf; a finite number"),
+        ("train.beta1=1", r"train.beta1 is 1.0; it must be in \[0, 1\)"),
+        ("train.weight_decay=-1", "train.weight_decay is -1.0; it must be at least 0"),
+        ('data.train=[{"path":"a","share":nan}]', r"data.train\[0\].share is nan"),
+        ('data.train=[{"path":"a","cap":-1}]', r"data.train\[0\].cap is -1; it must be at least 0"),
+        ("data.seed=-1", "data.seed is -1; it must be at least 0"),
+        ("train.epochs=99999999999999999999", "train.epochs is 9+; a finite number is expected, whole ones below"),
+        ("data.train=[unclosed", r"setting data.train=\[unclosed: not valid YAML"),
+        ("data.train={a:1}", "setting data.train is a list"),
+        ("data.train.0=a", "setting data.train is a list"),
+        ("target.path=a\0b", "setting target.path=a.*not valid YAML"),
+        ('target.path="\\ud800"', "not valid YAML"),
         ("xla.draft_data_parallel=true xla.tp=3", "train.batch_size is 4, no multiple of xla.tp"),
     ],
 )
@@ -42,6 +63,75 @@ def test_bad_recipe_files(tmp_path):
     file.write_text("train:\n  lrr: 1\n")
     with pytest.raises(UserError, match="unknown setting train.lrr; the nearest known one is train.lr"):
         load_recipe(str(file), [])
-    file.write_text("- 1\n")
-    with pytest.raises(UserError, match="a mapping of sections"):
+    for text, message in (
+        ("- 1\n", "a mapping of sections"),
+        ("1\n", "not readable"),
+        ("? null\n: 1\n", "Incompatible key type"),
+        ("\0", "not valid YAML"),
+        ("train: {lr: 2001-99-99}\n", "setting train.lr"),
+    ):
+        file.write_text(text)
+        with pytest.raises(UserError, match=message):
+            load_recipe(str(file), [])
+    file.write_bytes(b"\xff\xfe\xfd")
+    with pytest.raises(UserError, match="broken.yaml: not "):
         load_recipe(str(file), [])
+
+
+ODD = "nan inf 1e400 -1 null true [] {} [null] [[]] ??? ${data.seed} ${x ${oc.env:NOPE} [unclosed *x | > ~".split()
+ODD += ["\0", "\ud800", "&a [*a]", "!!python/object:os.system", "2001-99-99", "- a", ": ", "9" * 40]
+SETTINGS = [f"{section}.{key}" for section, settings in asdict(Recipe()).items() for key in settings]
+VALUES = st.one_of(st.sampled_from(ODD), st.text(max_size=12), st.integers().map(str), st.floats().map(str))
+KEYS = st.sampled_from([name for setting in SETTINGS for name in setting.split(".")])
+LEAVES = st.one_of(st.none(), st.booleans(), st.integers(), st.floats(), st.text(max_size=8), st.sampled_from(ODD))
+TREES = st.recursive(LEAVES, lambda t: st.lists(t, max_size=3) | st.dictionaries(KEYS | LEAVES, t, max_size=3))
+
+
+def one_line_or_none(*arguments):
+    try:
+        load_recipe(*arguments)
+    except UserError as error:
+        assert str(error).isprintable()
+
+
+@settings(max_examples=200, deadline=None, derandomize=True, database=None)
+@given(
+    st.lists(
+        st.builds("{}{}={}".format, st.sampled_from(SETTINGS) | st.text(), st.sampled_from(["", "[0].path"]), VALUES)
+    )
+)
+def test_no_value_surprises(overrides):
+    one_line_or_none(None, overrides)
+
+
+@settings(max_examples=200, deadline=None, derandomize=True, database=None)
+@given(TREES.map(lambda tree: yaml.safe_dump(tree).encode()) | st.binary(max_size=20))
+def test_no_recipe_file_surprises(tmp_path_factory, content):
+    file = tmp_path_factory.getbasetemp() / "fuzzed.yaml"
+    file.write_bytes(content)
+    one_line_or_none(str(file), [])
+
+
+def test_whose_an_output_folder_is(tmp_path):
+    """New, empty and its own folders are the verb's; everything else stays as it is."""
+    mine = tmp_path / "deep" / "mine"
+    for _ in range(2):
+        assert claim_output(mine, "prepare") == mine
+    (mine / ".partial-run.yaml").write_text("cut off by a kill")
+    claim_output(mine, "prepare")
+    write_run_file(load_recipe(None, []), mine, "prepare")
+    (mine / "manifest.json").write_text("{}")
+    claim_output(mine, "prepare")
+    message = r"not ours to write to: `train` did not make it \(`prepare` wrote it\); choose another folder$"
+    with pytest.raises(UserError, match=message):
+        claim_output(mine, "train")
+    foreign = tmp_path / "foreign"
+    foreign.mkdir()
+    (foreign / "run.yaml").write_text("my: own\n")
+    with pytest.raises(UserError, match=r"it holds run.yaml\); choose another folder, or give --overwrite"):
+        claim_output(foreign, "prepare", overwrite=False)
+    claim_output(foreign, "prepare", overwrite=True)
+    claim_output(foreign, "export", ours=lambda folder: (folder / "run.yaml").exists())
+    with pytest.raises(UserError, match="is a file, or lies in one"):
+        claim_output(foreign / "run.yaml" / "a", "prepare")
+    assert [file.name for file in foreign.iterdir()] == ["run.yaml"]

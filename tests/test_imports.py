@@ -8,7 +8,20 @@ from pathlib import Path
 import eagle3_xla
 
 ROOT = Path(eagle3_xla.__file__).parent
-ORDER = ["data", "target", "regenerate", "draft", "loss", "xla", "checkpoint", "train", "plan", "export", "doctor"]
+ORDER = [
+    "outputs",
+    "data",
+    "target",
+    "regenerate",
+    "draft",
+    "loss",
+    "xla",
+    "checkpoint",
+    "train",
+    "plan",
+    "export",
+    "doctor",
+]
 ORDER += ["evaluate", "serve", "quickstart", "cli"]
 
 

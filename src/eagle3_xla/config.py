@@ -1,20 +1,18 @@
 """Every setting of a run: dataclasses with defaults, YAML recipes over them, --section.key=value over those.
 
-An unknown key is an error that names the nearest known one. `run.yaml` beside every output holds the resolved recipe.
+An unknown key is an error that names the nearest known one. `run.yaml` beside every output holds the resolved recipe
+(outputs.py).
 """
 
+import contextlib
 import difflib
-from dataclasses import dataclass, field
+import math
+from dataclasses import asdict, dataclass, field
 from importlib import resources
 from pathlib import Path
 
 from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
-
-from eagle3_xla import storage
-from eagle3_xla.storage import Location
-
-RUN_FILE = "run.yaml"
 
 
 class UserError(ValueError):
@@ -157,29 +155,44 @@ CHOICES = {
     "train.init": ("random", "target", "least_squares"),
     "train.tracker": ("tensorboard", "wandb", "none"),
 }
-AT_LEAST = {
-    "data.conversations": 0,
-    "data.workers": 0,
-    "data.row_length": 8,
-    "data.draft_vocab_size": 1,
-    "data.max_tokens": 0,
-    "loss.ttt_length": 1,
-    "xla.dp": 1,
-    "xla.tp": 1,
-    "train.epochs": 1,
-    "train.batch_size": 1,
-    "train.gradient_accumulation": 1,
-    "train.heldout_rows": 0,
-    "train.eval_every": 0,
-    "train.patience": 0,
-    "xla.peak_tflops": 0,
-    "train.init_rows": 1,
-    "train.log_every": 1,
-    "train.save_every": 1,
-    "train.keep": 1,
-    "plan.tokens": 0,
-    "plan.price_per_chip_hour": 0,
+# Intervals as in mathematics: [ and ] belong to them, ( and ) don't. What is not named is only finite and storable.
+RANGES = {
+    "data.heldout_share": "[0, 1)",
+    "data.conversations": "[0, inf)",
+    "data.drop_system": "[0, 1]",
+    "data.vary_system": "[0, 1]",
+    "data.row_length": "[8, 131072]",
+    "data.draft_vocab_size": "[1, inf)",
+    "data.max_tokens": "[0, inf)",
+    "data.seed": "[0, inf)",
+    "data.workers": "[0, 1024]",
+    "loss.ttt_length": "[1, 64]",
+    "loss.decay": "(0, 1]",
+    "xla.dp": "[1, 65536]",
+    "xla.tp": "[1, 65536]",
+    "xla.peak_tflops": "[0, inf)",
+    "train.epochs": "[1, 1000000]",
+    "train.batch_size": "[1, 65536]",
+    "train.gradient_accumulation": "[1, 65536]",
+    "train.lr": "(0, 1000]",
+    "train.warmup": "[0, 1)",
+    "train.beta1": "[0, 1)",
+    "train.beta2": "[0, 1)",
+    "train.weight_decay": "[0, inf)",
+    "train.max_grad_norm": "(0, inf)",
+    "train.init_rows": "[1, inf)",
+    "train.seed": "[0, inf)",
+    "train.log_every": "[1, inf)",
+    "train.save_every": "[1, inf)",
+    "train.heldout_rows": "[0, inf)",
+    "train.eval_every": "[0, inf)",
+    "train.patience": "[0, inf)",
+    "train.keep": "[1, inf)",
+    "plan.tokens": "[0, inf)",
+    "plan.price_per_chip_hour": "[0, inf)",
 }
+SOURCE_RANGES = {"share": "[0, inf)", "cap": "[0, inf)", "read": "[0, inf)"}
+STORABLE = 2**63  # whole numbers below it fit everywhere
 
 
 def recipe_names() -> list[str]:
@@ -194,52 +207,53 @@ def load_recipe(name: str | None, overrides: list[str]) -> Recipe:
     Raises UserError on an unknown recipe, an unknown key, a value of the wrong type or outside its range.
     """
     schema = OmegaConf.structured(Recipe)
-    try:
-        given = _read(name) if name else OmegaConf.create({})
-        if not isinstance(given, DictConfig):
-            raise UserError(f"{name}: a recipe is a mapping of sections")
-        changes = OmegaConf.from_dotlist(overrides)
+    given = _read(name) if name else OmegaConf.create({})
+    changes = OmegaConf.create({})
+    for override in overrides:
+        with _foreign(f"setting {override}"):
+            changes = OmegaConf.merge(changes, OmegaConf.from_dotlist([override]))
+    with _foreign(name or "command line"):
         for layer in (given, changes):
             _check_keys(layer, schema, "")
             _sources_from_strings(layer)
-        merged = OmegaConf.merge(schema, given, changes)
-        recipe = OmegaConf.to_object(merged)
-    except OmegaConfBaseException as error:
-        key = getattr(error, "full_key", None)
-        message = str(error).splitlines()[0]
-        raise UserError(f"setting {key}: {message}" if key else f"{name or 'command line'}: {message}") from None
+        recipe = OmegaConf.to_object(OmegaConf.merge(schema, given, changes))
     _check_values(recipe)
     return recipe
 
 
-def write_run_file(recipe: Recipe, out: Location) -> None:
-    storage.write(storage.join(out, RUN_FILE), OmegaConf.to_yaml(OmegaConf.structured(recipe)))
-
-
-def claim_output(out: Location) -> Location:
-    """Make the output folder. Raises UserError when it holds something that this program did not write."""
-    out = storage.join(out)
-    if storage.exists(out) and not storage.is_folder(out):
-        raise UserError(f"{out} is a file; an output folder is expected")
-    names = storage.entries(out)
-    if names and RUN_FILE not in names:
-        raise UserError(f"{out} is not empty and has no {RUN_FILE}, so it is not ours; choose another folder")
-    storage.make_folder(out)
-    return out
-
-
 def _read(name: str) -> DictConfig:
+    with _foreign(f"recipe {name}"):
+        path = Path(name)
+        if not path.exists() and name in recipe_names():
+            path = Path(str(resources.files("eagle3_xla.recipes") / f"{name}.yaml"))
+        if not path.is_file():
+            raise UserError(f"no recipe {name!r}; a YAML file or one of: {', '.join(recipe_names())}")
+        given = OmegaConf.load(path)
+    if not isinstance(given, DictConfig):
+        raise UserError(f"{name}: a recipe is a mapping of sections")
+    return given
+
+
+@contextlib.contextmanager
+def _foreign(what: str):
+    """YAML and OmegaConf raise errors of many kinds on texts that are no settings: each becomes a UserError."""
     import yaml
 
-    path = Path(name)
-    if not path.exists() and name in recipe_names():
-        path = Path(str(resources.files("eagle3_xla.recipes") / f"{name}.yaml"))
-    if not path.is_file():
-        raise UserError(f"no recipe {name!r}; a YAML file or one of: {', '.join(recipe_names())}")
     try:
-        return OmegaConf.load(path)
+        yield
+    except UserError:
+        raise
+    except OmegaConfBaseException as error:
+        key, message = getattr(error, "full_key", None), _one_line(str(error).splitlines()[0])
+        raise UserError(f"setting {_one_line(key)}: {message}" if key else f"{_one_line(what)}: {message}") from None
     except yaml.YAMLError as error:
-        raise UserError(f"{path}: not valid YAML ({' '.join(str(error).split())})") from None
+        raise UserError(f"{_one_line(what)}: not valid YAML ({_one_line(error)})") from None
+    except Exception as error:
+        raise UserError(f"{_one_line(what)}: not readable ({_one_line(error) or type(error).__name__})") from None
+
+
+def _one_line(words) -> str:
+    return "".join(c if c.isprintable() else repr(c)[1:-1] for c in " ".join(str(words).split()))[:300]
 
 
 def _check_keys(given: DictConfig, schema: DictConfig, prefix: str) -> None:
@@ -247,11 +261,13 @@ def _check_keys(given: DictConfig, schema: DictConfig, prefix: str) -> None:
         full = f"{prefix}{key}"
         if key not in schema:
             nearest = difflib.get_close_matches(str(key), list(map(str, schema)), n=1, cutoff=0.0)[0]
-            raise UserError(f"unknown setting {full}; the nearest known one is {prefix}{nearest}")
+            raise UserError(f"unknown setting {_one_line(full)}; the nearest known one is {prefix}{nearest}")
         if isinstance(schema[key], DictConfig):
             if not isinstance(given[key], DictConfig):
                 raise UserError(f"setting {full} is a section; give one of {', '.join(map(str, schema[key]))} in it")
             _check_keys(given[key], schema[key], f"{full}.")
+        elif isinstance(schema[key], ListConfig) and isinstance(given[key], DictConfig):
+            raise UserError(f"setting {full} is a list; give it as [..., ...]")
 
 
 def _sources_from_strings(given: DictConfig) -> None:
@@ -266,24 +282,41 @@ def _check_values(recipe: Recipe) -> None:
         section, key = name.split(".")
         return getattr(getattr(recipe, section), key)
 
+    _check_storable(asdict(recipe), "")
     for name, choices in CHOICES.items():
         if value(name) not in choices:
             raise UserError(f"setting {name} is {value(name)!r}; choose one of {', '.join(choices)}")
-    for name, least in AT_LEAST.items():
-        if value(name) < least:
-            raise UserError(f"setting {name} is {value(name)}; it must be at least {least}")
+    for name, interval in RANGES.items():
+        _check_range(f"setting {name}", value(name), interval)
     _check_sources(recipe.data)
-    if not 0 < recipe.loss.decay <= 1:
-        raise UserError(f"setting loss.decay is {recipe.loss.decay}; it must be in (0, 1]")
-    if not recipe.train.lr > 0:
-        raise UserError(f"setting train.lr is {recipe.train.lr}; it must be positive")
     if recipe.xla.draft_data_parallel and recipe.train.batch_size % recipe.xla.tp:
         raise UserError(
             f"setting xla.draft_data_parallel deals the rows of a replica to its {recipe.xla.tp} devices; "
             f"train.batch_size is {recipe.train.batch_size}, no multiple of xla.tp"
         )
-    if not 0 <= recipe.train.warmup < 1:
-        raise UserError(f"setting train.warmup is {recipe.train.warmup}; it is a share of the steps in [0, 1)")
+
+
+def _check_storable(value, name: str) -> None:
+    """Every number is finite and fits 64 bits, no text holds NUL."""
+    if isinstance(value, dict):
+        for key, item in value.items():
+            _check_storable(item, f"{name}.{key}" if name else key)
+    elif isinstance(value, list):
+        for number, item in enumerate(value):
+            _check_storable(item, f"{name}[{number}]")
+    elif isinstance(value, str):
+        if "\0" in value:
+            raise UserError(f"setting {name} is {value!r}; it holds NUL")
+    elif isinstance(value, int | float) and not (-STORABLE <= value < STORABLE and math.isfinite(value)):
+        raise UserError(f"setting {name} is {value!r:.60}; a finite number is expected, whole ones below 2**63")
+
+
+def _check_range(name: str, value: float, interval: str) -> None:
+    low, high = map(float, interval[1:-1].split(","))
+    above = value > low if interval[0] == "(" else value >= low
+    if not above or not (value < high if interval[-1] == ")" else value <= high):
+        wanted = f"in {interval}" if high < math.inf else f"{'more than' if interval[0] == '(' else 'at least'} {low:g}"
+        raise UserError(f"{name} is {value}; it must be {wanted}")
 
 
 def _check_sources(data: DataConfig) -> None:
@@ -291,18 +324,15 @@ def _check_sources(data: DataConfig) -> None:
         for number, source in enumerate(getattr(data, key)):
             if not source.path:
                 raise UserError(f"setting data.{key}[{number}].path is empty; name a file, a folder or a hub id")
-            for name in ("share", "cap", "read"):
-                if getattr(source, name) < 0:
-                    raise UserError(f"setting data.{key}[{number}].{name} is {getattr(source, name)}; 0 or more")
+            for name, interval in SOURCE_RANGES.items():
+                _check_range(f"setting data.{key}[{number}].{name}", getattr(source, name), interval)
     shares = [source.share for source in data.train]
     if any(shares) and not all(shares):
         missing = data.train[shares.index(0)].path
         raise UserError(f"setting data.train: {missing} has no share, but other sources have; give each of them one")
     if any(shares) != bool(data.conversations):
         raise UserError("settings data.conversations and the sources' shares belong together; give both or neither")
-    if not 0 <= data.heldout_share < 1:
-        raise UserError(f"setting data.heldout_share is {data.heldout_share}; it is a share in [0, 1)")
-    if min(data.drop_system, data.vary_system) < 0 or data.drop_system + data.vary_system > 1:
+    if data.drop_system + data.vary_system > 1:
         raise UserError("settings data.drop_system and data.vary_system are shares; their sum must be at most 1")
     if data.packing == "bucketed" and not all(8 <= length < data.row_length for length in data.buckets):
         raise UserError(f"setting data.buckets is {data.buckets}; lengths from 8 to below data.row_length are expected")

@@ -5,11 +5,12 @@ import time
 from dataclasses import replace
 from pathlib import Path
 
-from eagle3_xla.config import UserError, claim_output, load_recipe, write_run_file
+from eagle3_xla.config import UserError, load_recipe
 from eagle3_xla.data.prepare import prepare
 from eagle3_xla.evaluate.report import plot_report
 from eagle3_xla.evaluate.run import EvalOptions, evaluate
 from eagle3_xla.export import export
+from eagle3_xla.outputs import claim_output, write_run_file
 from eagle3_xla.target.embedded import write_embedded_target
 from eagle3_xla.train.loop import train
 
@@ -29,8 +30,8 @@ def quickstart(out: Path, minutes: float | None) -> dict:
     overrides = [f"target.path={target}", f"data.prepared={out / 'data'}", f"train.out={out / 'run'}"]
     overrides += _budget(minutes)
     recipe = load_recipe(RECIPE, overrides)
-    claim_output(out)
-    write_run_file(recipe, out)
+    claim_output(out, "quickstart")
+    write_run_file(recipe, out, "quickstart")
 
     print(f"1/5 target: SmolLM2-135M-Instruct as a Qwen2 model -> {target}")
     write_embedded_target(target)

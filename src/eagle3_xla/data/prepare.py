@@ -17,13 +17,14 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from eagle3_xla.config import RUN_FILE, DataConfig, Recipe, Source, UserError, claim_output, write_run_file
+from eagle3_xla.config import DataConfig, Recipe, Source, UserError
 from eagle3_xla.data import sources
 from eagle3_xla.data.documents import Documents, tokenize
 from eagle3_xla.data.mix import mix
 from eagle3_xla.data.rows import write_rows
 from eagle3_xla.data.tokenizer import load_config, load_tokenizer, stop_token_ids
 from eagle3_xla.data.vocab import coverage, draft_vocabulary
+from eagle3_xla.outputs import RUN_FILE, claim_output, write_run_file
 
 FREE = ("prepared", "workers")  # settings that shape no row
 
@@ -39,7 +40,7 @@ def prepare(recipe: Recipe) -> dict:
     stop_ids = stop_token_ids(recipe.target.path, tokenizer)
     always = stop_ids | set(tokenizer.all_special_ids)
     _check(data, vocab_size, len(always))
-    out = claim_output(Path(data.prepared))
+    out = claim_output(Path(data.prepared), "prepare")
     prints = {"train": [], "heldout": []}
     for split, of in prints.items():
         of += [sources.fingerprint(sources.resolve(source)) for source in getattr(data, split)]
@@ -49,7 +50,7 @@ def prepare(recipe: Recipe) -> dict:
         if manifest.get("inputs") == inputs:
             return manifest
     if not (out / RUN_FILE).exists():
-        write_run_file(recipe, out)
+        write_run_file(recipe, out, "prepare")
     work = out / ".work" / inputs[:16]
     for stale in (out / ".work").glob("*"):
         if stale != work:
@@ -88,7 +89,7 @@ def prepare(recipe: Recipe) -> dict:
     for split in ("train", "heldout"):
         shutil.rmtree(out / split, ignore_errors=True)
         (work / "rows" / split).rename(out / split)
-    write_run_file(recipe, out)
+    write_run_file(recipe, out, "prepare")
     (out / "draft_ids.json").write_text(json.dumps(draft_ids.tolist()))
     (out / "manifest.json").write_text(json.dumps(manifest, indent=1))  # last: without it nothing is reused
     shutil.rmtree(out / ".work")

@@ -18,11 +18,12 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from eagle3_xla.config import DataConfig, Recipe, RunError, Source, UserError, claim_output, write_run_file
+from eagle3_xla.config import DataConfig, Recipe, RunError, Source, UserError
 from eagle3_xla.data import sources
 from eagle3_xla.data.clean import Unusable
 from eagle3_xla.data.filters import read_chat
 from eagle3_xla.data.mix import mix
+from eagle3_xla.outputs import claim_output, write_run_file
 from eagle3_xla.regenerate.conversation import Sampling, rewrite
 from eagle3_xla.regenerate.journal import Journal
 from eagle3_xla.regenerate.servers import GaveUp, Servers
@@ -52,8 +53,8 @@ def regenerate(recipe: Recipe, out: Path, options: Options) -> dict:
     if options.concurrency < 1 or options.limit < 0 or options.timeout <= 0:
         raise UserError("--concurrency must be 1 or more, --limit 0 or more, --timeout positive")
     recipe = replace(recipe, data=_chats_to_ask(recipe.data, options.chats))
-    claim_output(out)
-    write_run_file(recipe, out)
+    claim_output(out, "regenerate")
+    write_run_file(recipe, out, "regenerate")
     journal = Journal(out)
     try:
         return asyncio.run(_regenerate(recipe.data, out, options, journal))

@@ -6,13 +6,14 @@ from pathlib import Path
 import torch
 
 from eagle3_xla import checkpoint as checkpoints
-from eagle3_xla.config import Recipe, UserError, claim_output, write_run_file
+from eagle3_xla.config import Recipe, UserError
 from eagle3_xla.data.batches import Batches
 from eagle3_xla.data.prepare import load_prepared
 from eagle3_xla.data.vocab import d2t_t2d, draft_ids_of
 from eagle3_xla.draft.initialise import InputMoments, initialise_head
 from eagle3_xla.draft.model import Eagle3Head, draft_config
 from eagle3_xla.draft.saved import load_head
+from eagle3_xla.outputs import claim_output, write_run_file
 from eagle3_xla.target.families import linear_rows, load_target_config, norm_offset
 from eagle3_xla.target.model import TargetStates, open_target
 from eagle3_xla.target.states import StatesStore
@@ -92,7 +93,7 @@ def set_up(recipe: Recipe, stopping: list[str]) -> Run:
     data = _read_data(recipe, backend)
 
     # The frozen target, and the run that is already there, which goes on if it is the same.
-    claim_output(out)
+    claim_output(out, "train")
     warm_head = None
     if settings.warm_start:  # keeps the head's own vocabulary: its lm_head rows mean nothing under another
         warm_head, d2t = load_head(Path(settings.warm_start))
@@ -104,7 +105,7 @@ def set_up(recipe: Recipe, stopping: list[str]) -> Run:
     if saved:
         checkpoints.refuse_changed_run(saved, recipe, data_key)
     if backend.process_index == 0:
-        write_run_file(recipe, out)
+        write_run_file(recipe, out, "train")
     backend.agreed(saved.micro_step if saved else 0, "the newest checkpoint; train.out must be shared")
 
     lm_head_rows = linear_rows(target_config, target.draft_rows.float())
