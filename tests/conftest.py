@@ -9,6 +9,7 @@ from pathlib import Path
 os.environ.setdefault("PJRT_DEVICE", "CPU")
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["EAGLE3_XLA_RAISE"] = "1"  # what no line explains ends in its traceback
 # Small tensors gain nothing from a second thread, and threads that wait for each other by spinning cost the other
 # test process its core.
 os.environ.setdefault("OMP_NUM_THREADS", "1")

@@ -9,6 +9,7 @@ import eagle3_xla
 
 ROOT = Path(eagle3_xla.__file__).parent
 ORDER = [
+    "checks",
     "outputs",
     "data",
     "target",
@@ -22,7 +23,7 @@ ORDER = [
     "export",
     "doctor",
 ]
-ORDER += ["evaluate", "serve", "quickstart", "cli"]
+ORDER += ["evaluate", "serve", "quickstart", "arguments", "cli"]
 
 
 def imports_of(file: Path) -> set[str]:

@@ -3,149 +3,87 @@
 Exit codes: 0 done; 1 a failure that the message explains; 2 bad usage or bad input.
 """
 
-import argparse
 import contextlib
 import json
 import os
+import platform
 import sys
+import tempfile
+import traceback
 from pathlib import Path
 
 from safetensors import SafetensorError
 
 from eagle3_xla import __version__
-from eagle3_xla.config import RunError, UserError, load_recipe, recipe_names
+from eagle3_xla.arguments import Usage, parser
+from eagle3_xla.checks import printable, without_credentials
+from eagle3_xla.config import RunError, UserError, load_recipe
+
+RAISE = "EAGLE3_XLA_RAISE"  # set: an unexpected error ends in its traceback; the tests run so
 
 
 def main(arguments: list[str] | None = None) -> int:
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")  # XLA's C++ side logs compiler chatter as errors
     arguments = sys.argv[1:] if arguments is None else arguments
-    parser = _parser()
-    options, rest = parser.parse_known_args(arguments)
+    program = "eagle3-xla"
     try:
+        options, rest = parser().parse_known_args(arguments)
+        program = f"eagle3-xla {options.verb}"
         overrides = _overrides(rest, options)
         # Everything a library prints goes to stderr: stdout carries the result alone.
-        with contextlib.redirect_stdout(sys.stderr):
+        with contextlib.redirect_stdout(_Printable(sys.stderr)):
             result = VERBS[options.verb](options, overrides)
+    except Usage as error:
+        return _fail(str(error), 2)
     except UserError as error:
-        print(f"eagle3-xla {options.verb}: {error}", file=sys.stderr)
-        return 2
+        return _fail(f"{program}: {error}", 2)
     except KeyboardInterrupt:
-        print(f"eagle3-xla {options.verb}: interrupted; start it again to continue", file=sys.stderr)
-        return 1
-    except (RunError, OSError, SafetensorError) as error:  # the second: safetensors on a full disk
-        print(f"eagle3-xla {options.verb}: {error}", file=sys.stderr)
-        return 1
+        return _fail(f"{program}: interrupted; start it again to continue", 1)
+    except (RunError, OSError, SafetensorError) as error:  # the last: safetensors on a full disk
+        return _fail(f"{program}: {error}", 1)
+    except Exception as error:
+        if os.environ.get(RAISE):
+            raise
+        return _fail(f"{program}: {_unexpected(error, arguments)}", 1)
     if options.json:
-        print(json.dumps({key: value for key, value in result.items() if key != "screen"}))
-    else:
-        print(result["screen"] if "screen" in result else _table(result))
+        print(json.dumps({key: value for key, value in result.items() if key not in ("screen", "coloured")}))
+    else:  # `coloured` comes with colours of ours, and without anything else that a terminal obeys
+        print(result.get("coloured") or printable(result["screen"] if "screen" in result else _table(result)))
     return 1 if result.get("ok") is False else 0
 
 
-def _parser() -> argparse.ArgumentParser:
-    common = argparse.ArgumentParser(add_help=False)
-    common.add_argument("--json", action="store_true", help="print one JSON object on stdout")
-    recipe = argparse.ArgumentParser(add_help=False, parents=[common])
-    recipe.add_argument("--config", metavar="RECIPE", help=f"a YAML file or one of: {', '.join(recipe_names())}")
-    parser = argparse.ArgumentParser(
-        prog="eagle3-xla",
-        description="EAGLE3 draft heads, trained with PyTorch/XLA and carried into the engines that serve them.",
-        epilog="Verbs that take a recipe also take --section.key=value for every setting in it.",
-    )
-    parser.add_argument("--version", action="version", version=f"eagle3-xla {__version__}")
-    verbs = parser.add_subparsers(dest="verb", required=True, metavar="VERB")
+def _fail(line: str, code: int) -> int:
+    print(printable(without_credentials(line)), file=sys.stderr)
+    return code
 
-    verb = verbs.add_parser(
-        "quickstart", parents=[common], help="the whole pipeline on this machine, with a small target"
-    )
-    verb.add_argument("--out", default="quickstart", help="folder for everything (default: quickstart)")
-    verb.add_argument(
-        "--minutes", type=float, default=None, help="train about so long (default: what fits 20 minutes in all)"
+
+def _unexpected(error: Exception, arguments: list[str]) -> str:
+    """The line for an error that nothing above expects; writes its trace to a file."""
+    frames = [frame for frame in traceback.extract_tb(error.__traceback__) if "eagle3_xla" in frame.filename]
+    place = f"{Path(frames[-1].filename).name}:{frames[-1].lineno}, {frames[-1].name}" if frames else "unknown"
+    what = (str(error).strip() or "no message").splitlines()[0][:200]
+    versions = f"eagle3-xla {__version__}, Python {platform.python_version()}, {platform.platform()}"
+    report = "\n".join([versions, f"eagle3-xla {' '.join(arguments)}", "", traceback.format_exc()])
+    with tempfile.NamedTemporaryFile("w", prefix="eagle3-xla-", suffix=".txt", delete=False) as file:
+        file.write(without_credentials(report).encode(errors="backslashreplace").decode())
+    return (
+        f"an error that it should have explained, {type(error).__name__}: {what} (at {place}). "
+        f"The trace is in {file.name}; please report it with that file"
     )
 
-    verb = verbs.add_parser("prepare", parents=[recipe], help="chats -> packed rows and the draft vocabulary")
-    verb.add_argument("--show", type=int, metavar="N", help="then print N rows, what is trained on in colour")
-    verb = verbs.add_parser("regenerate", parents=[recipe], help="the target rewrites the answers of chats")
-    verb.add_argument("--server", default="", metavar="URL[,URL]", help="running OpenAI-compatible servers")
-    verb.add_argument("--target", default="", metavar="DIR", help="or a small target to run in this process")
-    verb.add_argument("--chats", nargs="+", default=[], metavar="FILE", help="default: the recipe's data.train mix")
-    verb.add_argument("--out", required=True, help="folder; started again with it, it continues")
-    verb.add_argument("--limit", type=int, default=0, help="only the first conversations")
-    verb.add_argument("--concurrency", type=int, default=16, help="conversations in flight (default: 16)")
-    verb.add_argument("--max-tokens", type=int, default=1024, help="of an answer (default: 1024)")
-    verb.add_argument("--temperature", type=float, default=0.7, help="0 is greedy (default: 0.7)")
-    verb.add_argument("--top-p", type=float, default=1.0)
-    verb.add_argument("--seed", type=int, default=0)
-    verb.add_argument("--timeout", type=float, default=600, help="seconds of an answer, before it is asked again")
-    verb.add_argument("--device", default="cpu", choices=("cpu", "cuda"), help="of --target")
 
-    verb = verbs.add_parser("train", parents=[recipe], help="train a head; continues by itself")
-    verb.add_argument("--max-steps", type=int, default=0, help="save and stop after so many further micro-steps")
-    verb.add_argument("--device", choices=("xla", "cpu", "cuda"), help="short for --xla.device")
-    verb.add_argument("--allow-recompile", action="store_true", help="go on when a step compiles again")
-    verb.add_argument("--profile", action="store_true", help="write a trace of three steps to train.out/profile")
+class _Printable:
+    """A stream whose lines can't drive the terminal, whatever file or server they come from."""
 
-    verb = verbs.add_parser("plan", parents=[recipe], help="what the TPU compiler says of a recipe; no TPU needed")
-    verb.add_argument("--topology", help="v4-32, v5e-16, ... instead of the recipe's plan.topology")
-    verb.add_argument("--search", action="store_true", help="compare meshes and batch shapes that keep the maths")
+    def __init__(self, stream):
+        self._stream = stream
 
-    verb = verbs.add_parser("export", parents=[common], help="a checkpoint -> the directory that engines load")
-    verb.add_argument("--checkpoint", required=True, help="a checkpoint folder, or a run's folder (its best)")
-    verb.add_argument("--out", required=True)
-    verb.add_argument("--dtype", default="bfloat16", help="bfloat16 (default), float16 or float32")
+    def write(self, words: str) -> int:
+        return self._stream.write("\r".join(map(printable, words.split("\r"))))
 
-    verb = verbs.add_parser("doctor", parents=[common], help="check a head against the rules of every engine")
-    verb.add_argument("head", metavar="DIR", help="an exported head, ours or anyone's")
-    verb.add_argument("--target", required=True, help="folder or hub id of the model it drafts for")
-    verb.add_argument("--fix", action="store_true", help="mend what config.json gets wrong, where that is safe")
-
-    verb = verbs.add_parser("eval", parents=[common], help="acceptance of a head, from real decoding")
-    verb.add_argument("--target", required=True)
-    verb.add_argument("--draft", required=True, help="an exported head")
-    verb.add_argument("--prompts", required=True, help="JSONL; the first user turn of each row is asked")
-    verb.add_argument("--limit", type=int, default=0, help="only the first prompts")
-    verb.add_argument("--max-new-tokens", type=int, default=128)
-    verb.add_argument("--draft-tokens", type=int, default=5, help="drafts checked in a target call (default: 5)")
-    verb.add_argument("--topk", type=int, default=1, help="drafts per node: 1 is a chain (default), more a tree")
-    verb.add_argument("--steps", type=int, default=0, help="depth of a tree (default: 5)")
-    verb.add_argument("--temperature", type=float, default=0.0, help="0 is greedy (default)")
-    verb.add_argument("--top-p", type=float, default=1.0)
-    verb.add_argument("--seed", type=int, default=0, help="of sampled answers")
-    verb.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
-
-    verb = verbs.add_parser("patch", parents=[common], help="what an installed SGLang or sglang-jax lacks for Qwen2")
-    verb.add_argument("action", choices=("check", "apply", "revert"))
-    verb.add_argument("--engine", help="sglang or sglang-jax (default: the one that is there)")
-    verb.add_argument("--path", help="a checkout, a virtual environment or site-packages (default: installed here)")
-
-    server = argparse.ArgumentParser(add_help=False, parents=[common])
-    server.add_argument("--server", required=True, metavar="URL", help="a running SGLang or vLLM server")
-    server.add_argument("--prompts", required=True, help="JSONL; the first user turn of each row is asked")
-    server.add_argument("--limit", type=int, default=0, help="only the first prompts")
-
-    verb = verbs.add_parser("bench", parents=[server], help="acceptance length and speed of a running server")
-    verb.add_argument("--baseline", default="", metavar="URL", help="the same server without the head: gives speed-up")
-    verb.add_argument("--target", default="", help="whose chat template (default: the one that the server names)")
-    verb.add_argument("--concurrency", default="1", help="requests in flight, such as 1,4,16 (default: 1)")
-    verb.add_argument("--max-new-tokens", type=int, default=128)
-    verb.add_argument("--temperature", type=float, default=0.0, help="0 is greedy (default)")
-    verb.add_argument("--top-p", type=float, default=1.0)
-
-    verb = verbs.add_parser("gap", parents=[server], help="served against offline acceptance; names the cause")
-    verb.add_argument("--target", required=True)
-    verb.add_argument("--draft", required=True, help="the exported head that the server serves")
-    verb.add_argument("--max-new-tokens", type=int, default=128)
-    verb.add_argument("--dtype", default="float32", choices=("float32", "bfloat16"), help="of the offline side")
-
-    verb = verbs.add_parser("push", parents=[common], help="a head to the hub, with a card of measured figures")
-    verb.add_argument("head", metavar="DIR", help="an exported head")
-    verb.add_argument("--target", required=True, help="folder or hub id of the model it drafts for")
-    verb.add_argument("--repo", required=True, metavar="OWNER/NAME")
-    verb.add_argument("--results", action="append", default=[], metavar="FILE", help="of eval --json or bench --json")
-    verb.add_argument("--private", action="store_true")
-    verb.add_argument("--dry-run", action="store_true", help="write the card, upload nothing")
-    return parser
+    def __getattr__(self, name: str):
+        return getattr(self._stream, name)
 
 
 def _overrides(rest: list[str], options) -> list[str]:
@@ -192,7 +130,7 @@ def _prepare(options, overrides) -> dict:
         return manifest
     from eagle3_xla.data.show import show_rows
 
-    return manifest | {"screen": show_rows(recipe, options.show)}
+    return manifest | {"coloured": show_rows(recipe, options.show)}
 
 
 def _regenerate(options, overrides) -> dict:
@@ -232,7 +170,7 @@ def _export(options, overrides) -> dict:
 def _eval(options, overrides) -> dict:
     from eagle3_xla.evaluate.run import EvalOptions, evaluate
 
-    names = "limit max_new_tokens draft_tokens topk steps temperature top_p seed device".split()
+    names = "limit max_new_tokens draft_tokens topk steps temperature top_p seed device force".split()
     settings = EvalOptions(**{name: getattr(options, name) for name in names})
     return evaluate(options.target, options.draft, options.prompts, settings)
 
@@ -253,12 +191,8 @@ def _bench(options, overrides) -> dict:
     from eagle3_xla.serve.bench import BenchOptions, bench
     from eagle3_xla.serve.client import Request
 
-    try:
-        concurrency = [int(number) for number in options.concurrency.split(",")]
-    except ValueError:
-        raise UserError(f"--concurrency {options.concurrency}: numbers such as 1,4,16 are expected") from None
     request = Request(options.max_new_tokens, options.temperature, options.top_p)
-    settings = BenchOptions(options.limit, concurrency, options.target, request)
+    settings = BenchOptions(options.limit, options.concurrency, options.target, request)
     return bench(options.server, options.prompts, settings, options.baseline)
 
 

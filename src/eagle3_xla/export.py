@@ -8,27 +8,19 @@ The metadata of model.safetensors also holds what weights can't tell: how the he
 """
 
 import json
+import os
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from eagle3_xla import checkpoint as checkpoints
 from eagle3_xla.config import UserError
-from eagle3_xla.draft.saved import EXPORTED
+from eagle3_xla.draft.saved import ARCHITECTURE, EXPORTED, RECORD, TRAINED
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
-RECORD = "eagle3_xla"  # key in the metadata of model.safetensors
-# Settings of the training that no tensor's shape shows.
-TRAINED = (
-    "num_attention_heads",
-    "num_key_value_heads",
-    "head_dim",
-    "hidden_act",
-    "rms_norm_eps",
-    "rope_theta",
-    "rope_scaling",
-)
+PARTIAL = ".partial"  # the end of a file's name while it is written
 
 
 def export(checkpoint: Path, out: Path, dtype: str = "bfloat16") -> dict:
@@ -47,17 +39,40 @@ def export(checkpoint: Path, out: Path, dtype: str = "bfloat16") -> dict:
         why = "the newest, no tau is known" if saved.tau is None else f"the best, held-out tau {saved.tau:.3f}"
     else:
         saved, why = checkpoints.load(checkpoint), "as named"
-    if out.exists() and any(out.iterdir()) and not (out / EXPORTED).exists():
-        raise UserError(f"{out} is not empty and holds no exported head, so it is not ours; choose another folder")
-    out.mkdir(parents=True, exist_ok=True)
+    claim_head_folder(out)
     config = serving_config(saved.draft_config, len(saved.d2t), dtype)
     tensors = {name: value.to(DTYPES[dtype]).contiguous() for name, value in saved.head.items()}
     record = {key: config[key] for key in TRAINED} | {"aux_layers": "default"}
     metadata = {"format": "pt", RECORD: json.dumps(record)}
-    save_file({**tensors, "d2t": saved.d2t, "t2d": saved.t2d}, out / EXPORTED, metadata=metadata)
-    (out / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+    for name in (EXPORTED, "config.json"):  # whole before it takes the earlier one's place
+        partial = out / f"{name}{PARTIAL}"
+        try:
+            if name == EXPORTED:
+                save_file({**tensors, "d2t": saved.d2t, "t2d": saved.t2d}, partial, metadata=metadata)
+            else:
+                partial.write_text(json.dumps(config, indent=2) + "\n")
+            os.replace(partial, out / name)
+        finally:
+            partial.unlink(missing_ok=True)
     chosen = f"step {saved.micro_step} ({why})"
     return {"out": str(out), "micro_step": saved.micro_step, "tau": saved.tau, "chosen": chosen, "dtype": dtype}
+
+
+def claim_head_folder(out: Path) -> None:
+    """Make the folder. Raises UserError unless it is new, empty, or holds a head that `export` wrote."""
+    if out.exists() and not out.is_dir():
+        raise UserError(f"{out} is a file; a folder for the head is expected")
+    if out.is_dir() and any(not file.name.endswith(PARTIAL) for file in out.iterdir()):
+        try:
+            with safe_open(out / EXPORTED, framework="pt") as file:
+                ours = RECORD in (file.metadata() or {})
+        except (OSError, SafetensorError):
+            ours = False
+        if not ours:
+            raise UserError(
+                f"{out} is not empty and holds no head that `export` wrote, so it is not ours; choose another folder"
+            )
+    out.mkdir(parents=True, exist_ok=True)
 
 
 def serving_config(draft: dict, draft_vocab_size: int, dtype: str) -> dict:
@@ -77,7 +92,7 @@ def serving_config(draft: dict, draft_vocab_size: int, dtype: str) -> dict:
     rope = {"rope_theta": draft["rope_theta"], "rope_scaling": draft["rope_scaling"]}
     scaling = draft["rope_scaling"] or {"rope_type": "default"}
     return {
-        "architectures": ["LlamaForCausalLMEagle3"],
+        "architectures": [ARCHITECTURE],
         "model_type": "llama",
         "num_hidden_layers": 1,
         **{key: draft[key] for key in keys},

@@ -4,8 +4,9 @@ import pytest
 import torch
 
 from eagle3_xla.config import UserError
+from eagle3_xla.draft.saved import LAYER_IDS, SavedHead, layers_of
 from eagle3_xla.evaluate.decode import Choice, SpeculativeDecoder, Tree, decode_plain
-from eagle3_xla.evaluate.run import EvalOptions, layers_of, tau
+from eagle3_xla.evaluate.run import EvalOptions, tau
 
 
 def test_tree_by_hand():
@@ -86,10 +87,13 @@ def test_calls_count_whole(trained, small_pair):
 @pytest.mark.parametrize(
     "settings, part",
     [
-        ({"draft_tokens": 0}, "--draft-tokens must be at least 1"),
+        ({"draft_tokens": 0}, "--draft-tokens is 0; a whole number from 1"),
         ({"topk": 4, "steps": 9}, "--steps 9: choose 1 to"),
         ({"steps": 2}, "a chain of 5 drafts takes as many steps"),
-        ({"temperature": -1.0}, "--temperature can't be negative"),
+        ({"temperature": -1.0}, "--temperature is -1.0; a number from 0"),
+        ({"temperature": float("nan")}, "--temperature is nan"),
+        ({"top_p": float("inf")}, "--top-p is inf; a number above 0"),
+        ({"limit": -1}, "--limit is -1; a whole number from 0"),
     ],
 )
 def test_bad_shapes_are_refused(settings, part):
@@ -97,12 +101,10 @@ def test_bad_shapes_are_refused(settings, part):
         EvalOptions(**settings)
 
 
-def test_layer_ids_of_both_engines():
-    class Config:
-        eagle_config = {"eagle_aux_hidden_state_layer_ids": [1, 14, 26]}
+def test_layer_ids_of_both_engines(tmp_path):
+    def layers(**config):
+        return layers_of(SavedHead(tmp_path, config), 28)
 
-    assert layers_of(Config()) == (1, 14, 26)
-    Config.eagle_config = None
-    Config.eagle_aux_hidden_state_layer_ids = [2, 15, 27]
-    assert layers_of(Config()) == (1, 14, 26)
-    assert layers_of(object()) is None
+    assert layers(eagle_config={LAYER_IDS: [1, 14, 26]}) == (1, 14, 26)
+    assert layers(**{LAYER_IDS: [2, 15, 27]}) == (1, 14, 26)
+    assert layers() is None

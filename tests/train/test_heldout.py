@@ -62,7 +62,8 @@ def test_warm_start_keeps_the_heads_vocabulary(small_run, tmp_path):
     assert taus[0] > taus[1] + 0.2
 
     shutil.copytree(tmp_path / "head", tmp_path / "other")
-    config = json.loads((tmp_path / "other" / "config.json").read_text()) | {"rope_theta": 5.0}
+    config = json.loads((tmp_path / "other" / "config.json").read_text())
+    config |= {"rope_theta": 5.0, "rope_parameters": {"rope_theta": 5.0, "rope_type": "default"}}
     (tmp_path / "other" / "config.json").write_text(json.dumps(config))
     with pytest.raises(UserError, match=r"made for another target: rope_theta is 5.0, not 10000"):
         run(small_run, f"train.warm_start={tmp_path / 'other'}", f"train.out={tmp_path / 'refused'}")

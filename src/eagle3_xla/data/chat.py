@@ -66,6 +66,8 @@ def _message(turn, role_key: str, text_key: str, where: str) -> dict:
         raise UserError(f"{where}: unknown role {role!r}; known: {', '.join(ROLES)}")
     if not isinstance(text, str):
         raise UserError(f"{where}: the text of a {role} turn is {type(text).__name__}, not a string")
+    if any("\ud800" <= c <= "\udfff" for c in text):
+        raise UserError(f"{where}: the text of a {role} turn holds half a character (a lone surrogate)")
     return {"role": ROLES[role], "content": text}
 
 

@@ -4,14 +4,13 @@ What a rule holds the file against: the weights where they tell, the record of t
 target else. Without a record a doubt about the training is a warning, and no fix is offered for it.
 """
 
-from eagle3_xla.doctor.files import Finding, Head, Target
+from eagle3_xla.config import UserError
+from eagle3_xla.doctor.files import Finding, Target
+from eagle3_xla.draft.saved import ARCHITECTURE, FLAGS, LAYER_IDS, SavedHead, layer_ids
 from eagle3_xla.target.families import MIN_LAYERS, aux_layers
 
-ARCHITECTURE = "LlamaForCausalLMEagle3"
-FLAGS = ("norm_output", "norm_before_residual", "norm_before_fc")
 
-
-def architecture(head: Head, target: Target) -> Finding:
+def architecture(head: SavedHead, target: Target) -> Finding:
     names, kind = head.config.get("architectures"), head.config.get("model_type")
     if names == [ARCHITECTURE] and kind == "llama":
         return Finding("architecture", "pass", ARCHITECTURE)
@@ -23,7 +22,7 @@ def architecture(head: Head, target: Target) -> Finding:
     )
 
 
-def one_layer(head: Head, target: Target) -> Finding:
+def one_layer(head: SavedHead, target: Target) -> Finding:
     layers = head.config.get("num_hidden_layers")
     if layers == 1:
         return Finding("one_layer", "pass", "num_hidden_layers 1")
@@ -34,7 +33,7 @@ def one_layer(head: Head, target: Target) -> Finding:
     return Finding("one_layer", "fail", message, {"num_hidden_layers": 1})
 
 
-def vocabulary(head: Head, target: Target) -> Finding:
+def vocabulary(head: SavedHead, target: Target) -> Finding:
     size, wanted = head.config.get("vocab_size"), target.config.vocab_size
     if size == wanted:
         return Finding("vocab_size", "pass", f"{size}, the target's")
@@ -45,7 +44,7 @@ def vocabulary(head: Head, target: Target) -> Finding:
     return Finding("vocab_size", "fail", message, {"vocab_size": wanted})
 
 
-def draft_vocabulary(head: Head, target: Target) -> Finding:
+def draft_vocabulary(head: SavedHead, target: Target) -> Finding:
     size, rows = head.config.get("draft_vocab_size"), (head.shape("lm_head.weight") or (None,))[0]
     if size == rows and size is not None:
         return Finding("draft_vocab_size", "pass", f"{size} rows of lm_head")
@@ -54,7 +53,7 @@ def draft_vocabulary(head: Head, target: Target) -> Finding:
     return Finding("draft_vocab_size", "fail", message, {"draft_vocab_size": rows} if rows else None)
 
 
-def sizes(head: Head, target: Target) -> Finding:
+def sizes(head: SavedHead, target: Target) -> Finding:
     """hidden_size and intermediate_size, which the weights tell."""
     wanted = {
         "hidden_size": (head.shape("fc.weight") or (None,))[0],
@@ -67,7 +66,7 @@ def sizes(head: Head, target: Target) -> Finding:
     return Finding("sizes", "fail", f"{text}: no engine loads the weights", wrong)
 
 
-def target_size(head: Head, target: Target) -> Finding:
+def target_size(head: SavedHead, target: Target) -> Finding:
     """The features that the head reads and the embedding that it borrows are the target's."""
     config, hidden = head.config, target.config.hidden_size
     given = config.get("target_hidden_size")
@@ -84,12 +83,12 @@ def target_size(head: Head, target: Target) -> Finding:
     return Finding("target_size", "warn" if given == hidden else "fail", message, {"target_hidden_size": None})
 
 
-def heads(head: Head, target: Target) -> Finding:
+def heads(head: SavedHead, target: Target) -> Finding:
     config, q, k = head.config, *(head.shape(f"midlayer.self_attn.{name}_proj.weight") for name in "qk")
     keys = ("num_attention_heads", "num_key_value_heads", "head_dim")
     given = tuple(config.get(key) for key in keys)
     if not given[2] and given[0]:
-        given = (*given[:2], config.get("hidden_size", 0) // given[0])  # what readers assume
+        given = (*given[:2], (config.get("hidden_size") or 0) // given[0])  # what readers assume
     if not q or not k:
         return Finding("heads", "fail", "the attention's weights are missing")
     of_target = (target.config.num_attention_heads, target.config.num_key_value_heads, target.head_dim)
@@ -108,7 +107,7 @@ def heads(head: Head, target: Target) -> Finding:
     return Finding("heads", "fail", message, dict(zip(keys, wanted)) if safe else None)
 
 
-def max_positions(head: Head, target: Target) -> Finding:
+def max_positions(head: SavedHead, target: Target) -> Finding:
     given, wanted = head.config.get("max_position_embeddings"), target.config.max_position_embeddings
     if isinstance(given, int) and given >= wanted:
         return Finding("max_position_embeddings", "pass", f"{given}, the target's {wanted}")
@@ -118,11 +117,11 @@ def max_positions(head: Head, target: Target) -> Finding:
     return Finding("max_position_embeddings", "fail", message, {"max_position_embeddings": wanted})
 
 
-def rope_theta(head: Head, target: Target) -> Finding:
+def rope_theta(head: SavedHead, target: Target) -> Finding:
     config = head.config
     top, nested = config.get("rope_theta"), (config.get("rope_parameters") or {}).get("rope_theta")
     trained = head.record["rope_theta"] if head.record else None
-    of_target = target.config.rope_theta
+    of_target = getattr(target.config, "rope_theta", None)
     if head.record and (trained != top or nested not in (None, trained)):
         fix = {"rope_theta": trained}
         if nested is not None:
@@ -146,7 +145,7 @@ def rope_theta(head: Head, target: Target) -> Finding:
     return Finding("rope_theta", "pass", f"{top}")
 
 
-def rope_scaling(head: Head, target: Target) -> Finding:
+def rope_scaling(head: SavedHead, target: Target) -> Finding:
     given = head.config.get("rope_scaling") or None
     wanted = head.record["rope_scaling"] if head.record else (getattr(target.config, "rope_scaling", None) or None)
     if given == wanted:
@@ -162,7 +161,7 @@ def rope_scaling(head: Head, target: Target) -> Finding:
     return Finding("rope_scaling", "fail", message, {"rope_scaling": wanted, "rope_parameters": nested})
 
 
-def activation(head: Head, target: Target) -> Finding:
+def activation(head: SavedHead, target: Target) -> Finding:
     """hidden_act and rms_norm_eps: what they are when missing, and what they should be."""
     assumed = {"hidden_act": "silu", "rms_norm_eps": 1e-6}
     given = {key: head.config.get(key, value) for key, value in assumed.items()}
@@ -177,7 +176,7 @@ def activation(head: Head, target: Target) -> Finding:
     return Finding("activation", "warn", f"{text}: right only if the head was trained so")
 
 
-def norm_flags(head: Head, target: Target) -> Finding:
+def norm_flags(head: SavedHead, target: Target) -> Finding:
     nested = head.config.get("eagle_config") or {}
     here = {key: head.config[key] for key in FLAGS if key in head.config}
     inside = {key: nested[key] for key in FLAGS if key in nested}
@@ -195,7 +194,7 @@ def norm_flags(head: Head, target: Target) -> Finding:
     return Finding("norm_flags", "fail", message + "; serve it only in the engine that it was trained for")
 
 
-def fc_norm(head: Head, target: Target) -> Finding:
+def fc_norm(head: SavedHead, target: Target) -> Finding:
     """RMSNorm of each aux state: weights and flag belong together, and old engines know neither."""
     flag, weights = bool(head.config.get("fc_norm")), any(name.startswith("fc_norm.") for name in head.tensors)
     if not flag and not weights:
@@ -209,7 +208,7 @@ def fc_norm(head: Head, target: Target) -> Finding:
     return Finding("fc_norm", "fail", "fc_norm is set and its weights are missing", {"fc_norm": None})
 
 
-def biases(head: Head, target: Target) -> Finding:
+def biases(head: SavedHead, target: Target) -> Finding:
     wrong = [key for key in ("attention_bias", "mlp_bias", "bias") if head.config.get(key)]
     if not wrong or any(name.endswith(".bias") for name in head.tensors):
         return Finding("biases", "pass", "none promised that the weights lack" if not wrong else "as the weights")
@@ -217,7 +216,7 @@ def biases(head: Head, target: Target) -> Finding:
     return Finding("biases", "fail", message, dict.fromkeys(wrong, False))
 
 
-def tied(head: Head, target: Target) -> Finding:
+def tied(head: SavedHead, target: Target) -> Finding:
     given = head.config.get("tie_word_embeddings", False)
     if not given:
         return Finding("tie_word_embeddings", "pass", "false")
@@ -225,7 +224,7 @@ def tied(head: Head, target: Target) -> Finding:
     return Finding("tie_word_embeddings", "fail", message, {"tie_word_embeddings": False})
 
 
-def dtype(head: Head, target: Target) -> Finding:
+def dtype(head: SavedHead, target: Target) -> Finding:
     given = head.config.get("torch_dtype") or head.config.get("dtype")
     kinds = {str(value.dtype).removeprefix("torch.") for value in head.tensors.values() if value.is_floating_point()}
     if len(kinds) != 1 or given == (kind := kinds.pop()):
@@ -234,25 +233,19 @@ def dtype(head: Head, target: Target) -> Finding:
     return Finding("torch_dtype", "warn", message + ": engines cast them unasked", {"torch_dtype": kind})
 
 
-def aux_layer_ids(head: Head, target: Target) -> Finding:
-    """Which decoder layers each engine would capture: 0-based, from the ids that it reads.
-
-    SGLang: ids under eagle_config are layers. vLLM: ids at the top level, else those under eagle_config, are indices
-    of Hugging Face's hidden_states, one more than the layer. sglang-jax: none of them.
-    """
+def aux_layer_ids(head: SavedHead, target: Target) -> Finding:
+    """Which decoder layers each engine would capture, from the ids that it reads; sglang-jax reads none."""
     number = target.config.num_hidden_layers
     if number < MIN_LAYERS:
         message = f"the target has {number} layers; the default aux layers are distinct from {MIN_LAYERS} on"
         return Finding("aux_layers", "fail", message)
-    default, config = list(aux_layers(number)), head.config
-    key = "eagle_aux_hidden_state_layer_ids"
+    default, config, key = list(aux_layers(number)), head.config, LAYER_IDS
     nested = config.get("eagle_config") or {}
-    inner, top = nested.get(key), config.get(key)
-    for ids in (inner, top):
-        if ids is not None and not _three_layers(ids, number):
-            return Finding("aux_layers", "fail", f"{key} is {ids}; three distinct layers of {number} are expected")
-    sglang = inner or default
-    vllm = [i - 1 for i in (top or inner)] if top or inner else default
+    try:
+        ids = layer_ids(config, number)
+    except UserError as error:
+        return Finding("aux_layers", "fail", str(error))
+    sglang, vllm = ids["sglang"] or default, ids["vllm"] or default
     trained = default if head.record else None
     rest = {name: value for name, value in nested.items() if name != key}
     fix = {name: value for name, value in ((key, None), ("eagle_config", rest or None)) if name in config}
@@ -273,11 +266,6 @@ def aux_layer_ids(head: Head, target: Target) -> Finding:
         return Finding("aux_layers", "fail", f"{says}: the default layers {default} off by one")
     message = f"{says}, not the default {default}: sglang-jax and the CUDA graphs of SGLang up to 0.5.3 take only those"
     return Finding("aux_layers", "warn", message)
-
-
-def _three_layers(ids, number: int) -> bool:
-    whole = isinstance(ids, list) and all(isinstance(i, int) and 0 <= i <= number for i in ids)
-    return whole and len(set(ids)) == len(ids) == 3
 
 
 RULES = (

@@ -5,7 +5,8 @@ import os
 from pathlib import Path
 
 from eagle3_xla.doctor import config_rules, weight_rules
-from eagle3_xla.doctor.files import Finding, Head, Target, read_head, read_target
+from eagle3_xla.doctor.files import Finding, Target, read_target
+from eagle3_xla.draft.saved import SavedHead, read_head
 
 
 def doctor(folder: Path, target_path: str, fix: bool = False) -> dict:
@@ -14,8 +15,8 @@ def doctor(folder: Path, target_path: str, fix: bool = False) -> dict:
     Returns ok (no rule fails), rules (rule, status pass | warn | fail, message), fixed (field -> [before, after]).
     Weights are never written. Raises UserError when there is no head or no target.
     """
-    target = read_target(target_path)
     head = read_head(folder)
+    target = read_target(target_path)
     findings = examine(head, target)
     fixed: dict[str, list] = {}
     if fix:
@@ -34,7 +35,7 @@ def doctor(folder: Path, target_path: str, fix: bool = False) -> dict:
     return {"ok": ok, "rules": rules, "fixed": fixed, "screen": _screen(folder, findings, fixed, fix)}
 
 
-def examine(head: Head, target: Target) -> list[Finding]:
+def examine(head: SavedHead, target: Target) -> list[Finding]:
     findings = [rule(head, target) for rule in config_rules.RULES]
     findings.append(weight_rules.weight_file(head, target))
     if head.tensors:
@@ -42,14 +43,20 @@ def examine(head: Head, target: Target) -> list[Finding]:
     return [*findings, weight_rules.tokenizer(head, target)]
 
 
-def _changes(head: Head, findings: list[Finding]) -> dict:
+def first_failure(folder: Path, target_path: str) -> str | None:
+    """The first rule that fails, in the words of `doctor`; None for a head that passes."""
+    rules = doctor(folder, target_path)["rules"]
+    return next((f"{rule['rule']}: {rule['message']}" for rule in rules if rule["status"] == "fail"), None)
+
+
+def _changes(head: SavedHead, findings: list[Finding]) -> dict:
     changes = {}
     for finding in findings:
         changes |= finding.fix or {} if finding.status != "pass" else {}
     return {field: value for field, value in changes.items() if head.config.get(field) != value}
 
 
-def _write(head: Head) -> None:
+def _write(head: SavedHead) -> None:
     file = head.folder / "config.json"
     temporary = head.folder / ".config.json.eagle3-xla"
     try:

@@ -1,36 +1,330 @@
-"""An exported head, read back: what `eval` decodes with and what a warm start begins from."""
+"""An exported head, ours or anyone's, read back: what `eval` decodes with and what a warm start begins from.
 
-import json
+`read_head` takes a folder as it is, for `doctor` to judge. `load_head` makes the module of it and refuses by name what
+this module would compute otherwise than config.json says.
+"""
+
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
-from safetensors.torch import load_file
+from safetensors import SafetensorError, safe_open
+from transformers import LlamaConfig
+from transformers.activations import ACT2FN
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
+from eagle3_xla.checks import mapping, number, parse_json, read_json, shown
 from eagle3_xla.config import UserError
 from eagle3_xla.draft.model import Eagle3Head
 
 EXPORTED = "model.safetensors"
+ARCHITECTURE = "LlamaForCausalLMEagle3"
+RECORD = "eagle3_xla"  # key in the metadata of model.safetensors
+# Settings of the training that no tensor's shape shows; an exported head of ours records them.
+TRAINED = (
+    "num_attention_heads",
+    "num_key_value_heads",
+    "head_dim",
+    "hidden_act",
+    "rms_norm_eps",
+    "rope_theta",
+    "rope_scaling",
+)
+LAYER_IDS = "eagle_aux_hidden_state_layer_ids"
+MAPPINGS = ("eagle_config", "rope_parameters", "rope_scaling")
+SIZES = (
+    "vocab_size",
+    "draft_vocab_size",
+    "hidden_size",
+    "target_hidden_size",
+    "intermediate_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "head_dim",
+    "max_position_embeddings",
+)
+LARGEST = 1 << 24  # of a size: far beyond any model, and far below what no memory holds
+# Fields that change what a head computes, and that Eagle3Head does not know, with the values that change nothing.
+FLAGS = ("norm_output", "norm_before_residual", "norm_before_fc")
+UNKNOWN = dict.fromkeys((*FLAGS, "attention_bias", "mlp_bias", "bias", "tie_word_embeddings"), (None, False))
+UNKNOWN |= dict.fromkeys(("quantization_config", "sliding_window", "final_logit_softcapping"), (None,))
+UNKNOWN |= dict.fromkeys(("logit_scale", "residual_multiplier", "embedding_multiplier", "logits_scaling"), (None, 1))
+UNKNOWN |= dict.fromkeys(("attention_multiplier", "attn_logit_softcapping"), (None,))
+UNKNOWN |= {"partial_rotary_factor": (None, 1), "num_hidden_layers": (None, 1)}
 
 
-def load_head(folder: Path) -> tuple[Eagle3Head, torch.Tensor]:
-    """An exported head (float32) and its d2t. Raises UserError when the folder is not a head or misses tensors."""
-    from transformers import LlamaConfig
+@dataclass
+class SavedHead:
+    """config: config.json. tensors: by name. record: how an exported head of ours was trained, else None.
 
+    problem: why the weights can't be read, else None.
+    """
+
+    folder: Path
+    config: dict
+    tensors: dict[str, torch.Tensor] = field(default_factory=dict)
+    record: dict | None = None
+    problem: str | None = None
+
+    @property
+    def file(self) -> Path:
+        return self.folder / "config.json"
+
+    def shape(self, name: str) -> tuple[int, ...] | None:
+        return tuple(self.tensors[name].shape) if name in self.tensors else None
+
+
+def read_head(folder: Path) -> SavedHead:
+    """Raises UserError when there is no head at all, or a config.json whose fields are of the wrong type."""
     folder = Path(folder)
-    if not (folder / "config.json").is_file() or not (folder / EXPORTED).is_file():
-        raise UserError(f"no head at {folder} (config.json and {EXPORTED} are expected)")
-    settings = json.loads((folder / "config.json").read_text())
-    if settings.get("architectures") != ["LlamaForCausalLMEagle3"]:
-        raise UserError(f"{folder}: architectures is {settings.get('architectures')}, not LlamaForCausalLMEagle3")
-    settings.pop("rope_parameters", None)  # what rope_theta and rope_scaling say already
-    tensors = load_file(folder / EXPORTED)
-    if "d2t" not in tensors:
-        raise UserError(f"{folder}: d2t is missing, so draft tokens can't be mapped to the target's vocabulary")
-    d2t, _ = tensors.pop("d2t"), tensors.pop("t2d", None)
-    tensors.pop("embed_tokens.weight", None)
-    head = Eagle3Head(LlamaConfig(**settings), fc_norm="fc_norm.0.weight" in tensors)
-    difference = set(head.state_dict()) ^ set(tensors)
-    if difference:
-        raise UserError(f"{folder}: missing or unknown tensors: {', '.join(sorted(difference))}")
-    head.load_state_dict({name: value.float() for name, value in tensors.items()})
-    return head.eval().requires_grad_(False), d2t
+    if not (folder / "config.json").is_file():
+        raise UserError(f"no head at {folder} (config.json is expected)")
+    head = SavedHead(folder, read_json(folder / "config.json"))
+    for name in SIZES:
+        if head.config.get(name) is not None:
+            number(head.config[name], f"{head.file}: {name}", 1, LARGEST, whole=True)
+    for name in ("rope_theta", "rms_norm_eps"):
+        if head.config.get(name) is not None:
+            number(head.config[name], f"{head.file}: {name}", 0, above=True)
+    for name in MAPPINGS:
+        if head.config.get(name) is not None:
+            mapping(head.config[name], f"{head.file}: {name}")
+    if (theta := (head.config.get("rope_parameters") or {}).get("rope_theta")) is not None:
+        number(theta, f"{head.file}: rope_parameters.rope_theta", 0, above=True)
+    head.tensors, head.record, head.problem = _read_weights(folder)
+    return head
+
+
+def _read_weights(folder: Path) -> tuple[dict, dict | None, str | None]:
+    files = sorted(folder.glob("*.safetensors"))
+    if not files:
+        pickled = [file.name for pattern in ("*.bin", "*.pt", "*.pth") for file in folder.glob(pattern)]
+        found = f"only {', '.join(pickled)}, which sglang-jax can't read" if pickled else "none is there"
+        return {}, None, f"weights in *.safetensors are expected and {found}; save them by safetensors.torch.save_file"
+    if len(files) > 1 and not (folder / "model.safetensors.index.json").is_file():
+        names = ", ".join(file.name for file in files)
+        return {}, None, f"several weight files ({names}): engines load them all over one another; keep one"
+    tensors, record = {}, None
+    for file in files:
+        try:
+            with safe_open(file, framework="pt") as opened:
+                tensors |= {name: opened.get_tensor(name) for name in opened.keys()}
+                record = _record((opened.metadata() or {}).get(RECORD), f"{file}: {RECORD} in its metadata") or record
+        except (SafetensorError, OSError, UserError) as error:
+            return {}, None, f"{file.name} is damaged ({error}); export or download it again"
+    return tensors, record, None
+
+
+def _record(text: str | None, where: str) -> dict | None:
+    """How an exported head of ours was trained, from its metadata."""
+    if text is None:
+        return None
+    record = mapping(parse_json(text, where), where)
+    for name in ("num_attention_heads", "num_key_value_heads", "head_dim"):
+        number(record.get(name), f"{where}: {name}", 1, LARGEST, whole=True)
+    for name in ("rms_norm_eps", "rope_theta"):
+        number(record.get(name), f"{where}: {name}", 0, above=True)
+    if record.get("rope_scaling") is not None:
+        mapping(record["rope_scaling"], f"{where}: rope_scaling")
+    if not isinstance(record.get("hidden_act"), str):
+        raise UserError(f"{where}: hidden_act is {shown(record.get('hidden_act'))}")
+    return record
+
+
+def load_head(saved: SavedHead | Path, force: bool = False) -> tuple[Eagle3Head, torch.Tensor]:
+    """A head (float32), of a folder or what `read_head` read, and its d2t.
+
+    Raises UserError when it can't be computed as config.json says; with `force`, fields that Eagle3Head doesn't know
+    are left out of account.
+    """
+    head = saved if isinstance(saved, SavedHead) else read_head(saved)
+    if head.problem:
+        raise UserError(f"{head.folder}: {head.problem}")
+    config, tensors = module_config(head, force), dict(head.tensors)
+    d2t = read_d2t(head, config.vocab_size, config.draft_vocab_size)
+    for name in ("d2t", "t2d", "embed_tokens.weight"):
+        tensors.pop(name, None)
+    fc_norm = "fc_norm.0.weight" in tensors
+    if head.config.get("fc_norm") and not fc_norm:
+        raise UserError(f"{head.file}: fc_norm is set, and its weights are missing")
+    expected = expected_shapes(config, fc_norm)
+    if difference := sorted(expected.keys() ^ tensors.keys()):
+        raise UserError(f"{head.folder}: missing or unknown tensors: {', '.join(difference)}")
+    for name, value in tensors.items():
+        where = f"{head.folder / EXPORTED}: {name}"
+        if value.shape != expected[name]:
+            raise UserError(f"{where} is {list(value.shape)}; {list(expected[name])} by config.json")
+        if value.dtype not in (torch.bfloat16, torch.float16, torch.float32):
+            kind = str(value.dtype).removeprefix("torch.")
+            raise UserError(f"{where} is {kind}; bfloat16, float16 or float32 is expected: export it as one of these")
+        if not value.isfinite().all():
+            raise UserError(f"{where} has NaN or infinity: no draft is ever accepted; take another checkpoint")
+    module = Eagle3Head(config, fc_norm)
+    module.load_state_dict({name: value.float() for name, value in tensors.items()})
+    return module.eval().requires_grad_(False), d2t
+
+
+def expected_shapes(config, fc_norm: bool = False) -> dict[str, tuple[int, ...]]:
+    """Shapes of the head's weights by name. config: anything with a LlamaConfig's fields."""
+    h, m, head_dim = config.hidden_size, config.intermediate_size, config.head_dim
+    rows, kv_rows = config.num_attention_heads * head_dim, config.num_key_value_heads * head_dim
+    attention, mlp = "midlayer.self_attn", "midlayer.mlp"
+    shapes = {
+        "fc.weight": (h, 3 * h),
+        f"{attention}.q_proj.weight": (rows, 2 * h),
+        f"{attention}.k_proj.weight": (kv_rows, 2 * h),
+        f"{attention}.v_proj.weight": (kv_rows, 2 * h),
+        f"{attention}.o_proj.weight": (h, rows),
+        f"{mlp}.gate_proj.weight": (m, h),
+        f"{mlp}.up_proj.weight": (m, h),
+        f"{mlp}.down_proj.weight": (h, m),
+        "lm_head.weight": (config.draft_vocab_size, h),
+    }
+    norms = ["norm", *(f"midlayer.{name}" for name in ("hidden_norm", "input_layernorm", "post_attention_layernorm"))]
+    norms += [f"fc_norm.{i}" for i in range(3)] if fc_norm else []
+    return shapes | {f"{norm}.weight": (h,) for norm in norms}
+
+
+def module_config(head: SavedHead, force: bool = False) -> LlamaConfig:
+    """What Eagle3Head is built from. Raises UserError, naming the field, for what it can't be or doesn't know."""
+    given = {name: value for name, value in head.config.items() if value is not None}
+
+    def field(name: str, default=None):
+        if name not in given and default is None:
+            raise UserError(f"{head.file}: {name} is missing")
+        return given.get(name, default)
+
+    if given.get("architectures") != [ARCHITECTURE]:
+        raise UserError(f"{head.file}: architectures is {shown(given.get('architectures'))}, not {ARCHITECTURE}")
+    for name, harmless in UNKNOWN.items():
+        unused = name == "sliding_window" and given.get("use_sliding_window") is False
+        if given.get(name) not in harmless and not unused and not force:
+            raise UserError(
+                f"{head.file}: {name} is {shown(given[name])}, with which a head computes something else than this one "
+                "does here; `doctor` says what engines make of it, and --fix drops it where that is safe"
+            )
+    hidden, heads = field("hidden_size"), field("num_attention_heads")
+    kv_heads, head_dim = field("num_key_value_heads", heads), field("head_dim", max(1, hidden // heads))
+    if heads % kv_heads or head_dim % 2:
+        raise UserError(f"{head.file}: {heads} attention heads, {kv_heads} KV heads, head_dim {head_dim} don't fit")
+    if field("draft_vocab_size") > field("vocab_size"):
+        raise UserError(
+            f"{head.file}: draft_vocab_size is {given['draft_vocab_size']}, vocab_size {given['vocab_size']}"
+        )
+    if not isinstance(act := field("hidden_act", "silu"), str) or act not in ACT2FN:
+        raise UserError(f"{head.file}: hidden_act is {shown(act)}; an activation such as 'silu' is expected")
+    theta, scaling = _rope(head)
+    return _with_rotation(
+        head,
+        scaling,
+        vocab_size=field("vocab_size"),
+        draft_vocab_size=field("draft_vocab_size"),
+        hidden_size=hidden,
+        intermediate_size=field("intermediate_size"),
+        num_hidden_layers=1,
+        num_attention_heads=heads,
+        num_key_value_heads=kv_heads,
+        head_dim=head_dim,
+        hidden_act=act,
+        rms_norm_eps=field("rms_norm_eps", 1e-6),
+        max_position_embeddings=field("max_position_embeddings", 2048),
+        rope_theta=theta,
+        tie_word_embeddings=False,
+    )
+
+
+def _rope(head: SavedHead) -> tuple[float, dict | None]:
+    """(rope_theta, rope_scaling): at the top level for old readers, in rope_parameters for new ones."""
+    nested = dict(head.config.get("rope_parameters") or {})
+    theta, of_new = head.config.get("rope_theta"), nested.pop("rope_theta", None)
+    if None not in (theta, of_new) and theta != of_new:
+        raise UserError(f"{head.file}: rope_theta is {theta} at the top level and {of_new} in rope_parameters")
+    scaling = head.config.get("rope_scaling") or None
+    if scaling is None and nested.get("rope_type", "default") != "default":
+        scaling = nested
+    return float(theta or of_new or 10000.0), scaling
+
+
+def _with_rotation(head: SavedHead, scaling: dict | None, **sizes) -> LlamaConfig:
+    """The config with this rope_scaling. Raises UserError when it gives no rotation."""
+    where, dim = f"{head.file}: rope_scaling", sizes["head_dim"]
+    kind = (scaling or {}).get("rope_type", (scaling or {}).get("type", "default"))
+    if not isinstance(kind, str) or (kind != "default" and kind not in ROPE_INIT_FUNCTIONS):
+        raise UserError(
+            f"{where} is of type {shown(kind)}; one of {', '.join(sorted(ROPE_INIT_FUNCTIONS))} is expected"
+        )
+    for name, value in (scaling or {}).items():
+        if isinstance(value, list) and len(value) != dim // 2:
+            raise UserError(f"{where}.{name} has {len(value)} factors; half of head_dim, {dim // 2}, is expected")
+        for factor in value if isinstance(value, list) else [value]:
+            if not isinstance(factor, str | bool | None):
+                number(factor, f"{where}.{name}", 0)
+    try:
+        config = LlamaConfig(**sizes, rope_scaling=dict(scaling) if scaling else None)
+        rotary = LlamaRotaryEmbedding(config)
+        long, factor = rotary.rope_init_fn(config, None, seq_len=4 * config.max_position_embeddings)
+        finite = torch.cat([rotary.inv_freq, long, torch.tensor([rotary.attention_scaling, factor])]).isfinite().all()
+    except (KeyError, TypeError, ValueError, AttributeError, ArithmeticError, RuntimeError) as error:
+        raise UserError(f"{where} {shown(scaling)} can't be used ({type(error).__name__}: {error})") from None
+    if not finite:
+        raise UserError(f"{where} {shown(scaling)} gives rotations that are no numbers")
+    return config
+
+
+def read_d2t(head: SavedHead, vocab_size: int, draft_vocab_size: int) -> torch.Tensor:
+    """d2t [draft_vocab_size] int64. Raises UserError unless it names distinct tokens of the target's vocabulary."""
+    where = f"{head.folder}: d2t"
+    offsets = head.tensors.get("d2t")
+    if offsets is None:
+        if draft_vocab_size == vocab_size:  # the head drafts over the whole vocabulary
+            return torch.zeros(draft_vocab_size, dtype=torch.int64)
+        raise UserError(f"{where} is missing, so draft tokens can't be mapped to the target's vocabulary")
+    if problem := d2t_problem(offsets, vocab_size, draft_vocab_size):
+        raise UserError(f"{where} {problem}: export again from the checkpoint")
+    return offsets.long()
+
+
+def d2t_problem(offsets: torch.Tensor, vocab_size: int, rows: int) -> str | None:
+    """What is wrong with d2t as offsets of `rows` draft tokens, or None."""
+    if offsets.dtype not in (torch.int64, torch.int32):
+        return f"is {str(offsets.dtype).removeprefix('torch.')}; int64 offsets are expected"
+    if offsets.shape != (rows,):
+        return f"is {list(offsets.shape)}; one offset for each of the {rows} draft tokens is expected"
+    offsets = offsets.long()
+    ids = offsets + torch.arange(rows)
+    if not (ids < 0).any() and not (ids >= vocab_size).any() and len(ids.unique()) == rows:
+        return None
+    absolute = len(offsets.unique()) == rows and 0 <= offsets.min() and offsets.max() < vocab_size
+    what = "holds target ids; engines add the row's number to them" if absolute else "names ids twice or none at all"
+    return f"{what} (target id = row + d2t[row], in 0..{vocab_size - 1})"
+
+
+def layer_ids(config: dict, number_of_layers: int) -> dict[str, list[int] | None]:
+    """The target's 0-based decoder layers that config.json asks for, as each engine reads it; None: the default ones.
+
+    SGLang: ids under eagle_config are layers. vLLM: ids at the top level, else those under eagle_config, are indices of
+    Hugging Face's hidden_states, one more than the layer. Raises UserError unless they are three distinct layers.
+    """
+    inner, top = (config.get("eagle_config") or {}).get(LAYER_IDS), config.get(LAYER_IDS)
+    for ids, first in ((inner, 0), (top, 1)):
+        whole = isinstance(ids, list) and all(isinstance(i, int) and not isinstance(i, bool) for i in ids)
+        if ids is not None and not (
+            whole and len(set(ids)) == len(ids) == 3 and first <= min(ids) and max(ids) < number_of_layers + first
+        ):
+            place = "" if first else " of eagle_config"
+            span = f"{first}..{number_of_layers - 1 + first}"
+            raise UserError(f"{LAYER_IDS}{place} is {shown(ids)}; three distinct layers in {span} are expected")
+    of_vllm = top or inner
+    return {"sglang": inner, "vllm": of_vllm and [i - 1 for i in of_vllm]}
+
+
+def layers_of(head: SavedHead, number_of_layers: int) -> tuple[int, ...] | None:
+    """The layers that `eval` reads: SGLang's ids where there are any, else vLLM's; None: the default ones."""
+    try:
+        ids = layer_ids(head.config, number_of_layers)
+    except UserError as error:
+        raise UserError(f"{head.file}: {error}") from None
+    layers = ids["sglang"] or ids["vllm"]
+    return tuple(layers) if layers else None

@@ -7,14 +7,17 @@ from typing import NamedTuple
 import torch
 from tqdm import tqdm
 
+from eagle3_xla.checks import number
 from eagle3_xla.config import LossConfig, UserError
 from eagle3_xla.data.chat import read_prompts
 from eagle3_xla.data.files import data_file
-from eagle3_xla.data.tokenizer import load_tokenizer, stop_token_ids
+from eagle3_xla.data.tokenizer import first_line, load_tokenizer, stop_token_ids
 from eagle3_xla.data.vocab import draft_ids_of
+from eagle3_xla.doctor.run import first_failure
 from eagle3_xla.draft.model import Eagle3Head
-from eagle3_xla.draft.saved import load_head
+from eagle3_xla.draft.saved import SavedHead, layers_of, load_head, read_head
 from eagle3_xla.evaluate.decode import Choice, Generation, SpeculativeDecoder, decode_plain
+from eagle3_xla.evaluate.fingerprint import measured
 from eagle3_xla.loss.unroll import teacher_positions, unroll
 from eagle3_xla.target.model import Target, load_target
 
@@ -23,7 +26,7 @@ from eagle3_xla.target.model import Target, load_target
 class EvalOptions:
     """limit: first prompts of the file, 0 for all; draft_tokens, topk, steps: the shape of the drafts (decode.py),
     steps 0: as deep as draft_tokens allow, at most 5 in a tree; temperature 0: greedy; device: cpu or cuda;
-    baseline: decode without the head too, for its speed and for `identical`.
+    baseline: decode without the head too, for its speed and for `identical`; force: a head that `doctor` fails, too.
     """
 
     limit: int = 0
@@ -37,18 +40,18 @@ class EvalOptions:
     device: str = "cpu"
     dtype: str = "float32"
     baseline: bool = True
+    force: bool = False
 
     def __post_init__(self):
-        for name in ("max_new_tokens", "draft_tokens", "topk"):
-            if getattr(self, name) < 1:
-                raise UserError(f"--{name.replace('_', '-')} must be at least 1")
+        for name, least in (("limit", 0), ("max_new_tokens", 1), ("draft_tokens", 1), ("topk", 1), ("steps", 0)):
+            number(getattr(self, name), f"--{name.replace('_', '-')}", least, whole=True)
+        number(self.temperature, "--temperature", 0)
+        number(self.top_p, "--top-p", 0, 1, above=True)
         self.steps = self.steps or (self.draft_tokens if self.topk == 1 else min(5, self.draft_tokens))
         if self.topk == 1 and self.steps != self.draft_tokens:
             raise UserError(f"a chain of {self.draft_tokens} drafts takes as many steps, not --steps {self.steps}")
         if not 1 <= self.steps <= self.draft_tokens:
             raise UserError(f"--steps {self.steps}: choose 1 to --draft-tokens ({self.draft_tokens})")
-        if self.temperature < 0 or not 0 < self.top_p <= 1:
-            raise UserError("--temperature can't be negative, and --top-p lies above 0, up to 1")
 
 
 class Pair(NamedTuple):
@@ -66,6 +69,8 @@ class Pair(NamedTuple):
 
 def evaluate(target_path: str, draft: str, prompts: str, options: EvalOptions) -> dict:
     """Decode every prompt with and without the head; see `summary` for what comes back."""
+    if not options.force and (problem := first_failure(Path(draft), target_path)):
+        raise UserError(f"{draft} fails a rule of `doctor`, {problem}; --force measures it all the same")
     pair = load_pair(target_path, draft, options)
     tokenizer = load_tokenizer(target_path)
     ids = prompt_ids(tokenizer, prompts, options, pair.model.config.max_position_embeddings)
@@ -77,31 +82,23 @@ def evaluate(target_path: str, draft: str, prompts: str, options: EvalOptions) -
         if options.baseline:
             plain.append(decode_plain(target, prompt, options.max_new_tokens, stop_ids, _choice(options, i)))
         hits.append(teacher_forced_hits(target, head, pair.d2t, prompt + generation.tokens, options.steps))
-    return summary(with_head, plain, hits, options)
+    return summary(with_head, plain, hits, options) | {"measured": measured("eval", draft, target_path, prompts)}
 
 
-def load_pair(target_path: str, draft: str, options: EvalOptions) -> Pair:
+def load_pair(target_path: str, draft: str | SavedHead, options: EvalOptions) -> Pair:
     """Load a target and an exported head. Raises UserError when the head was made for another target."""
-    head, d2t = load_head(Path(draft))
+    saved = draft if isinstance(draft, SavedHead) else read_head(Path(draft))
+    head, d2t = load_head(saved, options.force)
+    if options.topk > len(d2t):
+        raise UserError(f"--topk {options.topk}: the draft vocabulary of {saved.folder} has {len(d2t)} tokens")
     model = load_target(target_path, getattr(torch, options.dtype))
-    if model.config.vocab_size != head.config.vocab_size or model.config.hidden_size != head.config.hidden_size:
+    sizes, wanted = ((c.vocab_size, c.hidden_size) for c in (head.config, model.config))
+    if sizes != wanted:
         raise UserError(
-            f"the head at {draft} was made for another target: vocabulary {head.config.vocab_size} and hidden size "
-            f"{head.config.hidden_size}, but {target_path} has {model.config.vocab_size} and {model.config.hidden_size}"
+            f"the head at {saved.folder} was made for another target: vocabulary {sizes[0]} and hidden size {sizes[1]}, "
+            f"but {target_path} has {wanted[0]} and {wanted[1]}"
         )
-    return Pair(model, head, d2t, layers_of(head.config))
-
-
-def layers_of(config) -> tuple[int, ...] | None:
-    """The 0-based target layers that a head's config.json asks for; None when it leaves them to the default.
-
-    SGLang's ids (in eagle_config) are these layers; vLLM's (at top level) count the embedding as 0, so are one more.
-    """
-    ids = (getattr(config, "eagle_config", None) or {}).get("eagle_aux_hidden_state_layer_ids")
-    if ids:
-        return tuple(ids)
-    ids = getattr(config, "eagle_aux_hidden_state_layer_ids", None)
-    return tuple(i - 1 for i in ids) if ids else None
+    return Pair(model, head, d2t, layers_of(saved, model.config.num_hidden_layers))
 
 
 def prompt_ids(tokenizer, prompts: str, options: EvalOptions, longest: int) -> list[list[int]]:
@@ -110,8 +107,17 @@ def prompt_ids(tokenizer, prompts: str, options: EvalOptions, longest: int) -> l
     Raises UserError when one leaves no room for the answer in `longest` tokens.
     """
     messages = read_prompts(data_file(prompts))[: options.limit or None]
-    render = dict(add_generation_prompt=True, tokenize=True, return_dict=True)
-    ids = [tokenizer.apply_chat_template(chat, **render)["input_ids"] for chat in messages]
+    ids = []
+    for i, chat in enumerate(messages, 1):
+        try:
+            words = tokenizer.apply_chat_template(chat, add_generation_prompt=True, tokenize=False)
+            words.encode()
+        except Exception as error:  # a template is a program of the target's maker: it may raise anything
+            reason = f"{type(error).__name__}: {first_line(error)}"
+            raise UserError(f"the target's chat template fails on prompt {i} of {prompts} ({reason})") from None
+        ids.append(tokenizer(words, add_special_tokens=False)["input_ids"])
+        if not ids[-1]:
+            raise UserError(f"the target's chat template makes nothing of prompt {i} of {prompts}")
     for i, prompt in enumerate(ids, 1):
         if len(prompt) + options.max_new_tokens > longest:
             raise UserError(

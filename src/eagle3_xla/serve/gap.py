@@ -5,21 +5,19 @@ with one thing changed: as an engine would that misreads it, or as the head was 
 otherwise. An experiment that lands on the served figure, or that beats the exported head, names the cause.
 """
 
-import contextlib
 import copy
-import tempfile
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
-from safetensors.torch import load_file, save_file
 
 from eagle3_xla.config import UserError
 from eagle3_xla.data.chat import read_prompts
 from eagle3_xla.data.files import data_file
 from eagle3_xla.data.tokenizer import load_tokenizer, stop_token_ids
+from eagle3_xla.doctor.run import doctor
 from eagle3_xla.draft.model import Eagle3Head
-from eagle3_xla.draft.saved import EXPORTED
+from eagle3_xla.draft.saved import SavedHead, read_head
 from eagle3_xla.evaluate.run import EvalOptions, Pair, decode_all, load_pair, prompt_ids, tau
 from eagle3_xla.serve.bench import run_prompts
 from eagle3_xla.serve.client import Request, Server, connect
@@ -49,10 +47,11 @@ def gap(target_path: str, draft: str, prompts: str, url: str, options: EvalOptio
     server = connect(url)
     if not server.steps:
         raise UserError(f"the server at {url} serves without a head; start it with its speculative settings")
-    options = replace(options, draft_tokens=server.draft_tokens, topk=server.topk, steps=server.steps)
+    options = replace(options, draft_tokens=server.draft_tokens, topk=server.topk, steps=server.steps, force=True)
     rules = _rules(draft, target_path)
-    with _complete(Path(draft)) as (folder, d2t_missing):
-        pair = load_pair(target_path, str(folder), options)
+    saved = read_head(Path(draft))
+    d2t_missing = _complete(saved)
+    pair = load_pair(target_path, saved, options)
     tokenizer = load_tokenizer(target_path)
     ids = prompt_ids(tokenizer, prompts, options, pair.model.config.max_position_embeddings)
     stop_ids = stop_token_ids(target_path, tokenizer)
@@ -94,25 +93,17 @@ def gap(target_path: str, draft: str, prompts: str, url: str, options: EvalOptio
 
 
 def _rules(draft: str, target_path: str) -> list[dict]:
-    from eagle3_xla.doctor.run import doctor
-
     return [rule for rule in doctor(Path(draft), target_path)["rules"] if rule["status"] != "pass"]
 
 
-@contextlib.contextmanager
-def _complete(folder: Path):
-    """(folder, whether d2t was missing): the head with its d2t rebuilt from t2d where it lacks one."""
-    weights = folder / EXPORTED
-    tensors = load_file(weights) if weights.is_file() else {}
-    if "d2t" in tensors or "t2d" not in tensors or not (folder / "config.json").is_file():
-        yield folder, False  # load_head says what is missing
-        return
-    ids = tensors["t2d"].nonzero()[:, 0]
-    with tempfile.TemporaryDirectory() as scratch:
-        scratch = Path(scratch)
-        save_file(tensors | {"d2t": ids - torch.arange(len(ids))}, scratch / EXPORTED)
-        (scratch / "config.json").write_text((folder / "config.json").read_text())
-        yield scratch, True
+def _complete(head: SavedHead) -> bool:
+    """Rebuild a missing d2t from t2d, where that is there; whether it was missing."""
+    t2d = head.tensors.get("t2d")
+    if "d2t" in head.tensors or t2d is None or t2d.dim() != 1:
+        return False  # load_head says what is missing
+    ids = t2d.bool().nonzero()[:, 0]
+    head.tensors["d2t"] = ids - torch.arange(len(ids))
+    return True
 
 
 def _experiments(pair: Pair, target_path: str, d2t_missing: bool):

@@ -12,7 +12,7 @@ from eagle3_xla.data.prepare import load_prepared
 from eagle3_xla.data.vocab import d2t_t2d, draft_ids_of
 from eagle3_xla.draft.initialise import InputMoments, initialise_head
 from eagle3_xla.draft.model import Eagle3Head, draft_config
-from eagle3_xla.draft.saved import load_head
+from eagle3_xla.draft.saved import layers_of, load_head, read_head
 from eagle3_xla.outputs import claim_output, write_run_file
 from eagle3_xla.target.families import linear_rows, load_target_config, norm_offset
 from eagle3_xla.target.model import TargetStates, open_target
@@ -96,7 +96,8 @@ def set_up(recipe: Recipe, stopping: list[str]) -> Run:
     claim_output(out, "train")
     warm_head = None
     if settings.warm_start:  # keeps the head's own vocabulary: its lm_head rows mean nothing under another
-        warm_head, d2t = load_head(Path(settings.warm_start))
+        warm_saved = read_head(Path(settings.warm_start))
+        warm_head, d2t = load_head(warm_saved)
         data.draft_ids = draft_ids_of(d2t)
     target = open_target(recipe.target.path, getattr(torch, recipe.target.dtype), data.draft_ids)
     target_config = target.model.config
@@ -111,7 +112,8 @@ def set_up(recipe: Recipe, stopping: list[str]) -> Run:
     lm_head_rows = linear_rows(target_config, target.draft_rows.float())
     head = Eagle3Head(draft_config(target_config, len(data.draft_ids)))
     if warm_head is not None:
-        refuse_other_head(warm_head.config, head.config, settings.warm_start)
+        layers = layers_of(warm_saved, target_config.num_hidden_layers)
+        refuse_other_head(warm_head.config, head.config, settings.warm_start, layers, target.layers)
     d2t, t2d = d2t_t2d(data.draft_ids, target_config.vocab_size)
     target = backend.place_target(target)
     backend.settle()
@@ -192,7 +194,7 @@ def _initialise(recipe: Recipe, backend, data: Data, target, head, lm_head_rows,
     return {"fc.weight": 1 / moments.aux_rms().clamp_min(1e-3)}
 
 
-def refuse_other_head(warm, wanted, path: str) -> None:
+def refuse_other_head(warm, wanted, path: str, layers: tuple | None, of_target: tuple) -> None:
     """Raises UserError when the head of a warm start was made for another target."""
     names = (
         "hidden_size",
@@ -205,5 +207,7 @@ def refuse_other_head(warm, wanted, path: str) -> None:
     differences = [
         f"{n} is {getattr(warm, n)}, not {getattr(wanted, n)}" for n in names if getattr(warm, n) != getattr(wanted, n)
     ]
+    if layers not in (None, tuple(of_target)):
+        differences.append(f"its aux layers are {list(layers)}, not {list(of_target)}")
     if differences:
         raise UserError(f"train.warm_start: the head at {path} was made for another target: {'; '.join(differences)}")

@@ -1,0 +1,87 @@
+"""What comes from outside, checked before anything relies on it: JSON files, their fields, and text for a terminal."""
+
+import json
+import math
+import re
+from pathlib import Path
+
+from eagle3_xla.config import UserError
+
+LONGEST_SHOWN = 60  # characters of a foreign value in a message
+
+
+def read_json(file: Path) -> dict:
+    """The object in a JSON file. Raises UserError when there is none."""
+    file = Path(file)
+    try:
+        content = parse_json(file.read_text(), str(file))
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{file} can't be read: {error}") from None
+    if not isinstance(content, dict):
+        raise UserError(f"{file} is not a JSON object but {shown(content)}")
+    return content
+
+
+def parse_json(text: str, where: str):
+    """Any JSON value. Raises UserError when the text is none."""
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError as error:
+        raise UserError(f"{where} is not JSON: {error}") from None
+    except (RecursionError, ValueError) as error:  # nested thousands deep; a number of thousands of digits
+        raise UserError(f"{where} is not readable JSON: {type(error).__name__}") from None
+
+
+def number(value, where: str, least: float = -math.inf, most: float = math.inf, whole=False, above=False):
+    """`value` if it is a finite number from `least` (`above`: greater than it) to `most`; whole: an int.
+
+    where: FILE: FIELD, or the option of the command line, as the message names it. Raises UserError.
+    """
+    fits = isinstance(value, int if whole else int | float) and not isinstance(value, bool)
+    fits = fits and (isinstance(value, int) or math.isfinite(value))
+    if fits and (value > least if above else value >= least) and value <= most:
+        return value
+    raise UserError(f"{where} is {shown(value)}; {expected(least, most, whole, above)} is expected")
+
+
+def expected(least: float, most: float, whole: bool, above: bool) -> str:
+    words = "a whole number" if whole else "a number"
+    if math.isfinite(least):
+        words += f" above {least:g}" if above else f" from {least:g}"
+    if math.isfinite(most):
+        words += f" to {most:g}" if math.isfinite(least) and not above else f" up to {most:g}"
+    return words
+
+
+def text(value, where: str) -> str:
+    if isinstance(value, str):
+        return value
+    raise UserError(f"{where} is {shown(value)}; a text is expected")
+
+
+def mapping(value, where: str) -> dict:
+    if isinstance(value, dict):
+        return value
+    raise UserError(f"{where} is {shown(value)}; a mapping is expected")
+
+
+def listing(value, where: str) -> list:
+    if isinstance(value, list):
+        return value
+    raise UserError(f"{where} is {shown(value)}; a list is expected")
+
+
+def shown(value) -> str:
+    """A foreign value in a message: short, on one line. None is JSON's null."""
+    words = "null" if value is None else repr(value)
+    return words if len(words) <= LONGEST_SHOWN else f"{words[:LONGEST_SHOWN]}..."
+
+
+def printable(words: str) -> str:
+    """Nothing that a file or a server wrote may drive the terminal: control characters are shown as escapes."""
+    return "".join(c if c.isprintable() or c in "\n\t" else repr(c)[1:-1] for c in words)
+
+
+def without_credentials(words: str) -> str:
+    """URLs without their user and password."""
+    return re.sub(r"(?<=://)[^/@\s]+@", "", words)

@@ -1,0 +1,95 @@
+"""What a figure belongs to: fingerprints of the head, the target and the prompts that it was measured with."""
+
+import hashlib
+import json
+import time
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+
+from eagle3_xla import __version__
+from eagle3_xla.checks import read_json
+from eagle3_xla.config import UserError
+from eagle3_xla.data.files import data_file
+from eagle3_xla.draft.saved import read_head
+
+VOLATILE = ("_name_or_path", "transformers_version", "torch_dtype", "dtype", "use_cache")  # of a target's config.json
+
+
+def measured(verb: str, head: str | None, target: str, prompts: str) -> dict:
+    """What `eval` and `bench` write beside their figures, and `push` compares."""
+    file = data_file(prompts)
+    return {
+        "verb": verb,
+        "version": __version__,
+        "date": time.strftime("%Y-%m-%d", time.gmtime()),
+        "head": head_fingerprint(Path(head)) if head else None,
+        "target": target_fingerprint(target),
+        "prompts": {"name": file.name, "sha256": hashlib.sha256(file.read_bytes()).hexdigest()},
+    }
+
+
+def head_fingerprint(folder: Path) -> str | None:
+    """Of config.json and all weights; None where there is no head that can be read."""
+    try:
+        head = read_head(folder)
+    except UserError:
+        return None
+    if head.problem:
+        return None
+    digest = _of_config(head.config, ())
+    for name, value in sorted(head.tensors.items()):
+        digest.update(f"{name} {value.dtype} {list(value.shape)}".encode())
+        digest.update(value.contiguous().reshape(-1).view(torch.uint8).numpy())
+    return digest.hexdigest()
+
+
+def target_fingerprint(path: str) -> str | None:
+    """Of config.json and of each tensor's first and last row, however the weights are split into files.
+
+    path: a folder or a hub id. None where the weights, in safetensors, are not on this machine.
+    """
+    folder = _folder(path)
+    files = sorted(folder.glob("*.safetensors")) if folder else []
+    if not files:
+        return None
+    rows = {}
+    try:
+        digest = _of_config(read_json(folder / "config.json"), VOLATILE)
+        for file in files:
+            with safe_open(file, framework="pt") as opened:
+                for name in opened.keys():
+                    rows[name] = _rows(opened.get_slice(name))
+    except (UserError, OSError, SafetensorError):
+        return None
+    for name, parts in sorted(rows.items()):
+        digest.update(name.encode())
+        for part in parts:
+            digest.update(part)
+    return digest.hexdigest()
+
+
+def _of_config(config: dict, without: tuple[str, ...]):
+    kept = {name: value for name, value in config.items() if value is not None and name not in without}
+    return hashlib.sha256(json.dumps(kept, sort_keys=True).encode())
+
+
+def _rows(tensor) -> list[bytes]:
+    shape = tensor.get_shape()
+    ends = [tensor[:1], tensor[shape[0] - 1 :]] if len(shape) > 1 else [tensor[:]] if shape else []
+    described = f"{tensor.get_dtype()} {shape}".encode()
+    return [described, *(end.contiguous().reshape(-1).view(torch.uint8).numpy().tobytes() for end in ends)]
+
+
+def _folder(path: str) -> Path | None:
+    if Path(path).is_dir():
+        return Path(path)
+    from huggingface_hub import try_to_load_from_cache
+    from huggingface_hub.errors import HFValidationError
+
+    try:
+        found = try_to_load_from_cache(path, "config.json")
+    except HFValidationError:
+        return None
+    return Path(found).parent if isinstance(found, str) else None

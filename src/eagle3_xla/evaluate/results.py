@@ -1,0 +1,99 @@
+"""The files that `eval --json` and `bench --json` write, read back for a card."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from eagle3_xla.checks import listing, mapping, number, read_json, shown, text
+from eagle3_xla.config import UserError
+
+
+@dataclass
+class Figures:
+    """How a head fared. engine: "" for `eval`'s own decoding; drafts: checked in a target call; acceptance[k]: share of
+    the calls that accepted the draft at depth k; speedup: None where none was measured; head, target: fingerprints.
+    """
+
+    file: Path
+    engine: str
+    prompts: int
+    prompts_name: str
+    temperature: float
+    drafts: int
+    topk: int
+    max_new_tokens: int
+    tau: float
+    acceptance: list[float]
+    acc_all_positions: list[float]
+    tokens_per_second: float
+    speedup: float | None
+    head: str
+    target: str
+    version: str
+    date: str
+
+    @property
+    def how(self) -> str:
+        """In words, for people."""
+        sampling = f"temperature {self.temperature:g}" if self.temperature else "greedy"
+        shape = "chain" if self.topk == 1 else "tree"
+        prompts = f"{self.prompts} prompts of {self.prompts_name}"
+        return f"{self.engine or 'own decoding'}, {prompts}, {sampling}, {shape} of {self.drafts} drafts"
+
+
+def read_results(file: Path) -> Figures:
+    """Raises UserError, naming the field, for a file that is not what `eval` or `bench` wrote."""
+    result = read_json(file)
+
+    def where(name: str) -> str:
+        return f"{file}: {name}"
+
+    def field(name: str):
+        if name not in result:
+            raise UserError(f"{file}: {name} is missing; the output of `eval --json` or `bench --json` is expected")
+        return result[name]
+
+    def share(name: str) -> list[float]:
+        values = listing(field(name), where(name))
+        return [number(value, f"{where(name)}[{k}]", 0, 1) for k, value in enumerate(values)]
+
+    def speed(name: str) -> float:
+        return number(field(name), where(name), 0, above=True)
+
+    own = "tau" in result
+    if not own and field("acceptance_length") is None:
+        raise UserError(f"{file}: acceptance_length is null: a server without a head, or one that drafted nothing")
+    about = mapping(field("measured"), where("measured"))
+    if own:
+        engine, tau = "", field("tau")
+        alone = None if field("baseline_tokens_per_second") is None else speed("baseline_tokens_per_second")
+        ratio = speed("tokens_per_second") / alone if alone else None
+    else:
+        engine = f"{text(field('engine'), where('engine'))} {text(field('version'), where('version'))}"
+        tau = field("acceptance_length")
+        ratio = None if field("speedup") is None else speed("speedup")
+    for name in ("head", "target"):
+        if not isinstance(about.get(name), str):
+            raise UserError(
+                f"{file}: measured.{name} is {shown(about.get(name))}: it does not say which {name} it measured; "
+                f"measure again where the {name}'s files are"
+            )
+    prompts = mapping(about.get("prompts"), where("measured.prompts"))
+    return Figures(
+        file=Path(file),
+        engine=engine,
+        prompts=number(field("prompts"), where("prompts"), 1, whole=True),
+        prompts_name=text(prompts.get("name"), where("measured.prompts.name")),
+        temperature=number(field("temperature"), where("temperature"), 0),
+        drafts=number(field("draft_tokens"), where("draft_tokens"), 1, whole=True),
+        topk=number(field("topk"), where("topk"), 1, whole=True),
+        max_new_tokens=number(field("max_new_tokens"), where("max_new_tokens"), 1, whole=True),
+        tau=number(tau, where("tau" if own else "acceptance_length"), 1),
+        acceptance=share("acceptance"),
+        acc_all_positions=share("acc_all_positions") if own else [],
+        tokens_per_second=speed("tokens_per_second"),
+        speedup=ratio,
+        head=about["head"],
+        target=about["target"],
+        version=text(about.get("version"), where("measured.version")),
+        date=text(about.get("date"), where("measured.date")),
+    )
