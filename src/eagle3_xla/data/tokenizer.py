@@ -1,21 +1,54 @@
 """The target's tokenizer, its end-of-turn tokens and its vocabulary size, from a folder or a hub id."""
 
+from eagle3_xla.checks import listing, mapping, number, text
 from eagle3_xla.config import UserError
+
+SIZES = """vocab_size hidden_size intermediate_size num_hidden_layers num_attention_heads num_key_value_heads head_dim
+max_position_embeddings""".split()
+ASKED = ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "max_position_embeddings")
+UNREADABLE = (OSError, ValueError, KeyError, TypeError, AttributeError)  # what transformers ends in on odd files
+
+
+def written_config(path: str) -> dict:
+    """config.json of a folder or a hub id as it is written. Raises UserError for none, or a field of another type."""
+    from transformers import PretrainedConfig
+
+    if not path:
+        raise UserError("setting target.path is empty; name a folder or a hub id")
+    try:
+        written = PretrainedConfig.get_config_dict(path)[0]
+    except UNREADABLE as error:
+        raise UserError(f"no target at {path!r}: {first_line(error)}") from None
+    where = f"target {path!r}: config.json:"
+    for name in SIZES:
+        if written.get(name) is not None:
+            number(written[name], f"{where} {name}", 1, 1 << 24, whole=True)
+    for name in ("rope_theta", "rms_norm_eps"):
+        if written.get(name) is not None:
+            number(written[name], f"{where} {name}", 0, above=True)
+    for name in ("rope_scaling", "rope_parameters"):
+        if written.get(name) is not None:
+            mapping(written[name], f"{where} {name}")
+    text(written.get("model_type", ""), f"{where} model_type")
+    for name in listing(written.get("architectures") or [], f"{where} architectures"):
+        text(name, f"{where} architectures")
+    return written
 
 
 def load_config(path: str):
     """The Hugging Face config of a causal LM. Raises UserError when there is none or it is another kind of model."""
     from transformers import AutoConfig
 
-    if not path:
-        raise UserError("setting target.path is empty; name a folder or a hub id")
+    written_config(path)
     try:
-        config = AutoConfig.from_pretrained(path)
-    except (OSError, ValueError) as error:
+        config = AutoConfig.from_pretrained(path, trust_remote_code=False)
+    except UNREADABLE as error:
         raise UserError(f"no target at {path!r}: {first_line(error)}") from None
     architectures = config.architectures or []
     if not any(name.endswith("ForCausalLM") for name in architectures):
         raise UserError(f"{path!r} is not a causal LM: its config.json says architectures {architectures}")
+    for name in ASKED:
+        number(getattr(config, name, None), f"target {path!r}: config.json: {name}", 1, whole=True)
     return config
 
 
@@ -27,8 +60,10 @@ def load_tokenizer(path: str):
     try:
         # AutoTokenizer puts Qwen2's own splitter in the place of a generic tokenizer when it sees `model_type: qwen2`.
         generic = get_tokenizer_config(path).get("tokenizer_class") == "PreTrainedTokenizerFast"
-        tokenizer = (PreTrainedTokenizerFast if generic else AutoTokenizer).from_pretrained(path)
-    except (OSError, ValueError) as error:
+        tokenizer = (PreTrainedTokenizerFast if generic else AutoTokenizer).from_pretrained(
+            path, trust_remote_code=False
+        )
+    except Exception as error:  # the Rust tokenizers raise plain Exceptions for a file that they can't read
         raise UserError(f"no tokenizer at {path!r}: {first_line(error)}") from None
     if not tokenizer.chat_template:
         raise UserError(f"the tokenizer at {path!r} has no chat template")

@@ -95,8 +95,8 @@ def load_pair(target_path: str, draft: str | SavedHead, options: EvalOptions) ->
     sizes, wanted = ((c.vocab_size, c.hidden_size) for c in (head.config, model.config))
     if sizes != wanted:
         raise UserError(
-            f"the head at {saved.folder} was made for another target: vocabulary {sizes[0]} and hidden size {sizes[1]}, "
-            f"but {target_path} has {wanted[0]} and {wanted[1]}"
+            f"the head at {saved.folder} was made for another target: vocabulary {sizes[0]} and hidden size "
+            f"{sizes[1]}, but {target_path} has {wanted[0]} and {wanted[1]}"
         )
     return Pair(model, head, d2t, layers_of(saved, model.config.num_hidden_layers))
 

@@ -5,7 +5,7 @@ engine serves looks well in training and dies in serving. tests/target/test_fami
 """
 
 from eagle3_xla.config import UserError
-from eagle3_xla.data.tokenizer import first_line, load_config
+from eagle3_xla.data.tokenizer import load_config, written_config
 
 MIN_LAYERS = 8
 
@@ -116,15 +116,7 @@ ROPE_TYPES = ("default", "linear", "llama3", "yarn")
 
 def load_target_config(path: str):
     """The Hugging Face config of a supported target, a folder's or a hub id's. Raises UserError that says why not."""
-    from transformers import PretrainedConfig
-
-    if not path:
-        raise UserError("setting target.path is empty; name a folder or a hub id")
-    try:
-        written = PretrainedConfig.get_config_dict(path)[0]
-    except (OSError, ValueError) as error:
-        raise UserError(f"no target at {path!r}: {first_line(error)}") from None
-    check(written, path)
+    check(written_config(path), path)
     config = load_config(path)
     aux_layers(config.num_hidden_layers)
     return config
