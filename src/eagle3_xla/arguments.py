@@ -84,6 +84,7 @@ def parser() -> Parser:
     verb.add_argument("--seed", type=SEED, default=0)
     verb.add_argument("--timeout", type=SECONDS, default=600, help="seconds of an answer, before it is asked again")
     verb.add_argument("--device", default="cpu", choices=("cpu", "cuda"), help="of --target")
+    verb.add_argument("--api-key-env", default="", metavar="NAME", help="variable whose value the servers get as key")
 
     verb = verbs.add_parser("train", parents=[recipe], help="train a head; continues by itself")
     verb.add_argument("--max-steps", type=COUNT, default=0, help="save and stop after so many further micro-steps")

@@ -137,7 +137,7 @@ def _regenerate(options, overrides) -> dict:
     from eagle3_xla.regenerate.run import Options, Sampling, regenerate
 
     sampling = Sampling(options.temperature, options.top_p, options.max_tokens, options.seed)
-    names = "target chats limit concurrency timeout device".split()
+    names = "target chats limit concurrency timeout device api_key_env".split()
     given = {name: getattr(options, name) for name in names}
     servers = [url for url in options.server.split(",") if url]
     return regenerate(

@@ -12,12 +12,13 @@ import pytest
 class Misbehaving:
     """Answers each question with its number of messages and its last text, or as `fault` says.
 
-    fault(messages, n) -> None to answer, a status code, "hang", "close" (in the middle of the answer), "garbage", or a
-    finish reason; n: how often these messages were asked before.
+    fault(messages, n) -> None to answer, a status code, "hang", "close" (in the middle of the answer), "garbage", a
+    finish reason, or any other JSON: the whole answer; n: how often these messages were asked before. keys: the
+    Authorization headers that came.
     """
 
     def __init__(self, fault=lambda messages, n: None):
-        self.fault, self.asked, self.bodies = fault, Counter(), []
+        self.fault, self.asked, self.bodies, self.keys = fault, Counter(), [], set()
         self.lock, self.ended = threading.Lock(), threading.Event()
         owner = self
 
@@ -25,6 +26,7 @@ class Misbehaving:
             protocol_version = "HTTP/1.1"
 
             def do_GET(self):
+                owner.keys.add(self.headers["Authorization"])
                 self.reply(200, json.dumps({"data": [{"id": "m"}]}))
 
             def do_POST(self):
@@ -34,6 +36,7 @@ class Misbehaving:
                     count = owner.asked[question]
                     owner.asked[question] += 1
                     owner.bodies.append(body)
+                    owner.keys.add(self.headers["Authorization"])
                 what = owner.fault(body["messages"], count)
                 text = f"{len(body['messages'])}: {body['messages'][-1]['content']}"
                 message, finish = (
@@ -43,6 +46,8 @@ class Misbehaving:
                 answer = {"choices": [{"message": message, "finish_reason": finish}], "usage": {"completion_tokens": 3}}
                 if isinstance(what, int):
                     self.reply(what, "out of\nmemory")
+                elif isinstance(what, dict | list):
+                    self.reply(200, json.dumps(what))
                 elif what == "hang":
                     owner.ended.wait(30)
                 elif what == "close":

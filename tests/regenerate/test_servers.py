@@ -168,3 +168,135 @@ def test_two_processes_and_foreign_files(tmp_path):
     with pytest.raises(UserError, match=r"chats.jsonl:1: not a line of `regenerate`"):
         Journal(tmp_path)
     assert list(read_rows(tmp_path / "chats.jsonl"))  # left as it was
+
+
+def reply(content, finish="stop", usage=None, **more) -> dict:
+    message = {"role": "assistant", "content": content} | more
+    return {"choices": [{"message": message, "finish_reason": finish}], "usage": usage}
+
+
+@pytest.mark.parametrize(
+    "answer, said",
+    [
+        (reply([{"type": "text", "text": "in"}, {"type": "text", "text": " parts"}]), "in parts"),
+        (reply("no usage"), "no usage"),
+        (reply("odd usage", usage=[1]), "odd usage"),
+        (reply("odd count", usage={"completion_tokens": "many"}), "odd count"),
+        (reply("negative", usage={"completion_tokens": -3}), "negative"),
+    ],
+)
+def test_unusual_answers_are_answers(answer, said, misbehaving, tmp_path):
+    questions = write_questions(tmp_path / "questions.jsonl", 1, 1)
+    result = run(tmp_path / "out", questions, [misbehaving(lambda messages, n: answer)])
+    assert result["finish"] == {"stop": 1} and result["new_tokens"] == 0
+    assert rows_of(tmp_path / "out")[0]["messages"][-1]["content"] == said
+
+
+@pytest.mark.parametrize(
+    "answer, message",
+    [
+        (reply(None, "tool_calls", tool_calls=[{"id": "1"}]), "but with 'tool_calls' instead of a text"),
+        (reply("", "content_filter"), "but with 'content_filter'"),
+        (reply("half \ud83d"), "half characters"),
+        (reply("NUL \0"), "NUL or half characters"),
+        (reply([{"type": "image_url"}]), "is list, not a string"),
+        (reply(7), "is int, not a string"),
+        (reply(None), "with an empty answer"),
+        (reply(" \n"), "with an empty answer"),
+    ],
+)
+def test_answers_that_are_none_are_left_out(answer, message, misbehaving, tmp_path, monkeypatch):
+    """Of one question: its conversation ends before it, or is dropped with the reason. Of all: the run ends."""
+    questions = write_questions(tmp_path / "questions.jsonl", 3)
+
+    def fault(messages, n):
+        return answer if messages[-1]["content"] in ("question 1 0", "question 2 1") else None
+
+    result = run(tmp_path / "out", questions, [misbehaving(fault)])
+    assert result["dropped"] == {"no_answer": 1} and result["finish"] == {"stop": 2}
+    assert message in json.loads((tmp_path / "out" / "dropped.jsonl").read_text())["message"]
+    assert {row["id"]: len(row["messages"]) for row in rows_of(tmp_path / "out")} == {0: 4, 2: 2}
+    monkeypatch.setattr(servers, "REFUSALS", 3)
+    with pytest.raises(RunError, match=message):
+        run(tmp_path / "all", questions, [misbehaving(lambda messages, n: answer)])
+
+
+@pytest.mark.parametrize(
+    "answer", [[], {"choices": {}}, {"choices": [[]]}, {"choices": [{"message": 5}]}, reply("a", [])]
+)
+def test_no_answer_at_all_is_a_failure(answer, misbehaving, tmp_path, monkeypatch):
+    monkeypatch.setattr(servers, "TRIES", 2)
+    questions = write_questions(tmp_path / "questions.jsonl", 1, 1)
+    with pytest.raises(RunError, match="no server answers any more .*, but "):
+        run(tmp_path / "out", questions, [misbehaving(lambda messages, n: answer)])
+
+
+def test_questions_that_always_fail_never_block_the_others(misbehaving, tmp_path):
+    """Three of them, one after the other at concurrency 1: set aside, named, asked again at the next start."""
+    questions, failing = write_questions(tmp_path / "questions.jsonl", 6, 1), ("1", "2", "3")
+
+    def fault(messages, n):
+        return 500 if messages[0]["content"].split()[1:2] and messages[0]["content"].split()[1] in failing else None
+
+    server = misbehaving(fault)
+    for _ in range(2):
+        named = r"3 of 6 .*questions.jsonl:2: .*500: out of memory; also .*questions.jsonl:3, .*questions.jsonl:4\)"
+        with pytest.raises(RunError, match=named):
+            run(tmp_path / "out", questions, [server], concurrency=1)
+        assert {row["id"] for row in rows_of(tmp_path / "out")} == {0, 4, 5}
+    failing = ()
+    assert run(tmp_path / "out", questions, [server], concurrency=1)["finished"] == 6
+
+
+def test_a_key_is_sent_only_when_it_is_named(misbehaving, questions, tmp_path, monkeypatch):
+    monkeypatch.setenv("OPENAI_API_KEY", "secret")
+    server = misbehaving()
+    run(tmp_path / "out", questions, [server])
+    assert server.keys == {None}
+    run(tmp_path / "out", questions, [server], api_key_env="OPENAI_API_KEY")
+    assert server.keys == {None, "Bearer secret"}
+    for value in ("", "two\nlines", "caf\xe9"):
+        monkeypatch.setenv("OTHER", value)
+        with pytest.raises(UserError, match="--api-key-env OTHER: this environment variable holds no key"):
+            run(tmp_path / "out", questions, [server], api_key_env="OTHER")
+
+
+@pytest.mark.parametrize(
+    "row, asked",
+    [
+        ({"prompt": "a?"}, ["a?"]),
+        ({"prompt": [{"role": "system", "content": "s"}, {"role": "user", "content": "a?"}]}, ["s", "a?"]),
+        ({"turns": ["a?", "b?"]}, ["a?", "b?"]),
+        ({"instruction": "a", "input": "b"}, ["a\n\nb"]),
+        ({"messages": [{"role": "user", "content": "a?"}]}, ["a?"]),
+        ({"conversations": [{"from": "human", "value": "a?"}]}, ["a?"]),
+        ({"messages": [{"role": "user", "content": "a?"}, {"role": "assistant", "content": 7}]}, ["a?"]),
+        ({"messages": [{"role": "user", "content": "a?"}, {"role": "assistant", "content": "</div>"}]}, ["a?"]),
+        ({"messages": [{"role": "user", "content": "a?"}, {"role": "assistant", "content": "x" * 300_000}]}, ["a?"]),
+        ({"prompt": "a?", "completion": "no"}, ["a?"]),
+    ],
+)
+def test_questions_without_a_usable_answer_are_asked(row, asked, misbehaving, tmp_path):
+    (tmp_path / "questions.jsonl").write_text(json.dumps(row) + "\n")
+    server = misbehaving()
+    assert run(tmp_path / "out", tmp_path / "questions.jsonl", [server])["finished"] == 1
+    [written] = rows_of(tmp_path / "out")
+    assert [m["content"] for m in written["messages"] if m["role"] != "assistant"] == asked
+    assert len(server.bodies) == sum(m["role"] == "user" for m in written["messages"])
+
+
+def test_what_is_no_question(misbehaving, tmp_path):
+    for row, error in (({"text": "a"}, "no question in this row"), ({"prompt": 5}, "not_text 1")):
+        (tmp_path / "questions.jsonl").write_text(json.dumps(row) + "\n")
+        with pytest.raises(UserError, match=error):
+            run(tmp_path / "out", tmp_path / "questions.jsonl", [misbehaving()])
+
+
+@pytest.mark.parametrize("content, message", [("{", "is not JSON"), ("[1]", "not a JSON object"), ("", "is not JSON")])
+def test_a_damaged_record_is_named(content, message, misbehaving, questions, tmp_path):
+    server = misbehaving()
+    run(tmp_path / "out", questions, [server])
+    (tmp_path / "out" / "regenerate.json").write_text(content)
+    with pytest.raises(UserError, match=f"regenerate.json .*{message}|regenerate.json {message}"):
+        run(tmp_path / "out", questions, [server])
+    assert len(rows_of(tmp_path / "out")) == 40

@@ -1,7 +1,9 @@
 """A row of a public chat set -> a conversation that a chat template can take, or the reason why it can't be used.
 
-The oddities are those of ShareGPT, UltraChat-200K and Open-PerfectBlend as they are published: answers first, the same
-role twice, empty or missing texts, left-overs of the web page.
+Forms: `conversations` (from, value) and `messages` (role, content), TRL's `prompt` with `completion` (texts or lists of
+messages), Alpaca's `instruction`, `input` and `output`. The oddities are those of ShareGPT, UltraChat-200K and
+Open-PerfectBlend as they are published: answers first, the same role twice, empty or missing texts, left-overs of the
+web page.
 """
 
 import re
@@ -20,12 +22,14 @@ ROLES = {
     "assistant": "assistant",
     "function_call": "assistant",
     "system": "system",
+    "developer": "system",
     "tool": "tool",
     "function": "tool",
     "observation": "tool",
     "function_response": "tool",
 }
 TOOLS = ("tool", "function", "observation", "function_response", "function_call")
+REASONING = "reasoning_content"  # counted among the repairs: whether a template shows it is not known here
 HUGE_TURN = 200_000  # characters; some ShareGPT turns are whole pasted files
 CODE_BLOCK = re.compile(r"```.*?(?:```|\Z)", re.DOTALL)
 PAGE_LEFTOVER = re.compile(r"<(?:div|span|p|pre|code|button|svg)\s+class=|</(?:div|span|button|svg)>|Copy code`")
@@ -36,9 +40,10 @@ LANGUAGE_SAMPLE = 2000  # characters
 class Chat:
     """One conversation.
 
-    messages: OpenAI form, [{"role": ..., "content": ...}], ending with an answer; complete: False when that answer was
-    cut by a length limit (so the target never wrote its end-of-turn token there); source: where the chat comes from;
-    where: FILE:LINE; tools: the functions offered to the assistant, if any.
+    messages: OpenAI form, [{"role": ..., "content": ...}], ending with an answer; an answer may have thoughts,
+    `reasoning_content`. complete: False when the last answer was cut by a length limit (so the target never wrote its
+    end-of-turn token there); source: where the chat comes from; where: FILE:LINE; tools: the functions offered to the
+    assistant, if any.
     """
 
     messages: list[dict]
@@ -74,25 +79,103 @@ def clean(row: dict, where: str, source: str, data: DataConfig, repairs: Repairs
 
     Raises Unusable for a conversation to leave out, UserError for a row that is no conversation at all.
     """
-    messages = _without_oddities(_messages(row, where, data), repairs)
-    texts = [message["content"] for message in messages]
-    if any(len(text) > HUGE_TURN for text in texts):
-        raise Unusable("huge_turn", f"a turn of {max(map(len, texts)):,} characters")
+    turns = _turns(row)
+    if turns is None:
+        raise UserError(
+            f"{where}: neither `conversations` nor `messages` nor `prompt` with `completion` nor `instruction` with "
+            "`output` in this row"
+        )
+    messages = _without_oddities(_messages(turns, data), repairs)
     if any(PAGE_LEFTOVER.search(CODE_BLOCK.sub("", m["content"])) for m in messages if m["role"] == "assistant"):
         raise Unusable("html", "an answer holds left-overs of a web page")
     complete = row.get("finish") != "length"
     if not complete and data.truncated_answers == "drop":
         raise Unusable("truncated_answer", 'marked `"finish": "length"`')
-    if data.languages and (language := _language(texts)) not in data.languages:
-        raise Unusable("language", f"its language is {language}")
+    _refuse_texts([message["content"] for message in messages], data)
+    if any("reasoning_content" in message for message in messages):
+        repairs.add(REASONING)
     tools = row.get("tools") if data.tool_turns == "keep" and isinstance(row.get("tools"), list) else None
     return Chat(messages, complete, source, where, tools or None)
 
 
-def _messages(row: dict, where: str, data: DataConfig) -> list[dict]:
-    turns = next((row[name] for name in ("conversations", "messages") if name in row), None)
-    if turns is None and not ("conversations" in row or "messages" in row):
-        raise UserError(f"{where}: neither `conversations` nor `messages` in this row")
+def clean_questions(row: dict, where: str, source: str, data: DataConfig, repairs: Repairs) -> Chat:
+    """The questions of one row, each with an answer after it that will be replaced, so whatever that one is.
+
+    Takes what `clean` takes, and questions alone: `prompt` (a text or messages), `turns` (texts), `instruction`, or
+    messages that end with a question. Raises as `clean` does.
+    """
+    turns = _turns(row)
+    if turns is None and isinstance(row.get("turns"), list):
+        answer = {"role": "assistant", "content": ""}
+        turns = [turn for text in row["turns"] for turn in ({"role": "user", "content": text}, answer)]
+    if turns is None and "prompt" in row:
+        turns = _as_turns(row["prompt"], "user")
+    if turns is None and "instruction" in row:
+        turns = _alpaca_question(row)
+    if turns is None:
+        raise UserError(
+            f"{where}: no question in this row (`prompt`, `turns`, `instruction`, `messages` or `conversations`)"
+        )
+    kept = []
+    for message in _messages(turns, data, questions=True):
+        if message["role"] == "assistant":
+            if kept and kept[-1]["role"] == "user":
+                kept.append(message)
+            continue
+        if not message["content"].strip():
+            if message["role"] == "system":
+                continue
+            repairs.add("cut_at_an_empty_turn")
+            break
+        if kept and kept[-1]["role"] == message["role"] == "user":
+            repairs.add("same_role_twice")
+            kept[-1]["content"] += f"\n\n{message['content']}"
+        else:
+            kept.append(message)
+    while kept and kept[-1]["role"] == "system":
+        kept.pop()
+    if not kept:
+        raise Unusable("no_question", "no question in it")
+    if kept[-1]["role"] == "user":
+        kept.append({"role": "assistant", "content": ""})
+    _refuse_texts([message["content"] for message in kept if message["role"] != "assistant"], data)
+    return Chat(kept, True, source, where)
+
+
+def _refuse_texts(texts: list[str], data: DataConfig) -> None:
+    if any(len(text) > HUGE_TURN for text in texts):
+        raise Unusable("huge_turn", f"a turn of {max(map(len, texts)):,} characters")
+    if data.languages and (language := _language(texts)) not in data.languages:
+        raise Unusable("language", f"its language is {language}")
+
+
+def _turns(row: dict):
+    """The turns of a row in any of the forms, as they are; None: none of the forms."""
+    for name in ("conversations", "messages"):
+        if name in row:
+            return row[name]
+    if "prompt" in row and "completion" in row:
+        question, answer = _as_turns(row["prompt"], "user"), _as_turns(row["completion"], "assistant")
+        return question + answer if isinstance(question, list) and isinstance(answer, list) else None
+    if "instruction" in row and "output" in row:
+        return _alpaca_question(row) + _as_turns(row["output"], "assistant")
+    return None
+
+
+def _as_turns(value, role: str):
+    return value if isinstance(value, list) else [{"role": role, "content": value}]
+
+
+def _alpaca_question(row: dict) -> list[dict]:
+    """The instruction, then its input after an empty line, if it has one."""
+    instruction, more = row["instruction"], row.get("input")
+    if isinstance(instruction, str) and isinstance(more, str) and more.strip():
+        instruction = f"{instruction}\n\n{more}"
+    return [{"role": "user", "content": instruction}]
+
+
+def _messages(turns, data: DataConfig, questions: bool = False) -> list[dict]:
+    """Turns of any row in OpenAI form. questions: answers without a usable text are empty, not an error."""
     if not isinstance(turns, list) or not turns:
         raise Unusable("no_turns", "the conversation has no turns" if not turns else "its turns are not a list")
     messages = []
@@ -105,14 +188,23 @@ def _messages(row: dict, where: str, data: DataConfig) -> list[dict]:
         calls = turn.get("tool_calls") or None
         if (role.lower() in TOOLS or calls) and data.tool_turns == "drop":
             raise Unusable("tool_turn", "a tool turn (setting data.tool_turns keeps them)")
-        message = {"role": ROLES[role.lower()], "content": _text(turn.get("content", turn.get("value")), role)}
+        message = {"role": ROLES[role.lower()]}
+        try:
+            message["content"] = text_of(turn.get("content", turn.get("value")), role)
+            if turn.get("reasoning_content") and message["role"] == "assistant":
+                message["reasoning_content"] = text_of(turn["reasoning_content"], role)
+        except Unusable:
+            if not questions or message["role"] != "assistant":
+                raise
+            message["content"] = ""
         if calls:
             message["tool_calls"] = calls
         messages.append(message)
     return messages
 
 
-def _text(content, role: str) -> str:
+def text_of(content, role: str) -> str:
+    """A turn's text: a string, or text parts joined. Raises Unusable for anything else, and for what is no text."""
     if content is None:
         return ""
     if isinstance(content, list) and all(isinstance(part, dict) and part.get("type") == "text" for part in content):
@@ -152,7 +244,9 @@ def _without_oddities(messages: list[dict], repairs: Repairs) -> list[dict]:
             and not ("tool_calls" in turn or "tool_calls" in kept[-1])
         ):
             repairs.add("same_role_twice")
+            thoughts = [t["reasoning_content"] for t in (kept[-1], turn) if "reasoning_content" in t]
             kept[-1] = {"role": turn["role"], "content": f"{kept[-1]['content']}\n\n{turn['content']}"}
+            kept[-1] |= {"reasoning_content": "\n\n".join(thoughts)} if thoughts else {}
             continue
         kept.append(turn)
     while kept and kept[-1]["role"] != "assistant":

@@ -14,7 +14,7 @@ from tqdm import tqdm
 
 from eagle3_xla.config import DataConfig, Source, UserError
 from eagle3_xla.data import sources
-from eagle3_xla.data.clean import Repairs, Unusable, clean
+from eagle3_xla.data.clean import Repairs, Unusable, clean, clean_questions
 from eagle3_xla.data.filters import Filters
 from eagle3_xla.data.parallel import batched, ordered_map
 
@@ -40,8 +40,11 @@ class Mix:
     warnings: list[str]
 
 
-def mix(data: DataConfig, work: Path) -> Mix:
-    """The training and held-out conversations of the recipe; `work` holds the spools."""
+def mix(data: DataConfig, work: Path, questions: bool = False) -> Mix:
+    """The training and held-out conversations of the recipe; `work` holds the spools.
+
+    questions: the answers will be replaced, so they may be missing or unusable (clean.py).
+    """
     if not data.train:
         raise UserError("setting data.train is empty; name at least one source of chats")
     filters = Filters(data)
@@ -50,7 +53,7 @@ def mix(data: DataConfig, work: Path) -> Mix:
     def choose(
         source: Source, folder: str, order_seed: list[int], want: int | None, heldout: bool = False
     ) -> list[tuple[str, int]]:
-        spool = _spool(source, data, work / folder)
+        spool = _spool(source, data, work / folder, questions)
         offsets = spool.offsets
         if want is not None and want < len(offsets):
             offsets = np.random.default_rng(order_seed).permutation(offsets)
@@ -87,7 +90,7 @@ def _wanted(data: DataConfig) -> list[int | None]:
     return wanted
 
 
-def _spool(source: Source, data: DataConfig, folder: Path) -> Spooled:
+def _spool(source: Source, data: DataConfig, folder: Path, questions: bool) -> Spooled:
     """The source read, cleaned and written to `folder`, or what an earlier run wrote there whole."""
     path, index = folder / "chats.jsonl", folder / "index.npz"
     if index.exists():
@@ -98,7 +101,7 @@ def _spool(source: Source, data: DataConfig, folder: Path) -> Spooled:
     read, dropped, repaired, offsets = 0, {}, {}, []
     chunks = batched(sources.rows(source, data.seed), CHUNK)
     with path.open("wb") as file, tqdm(desc=f"read {name}", unit="chat", delay=2) as bar:
-        for chats, reasons, repairs in ordered_map(_Cleaner, (source, name, data), chunks, data.workers):
+        for chats, reasons, repairs in ordered_map(_Cleaner, (source, name, data, questions), chunks, data.workers):
             for line in chats:
                 offsets.append(file.tell())
                 file.write(line)
@@ -122,8 +125,9 @@ def _spool(source: Source, data: DataConfig, folder: Path) -> Spooled:
 class _Cleaner:
     """In a worker: rows -> lines of the spool, dropped rows, repairs."""
 
-    def __init__(self, source: Source, name: str, data: DataConfig):
+    def __init__(self, source: Source, name: str, data: DataConfig, questions: bool):
         self.source, self.name, self.data = source, name, data
+        self.clean = clean_questions if questions else clean
 
     def __call__(self, rows: list[tuple[str, dict]]) -> tuple[list[bytes], list[tuple], dict]:
         lines, reasons, repairs = [], [], Repairs()
@@ -131,7 +135,7 @@ class _Cleaner:
             own = row.get("source")
             source = self.source.name or (own if isinstance(own, str) and own else self.name)
             try:
-                chat = clean(row, where, source, self.data, repairs)
+                chat = self.clean(row, where, source, self.data, repairs)
             except Unusable as reason:
                 reasons.append((reason.reason, where, str(reason)))
                 continue

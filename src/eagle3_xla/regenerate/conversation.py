@@ -18,8 +18,8 @@ class Sampling:
     seed: int = 0
 
     def __post_init__(self):
-        if self.temperature < 0 or not 0 < self.top_p <= 1 or self.max_tokens < 1:
-            raise UserError("--temperature must be 0 or more, --top-p in (0, 1], --max-tokens 1 or more")
+        if not 0 <= self.temperature <= 100 or not 0 < self.top_p <= 1 or self.max_tokens < 1:
+            raise UserError("--temperature must be in [0, 100], --top-p in (0, 1], --max-tokens 1 or more")
 
 
 class Reply(NamedTuple):
@@ -43,22 +43,22 @@ async def rewrite(chat: Chat, number: int, seed: int, ask: Ask) -> dict:
     It ends early at an answer that was cut off (`finish`: length; what follows would build on half an answer), and
     before a question that the target can't take. Raises Unusable when nothing is left, and whatever `ask` raises.
     """
-    messages, tokens, finish = [], 0, "stop"
+    messages, tokens, finish, answered = [], 0, "stop", False
     for message in chat.messages:
         if message["role"] != "assistant":
-            messages.append(message)
+            messages.append({"role": message["role"], "content": message["content"]})
             continue
         try:
             reply = await ask(messages, hash((seed, number, len(messages))) & 0x7FFFFFFF)
             if not reply.text.strip():
                 raise Refused("the target answers nothing")
         except Refused as reason:
-            if not tokens:
+            if not answered:
                 raise Unusable("no_answer", str(reason)) from None
             messages.pop()
             break
         messages.append({"role": "assistant", "content": reply.text})
-        tokens, finish = tokens + reply.tokens, reply.finish
+        tokens, finish, answered = tokens + reply.tokens, reply.finish, True
         if finish == "length":
             break
     return {"id": number, "source": chat.source, "messages": messages, "finish": finish, "new_tokens": tokens}

@@ -49,7 +49,7 @@ class Journal:
                 break
             try:
                 count(json.loads(line))
-            except (ValueError, KeyError, TypeError):
+            except (ValueError, KeyError, TypeError, RecursionError):
                 raise UserError(f"{path}:{number}: not a line of `regenerate`; choose another folder") from None
             end += len(line)
         file.truncate(end)
@@ -60,10 +60,10 @@ class Journal:
         file.flush()  # with the kernel, it survives this process
 
     def _count_chat(self, row: dict) -> None:
-        self.done.add(row["id"])
-        self.tokens += row["new_tokens"]
+        self.done.add(int(row["id"]))
+        self.tokens += int(row["new_tokens"])
         self.finishes[row["finish"]] = self.finishes.get(row["finish"], 0) + 1
 
     def _count_drop(self, row: dict) -> None:
-        self.done.add(row["id"])
+        self.done.add(int(row["id"]))
         self.dropped[row["reason"]] = self.dropped.get(row["reason"], 0) + 1

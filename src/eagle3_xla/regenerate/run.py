@@ -11,6 +11,8 @@ run.yaml            the recipe
 import asyncio
 import hashlib
 import json
+import math
+import os
 import shutil
 import time
 from dataclasses import asdict, dataclass, field, replace
@@ -18,6 +20,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
+from eagle3_xla.checks import read_json
 from eagle3_xla.config import DataConfig, Recipe, RunError, Source, UserError
 from eagle3_xla.data import sources
 from eagle3_xla.data.clean import Unusable
@@ -28,11 +31,14 @@ from eagle3_xla.regenerate.conversation import Sampling, rewrite
 from eagle3_xla.regenerate.journal import Journal
 from eagle3_xla.regenerate.servers import GaveUp, Servers
 
+NAMED = 10  # of the conversations without an answer
+
 
 @dataclass
 class Options:
     """servers: URLs, or target: a folder to run in this process on `device`; chats: files instead of the recipe's
-    mix; limit: the first of them only, 0 for all; concurrency: conversations in flight; timeout: seconds an answer.
+    mix; limit: the first of them only, 0 for all; concurrency: conversations in flight; timeout: seconds an answer;
+    api_key_env: the environment variable whose value the servers get as bearer token: none is sent unasked.
     """
 
     servers: list[str] = field(default_factory=list)
@@ -42,6 +48,7 @@ class Options:
     concurrency: int = 16
     timeout: float = 600.0
     device: str = "cpu"
+    api_key_env: str = ""
     sampling: Sampling = field(default_factory=Sampling)
 
 
@@ -50,8 +57,8 @@ def regenerate(recipe: Recipe, out: Path, options: Options) -> dict:
     settings, RunError when conversations are left without an answer: starting again goes on with those."""
     if bool(options.servers) == bool(options.target):
         raise UserError("give either --server URL[,URL...] or --target DIR")
-    if options.concurrency < 1 or options.limit < 0 or options.timeout <= 0:
-        raise UserError("--concurrency must be 1 or more, --limit 0 or more, --timeout positive")
+    if options.concurrency < 1 or options.limit < 0 or not 0 < options.timeout < math.inf:
+        raise UserError("--concurrency must be 1 or more, --limit 0 or more, --timeout positive and finite")
     recipe = replace(recipe, data=_chats_to_ask(recipe.data, options.chats))
     claim_output(out, "regenerate")
     write_run_file(recipe, out, "regenerate")
@@ -64,7 +71,8 @@ def regenerate(recipe: Recipe, out: Path, options: Options) -> dict:
 
 async def _regenerate(data: DataConfig, out: Path, options: Options, journal: Journal) -> dict:
     if options.servers:
-        backend = Servers(options.servers, options.sampling, options.concurrency, options.timeout)
+        key = _api_key(options.api_key_env)
+        backend = Servers(options.servers, options.sampling, options.concurrency, options.timeout, key)
     else:
         from eagle3_xla.regenerate.local import LocalTarget
 
@@ -73,7 +81,9 @@ async def _regenerate(data: DataConfig, out: Path, options: Options, journal: Jo
         settings = {"model": backend.model, "sampling": asdict(options.sampling), "chats": _fingerprint(data)}
         _check_settings(out / "regenerate.json", settings)
         work = out / ".work" / settings["chats"][:16]
-        chats = mix(data, work).train
+        chats = mix(data, work, questions=True).train
+        if not (out / "regenerate.json").exists():  # not before it is known that there is something to ask
+            _write_json(out / "regenerate.json", settings)
         if options.chats:  # in the order of the files; a mix stays shuffled, so that `limit` takes some of each source
             chats.sort(key=lambda chat: (len(chat[0]), *chat))
         chats = chats[: options.limit or None]
@@ -103,14 +113,24 @@ async def _regenerate(data: DataConfig, out: Path, options: Options, journal: Jo
     counts |= {"finish": journal.finishes, "dropped": journal.dropped, "new_tokens": journal.tokens}
     _write_json(out / "regenerate.json", settings | counts)
     if left:
+        first, *others = left.values()
+        others = [other.partition(": ")[0] for other in others]
+        also = f"; also {', '.join(others[:NAMED])}{', ...' if others[NAMED:] else ''}" if others else ""
         raise RunError(
-            f"{len(left)} of {len(chats)} conversations got no answer (the first: {next(iter(left.values()))}); "
-            "start it again to ask again"
+            f"{len(left)} of {len(chats)} conversations got no answer ({first}{also}); start it again to ask again"
         )
     if not options.limit:
         shutil.rmtree(out / ".work", ignore_errors=True)
     speed = (journal.tokens - before) / seconds
     return {"out": str(out / "chats.jsonl")} | counts | {"tokens_per_second": round(speed, 1)}
+
+
+def _api_key(name: str) -> str:
+    """The key in environment variable `name`; none without a name."""
+    key = os.environ.get(name, "") if name else ""
+    if name and not (key and key.isascii() and key.isprintable()):
+        raise UserError(f"--api-key-env {name}: this environment variable holds no key")
+    return key
 
 
 async def _all_or_first_error(coroutines: list) -> None:
@@ -142,16 +162,14 @@ def _fingerprint(data: DataConfig) -> str:
 
 
 def _check_settings(path: Path, settings: dict) -> None:
-    """Write the settings, or raise UserError when the folder was begun with others."""
+    """Raises UserError when the folder was begun with others."""
     if path.exists():
-        begun = json.loads(path.read_text())
+        begun = read_json(path)
         for name, value in settings.items():
             if begun.get(name) != value:
                 raise UserError(
                     f"{path.parent} was begun with {name} {begun.get(name)}, now it is {value}; choose another folder"
                 )
-        return
-    _write_json(path, settings)
 
 
 def _write_json(path: Path, content: dict) -> None:

@@ -1,7 +1,6 @@
 """Answers from OpenAI-compatible servers (SGLang, vLLM), several at once; a server that fails costs no conversation."""
 
 import asyncio
-import os
 import re
 import time
 from dataclasses import dataclass
@@ -9,10 +8,12 @@ from dataclasses import dataclass
 import httpx
 
 from eagle3_xla.config import RunError, UserError
+from eagle3_xla.data.clean import Unusable, text_of
 from eagle3_xla.regenerate.conversation import Refused, Reply, Sampling
 
 TRIES = 10  # of one question, before its conversation is left for the next start
-REFUSALS = 20  # before any answer: then the fault is not in the questions
+REFUSALS = 20  # or empty answers, before any other: then the fault is not in the questions
+PROBE = [{"role": "user", "content": "Hi"}]  # does a server that answered nothing for a while still live?
 LONGEST_REST = 60.0  # seconds
 PASSING = (408, 409, 425, 429)  # of the 4xx, those that a later try may not get
 
@@ -34,18 +35,19 @@ class _Server:
 class Servers:
     """`ask` sends a question to the server with the fewest in flight, and again, after a rest, when it fails.
 
-    urls: http://HOST:PORT, with or without /v1; timeout: seconds of one answer; rest: seconds after a first failure,
-    doubled for each further one.
+    urls: http://HOST:PORT, with or without /v1; timeout: seconds of one answer; key: sent to them as bearer token, if
+    there is one; rest: seconds after a first failure, doubled for each further one.
     """
 
-    def __init__(self, urls: list[str], sampling: Sampling, concurrency: int, timeout: float, rest: float = 1.0):
+    def __init__(
+        self, urls: list[str], sampling: Sampling, concurrency: int, timeout: float, key: str = "", rest: float = 1.0
+    ):
         for url in urls:
             if not re.match(r"https?://[^/]+", url):
                 raise UserError(f"--server {url!r} is not a URL; one looks like http://127.0.0.1:30000")
         self.servers = [_Server(url.rstrip("/").removesuffix("/v1")) for url in urls]
         self.sampling, self.timeout, self.rest = sampling, timeout, rest
         self.model, self.last_answer, self.answers, self.refusals = "", -1.0, 0, 0
-        key = os.environ.get("OPENAI_API_KEY")
         self.http = httpx.AsyncClient(
             timeout=httpx.Timeout(None, connect=10),
             limits=httpx.Limits(max_connections=None, max_keepalive_connections=concurrency),
@@ -87,9 +89,20 @@ class Servers:
             if time.monotonic() >= server.rests_until:  # otherwise it failed together with another question
                 server.rests_until = time.monotonic() + min(self.rest * 2**server.failures, LONGEST_REST)
                 server.failures += 1
-        if self.last_answer < started:
+        if self.last_answer < started and not await self._lives(server.url):
             raise RunError(f"no server answers any more ({problem}); start it, then start this again to continue")
         raise GaveUp(problem)
+
+    async def _lives(self, url: str) -> bool:
+        """Whether a server answers another question: then the fault is in this one."""
+        try:
+            async with asyncio.timeout(self.timeout):
+                await self._post(url, PROBE, 0)
+        except Refused:  # in words
+            return True
+        except (TimeoutError, httpx.HTTPError, _Failed):
+            return False
+        return True
 
     async def _free_server(self) -> _Server:
         while True:
@@ -105,25 +118,34 @@ class Servers:
         response = await self.http.post(f"{url}/v1/chat/completions", json=body)
         where = f"{url}/v1/chat/completions answered {response.status_code}"
         if 400 <= response.status_code < 500 and response.status_code not in PASSING:
-            message = f"{where}: {' '.join(response.text.split())[:300]}"
-            self.refusals += 1
-            if response.status_code in (401, 403, 404) or (self.refusals >= REFUSALS and not self.answers):
-                raise RunError(message)
-            raise Refused(message)
+            message = f"{where}: {_start(response, 300)}"
+            raise RunError(message) if response.status_code in (401, 403, 404) else self._refusal(message)
         if response.status_code != 200:
-            raise _Failed(f"{where}: {' '.join(response.text.split())[:300]}")
+            raise _Failed(f"{where}: {_start(response, 300)}")
         try:
             answer = response.json()
             choice = answer["choices"][0]
-            message, finish = choice["message"], choice["finish_reason"]
-            text, tokens = message.get("content") or "", (answer.get("usage") or {}).get("completion_tokens") or 0
-        except (ValueError, LookupError, TypeError, AttributeError):
-            raise _Failed(f"{where}, but not with an answer: {' '.join(response.text.split())[:200]}") from None
+            message, finish = dict(choice["message"]), choice["finish_reason"]
+        except (ValueError, LookupError, TypeError, RecursionError):
+            raise _Failed(f"{where}, but not with an answer: {_start(response, 200)}") from None
         if message.get("reasoning_content") or message.get("reasoning"):
             raise RunError(f"{url} splits thoughts from answers; start it without a reasoning parser")
-        if finish not in ("stop", "length") or not isinstance(text, str):
-            raise _Failed(f"{where}, but the answer ended with {finish!r}")
-        return Reply(text, finish, tokens)
+        if finish not in ("stop", "length"):
+            if message.get("tool_calls") or finish in ("tool_calls", "function_call", "content_filter"):
+                raise self._refusal(f"{where}, but with {finish!r} instead of a text")
+            raise _Failed(f"{where}, but the answer ended with {str(finish)[:40]!r}")
+        try:
+            text = text_of(message.get("content"), "assistant")
+        except Unusable as problem:
+            raise self._refusal(f"{where}, but {problem}") from None
+        if not text.strip():
+            raise self._refusal(f"{where}, but with an empty answer")
+        return Reply(text, finish, _tokens(answer))
+
+    def _refusal(self, message: str) -> Exception:
+        """Of this question; of all, when nothing else was ever answered."""
+        self.refusals += 1
+        return RunError(message) if self.refusals >= REFUSALS and not self.answers else Refused(message)
 
     async def _model_of(self, url: str) -> str:
         problem = ""
@@ -131,11 +153,14 @@ class Servers:
             try:
                 response = await self.http.get(f"{url}/v1/models", timeout=10)
                 if response.status_code == 200:
-                    return str(response.json()["data"][0]["id"])
+                    name = response.json()["data"][0]["id"]
+                    if isinstance(name, str) and name:
+                        return name
+                    raise ValueError
                 problem = f"/v1/models answered {response.status_code}"
             except httpx.HTTPError as error:
                 problem = _reason(error)
-            except (ValueError, LookupError, TypeError):
+            except (ValueError, LookupError, TypeError, RecursionError):
                 problem = "/v1/models names no model"
             await asyncio.sleep(self.rest * attempt)
         raise UserError(f"no OpenAI-compatible server at {url} ({problem}); start it, or check host and port")
@@ -143,6 +168,18 @@ class Servers:
 
 class _Failed(RuntimeError):
     """An answer that is none; another try may get one."""
+
+
+def _start(response: httpx.Response, length: int) -> str:
+    """The first words that a server sent, as text that drives no terminal."""
+    return "".join(c if c.isprintable() else "?" for c in " ".join(response.text.split())[:length])
+
+
+def _tokens(answer: dict) -> int:
+    """The answer's tokens by the server's own count; 0 where that is no count."""
+    usage = answer.get("usage")
+    count = usage.get("completion_tokens") if isinstance(usage, dict) else 0
+    return count if isinstance(count, int) and 0 <= count < 1 << 40 else 0
 
 
 def _reason(error: Exception) -> str:
