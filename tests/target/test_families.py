@@ -2,6 +2,10 @@
 
 import inspect
 import json
+import os
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -11,7 +15,7 @@ from transformers import CONFIG_MAPPING
 from eagle3_xla.cli import main
 from eagle3_xla.config import UserError
 from eagle3_xla.target.families import FAMILIES, ONLY, SHAPE, WITHOUT_EFFECT, aux_layers, check, load_target_config
-from eagle3_xla.target.model import Target, load_target
+from eagle3_xla.target.model import Target, TargetStates, Teacher, load_target
 
 LENGTHS = (19, 25, 12)  # documents of a row, then 4 of padding
 DRAFT_IDS = torch.arange(1, VOCABULARY, 2)
@@ -69,6 +73,29 @@ def test_packed_rows_are_transformers_documents(name, tmp_path):
     states = target.states(**batch)
     teacher = target.teacher(states.hidden, states.argmax, states.logsumexp)
     assert_equal(of_documents(states, teacher, batch), golden(model, batch))
+
+
+@pytest.fixture(scope="module")
+def saved_models(tmp_path_factory) -> dict[str, Path]:
+    folders = {}
+    for name in CONFIGS:
+        folders[name] = tmp_path_factory.mktemp("family")
+        small_model(name).save_pretrained(folders[name])
+        torch.save(packed_rows() | {"draft_ids": DRAFT_IDS}, folders[name] / "inputs.pt")
+    return folders
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dp, tp", [(2, 2), (1, 4)])
+def test_through_spmd_they_are_the_same(saved_models, dp, tp):
+    script = Path(__file__).parent / "spmd_families.py"
+    command = [sys.executable, script, dp, tp, *saved_models.values()]
+    done = subprocess.run([*map(str, command)], capture_output=True, text=True, env=dict(os.environ))
+    assert done.returncode == 0, done.stderr[-3000:]
+    for name, folder in saved_models.items():
+        *states, logits = torch.load(folder / f"{dp}x{tp}.pt")
+        states, teacher = TargetStates(*states), Teacher(logits, states[3], states[2])
+        assert_equal(of_documents(states, teacher, packed_rows()), golden(small_model(name), packed_rows()))
 
 
 def test_every_family_is_here():

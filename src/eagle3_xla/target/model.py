@@ -15,6 +15,7 @@ from eagle3_xla.target.families import (
     logits_of,
     plain_attention,
 )
+from eagle3_xla.target.experts import RoutedExperts
 from eagle3_xla.target.order import after
 from eagle3_xla.target.weights import StoredWeights
 
@@ -94,7 +95,12 @@ class Target(nn.Module):
         self.register_buffer("draft_rows", weight[draft_ids].clone(), persistent=False)  # [D, H]
 
     def _read(self, name: str) -> torch.Tensor:
-        return self.weights.read(name.removeprefix("model."))
+        module, _, leaf = name.removeprefix("model.").rpartition(".")
+        routed = self.model.get_submodule(module)
+        if isinstance(routed, RoutedExperts):
+            names, make = routed.stored[leaf]
+            return make([self.weights.read(f"{module}.{stored}") for stored in names])
+        return self.weights.read(f"{module}.{leaf}")
 
     def place(self, move, mark=lambda name, tensor: None) -> "Target":
         """Replace every parameter and buffer by move(tensor), then mark(name, replacement); a shared one stays shared.

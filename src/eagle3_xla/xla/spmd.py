@@ -17,6 +17,8 @@ import torch_xla.runtime as runtime
 
 from eagle3_xla.config import UserError, XlaConfig
 from eagle3_xla.target.attention import GROUPED_EINSUM
+from eagle3_xla.target.experts import PARTED, RoutedExperts, route_experts
+from eagle3_xla.xla.loops import scanned
 
 # The head, by parameter name: column-parallel ones over their output rows, row-parallel ones over their inputs.
 HEAD_COLUMNS = ("q_proj", "k_proj", "v_proj", "gate_proj", "up_proj", "lm_head", "fc")
@@ -79,8 +81,9 @@ class SpmdBackend:
         torch_xla._XLAC._xla_mark_sharding(tensor, sharding)
 
     def place_target(self, target):
-        """Shard by the model's own `base_model_tp_plan`; what the plan doesn't name is replicated."""
+        """Shard by the model's own `base_model_tp_plan`, experts by their parts; anything else is replicated."""
         target.model.config._attn_implementation = GROUPED_EINSUM
+        route_experts(target.model, self.mesh.shape()["tp"], self.data_parallel, scanned)
         plan = {f"model.model.{name}": style for name, style in (target.model.config.base_model_tp_plan or {}).items()}
         plan |= {f"model.{name}": style for name, style in (type(target.model)._tp_plan or {}).items()}
 
@@ -88,7 +91,10 @@ class SpmdBackend:
             module, _, leaf = name.rpartition(".")
             style = plan.get(re.sub(r"\.\d+(?=\.|$)", ".*", module), "")
             spec = (None,) * tensor.ndim
-            if style.startswith("colwise"):
+            if isinstance(target.get_submodule(module), RoutedExperts):
+                if leaf in PARTED:
+                    spec = (None, "tp", *spec[2:])
+            elif style.startswith("colwise"):
                 spec = ("tp", *spec[1:])
             elif style == "rowwise" and leaf == "weight":
                 spec = (None, "tp")
