@@ -14,6 +14,8 @@ from transformers import CONFIG_MAPPING
 
 from eagle3_xla.cli import main
 from eagle3_xla.config import UserError
+from eagle3_xla.draft.model import Eagle3Head, draft_config
+from eagle3_xla.evaluate.decode import SpeculativeDecoder, decode_plain
 from eagle3_xla.target.families import FAMILIES, ONLY, SHAPE, WITHOUT_EFFECT, aux_layers, check, load_target_config
 from eagle3_xla.target.model import Target, TargetStates, Teacher, load_target
 
@@ -75,6 +77,21 @@ def test_packed_rows_are_transformers_documents(name, tmp_path):
     assert_equal(of_documents(states, teacher, batch), golden(model, batch))
 
 
+@pytest.mark.parametrize("name", CONFIGS)
+def test_decoding_with_drafts_is_transformers_greedy(name, tmp_path):
+    """A prompt longer than the windows; a tree, so that rows of the cache are taken back and moved."""
+    model, prompt = small_model(name), packed_rows()["input_ids"][0, :20]
+    model.generation_config.eos_token_id = None
+    model.save_pretrained(tmp_path)
+    expected = model.generate(prompt[None], max_new_tokens=16, do_sample=False)[0, 20:].tolist()
+    target = Target(load_target(str(tmp_path), torch.float32), DRAFT_IDS)
+    head = Eagle3Head(draft_config(target.model.config, len(DRAFT_IDS))).eval()
+    d2t = DRAFT_IDS - torch.arange(len(DRAFT_IDS))
+    decoder = SpeculativeDecoder(target, head, d2t, draft_tokens=12, topk=3, steps=4)
+    assert decoder.decode(prompt.tolist(), 16, set()).tokens == expected
+    assert decode_plain(target, prompt.tolist(), 16, set()).tokens == expected
+
+
 @pytest.fixture(scope="module")
 def saved_models(tmp_path_factory) -> dict[str, Path]:
     folders = {}
@@ -86,10 +103,11 @@ def saved_models(tmp_path_factory) -> dict[str, Path]:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("dp, tp", [(2, 2), (1, 4)])
-def test_through_spmd_they_are_the_same(saved_models, dp, tp):
+@pytest.mark.parametrize("dp, tp, steps", [(2, 2, 3), (1, 4, 0)])
+def test_through_spmd_they_are_the_same(saved_models, dp, tp, steps):
+    """And three training steps are compiled once."""
     script = Path(__file__).parent / "spmd_families.py"
-    command = [sys.executable, script, dp, tp, *saved_models.values()]
+    command = [sys.executable, script, dp, tp, steps, *saved_models.values()]
     done = subprocess.run([*map(str, command)], capture_output=True, text=True, env=dict(os.environ))
     assert done.returncode == 0, done.stderr[-3000:]
     for name, folder in saved_models.items():
@@ -125,7 +143,10 @@ REFUSED = [
     ({"model_type": "gemma3_text", "use_bidirectional_attention": True}, "use_bidirectional_attention is True"),
     ({"model_type": "gemma3_text", "attn_logit_softcapping": 30.0}, "transformers' Gemma-3 leaves out"),
     ({"model_type": "gpt_oss", "swiglu_limit": 5.0}, "swiglu_limit is 5.0 in config.json; only 7.0"),
-    ({"rope_scaling": {"rope_type": "dynamic", "factor": 2.0}}, "rope_scaling 'dynamic'"),
+    ({"rope_scaling": {"rope_type": "dynamic", "factor": 2.0}}, "rope_scaling 'dynamic': transformers changes"),
+    ({"rope_scaling": {"type": "longrope", "short_factor": [1.0]}}, "rope_scaling 'longrope': transformers switches"),
+    ({"rope_scaling": {"rope_type": "yarn", "factor": 4.0}}, "without original_max_position_embeddings"),
+    ({"rope_scaling": {"rope_type": "linear", "factor": 4.0, "attention_factor": 2.0}}, "has attention_factor"),
     ({"rope_parameters": {"rope_theta": 1e6}}, "as transformers 5 writes it"),
     ({"is_decoder": True}, "is_decoder is True"),
 ]

@@ -93,8 +93,8 @@ def compile_verdict(recipe: Recipe) -> dict:
 
 
 def _refuse_indivisible(recipe: Recipe, target) -> None:
-    for name in ("num_key_value_heads", "num_attention_heads", "intermediate_size"):
-        if getattr(target, name) % recipe.xla.tp:
+    for name in ("num_key_value_heads", "num_attention_heads", "intermediate_size", "moe_intermediate_size"):
+        if getattr(target, name, 0) % recipe.xla.tp:
             raise UserError(
                 f"xla.tp is {recipe.xla.tp}, which does not divide the target's {name} {getattr(target, name)}"
             )

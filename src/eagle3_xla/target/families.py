@@ -111,7 +111,19 @@ REFUSED = {
     "gemma": "Gemma 1 is not among the engines' EAGLE3 targets",
     "gemma3n": "Gemma-3n has several streams of hidden states",
 }
-ROPE_TYPES = ("default", "linear", "llama3", "yarn")
+# RoPE scalings that transformers, SGLang 0.5.21 and vLLM 0.32 compute alike, with the fields that all three read.
+ROPE = {
+    "default": [],
+    "linear": ["factor"],
+    "llama3": ["factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"],
+    "yarn": ["factor", "original_max_position_embeddings"],
+}
+ROPE_OPTIONS = {"yarn": ["beta_fast", "beta_slow", "truncate"]}
+ROPE_REFUSED = {
+    "dynamic": "transformers changes its base with the longest row of a forward, vLLM has one for the whole server",
+    "longrope": "transformers switches its factors by the longest row of a forward, SGLang by the batch, vLLM by the "
+    "server's context length",
+}
 
 
 def load_target_config(path: str):
@@ -120,6 +132,19 @@ def load_target_config(path: str):
     config = load_config(path)
     aux_layers(config.num_hidden_layers)
     return config
+
+
+def _strange_rope(rope: dict) -> str | None:
+    """Why this rope_scaling is not the same in transformers and in the engines."""
+    kind = rope.get("rope_type", rope.get("type", "default"))
+    if kind not in ROPE:
+        return f"rope_scaling {kind!r}: " + ROPE_REFUSED.get(kind, f"unknown here; known: {', '.join(ROPE)}")
+    given = {field for field, value in rope.items() if value is not None} - {"rope_type", "type"}
+    if missing := [field for field in ROPE[kind] if field not in given]:
+        return f"rope_scaling {kind!r} without {', '.join(missing)}, which vLLM needs"
+    if strange := given - {*ROPE[kind], *ROPE_OPTIONS.get(kind, [])}:
+        return f"rope_scaling has {', '.join(sorted(strange))}, which SGLang, vLLM and transformers don't read alike"
+    return None
 
 
 def aux_layers(num_layers: int) -> tuple[int, int, int]:
@@ -166,10 +191,8 @@ def check(written: dict, path: str) -> None:
                 raise refuse(f"{field} is {value!r} in config.json; only {ONLY[field]!r} is computed here")
         elif field not in known and value not in (None, False, [], {}):  # a field that is off changes nothing
             raise refuse(f"{field} ({value!r}) in config.json is no field of {kind} that is known here")
-    rope = written.get("rope_scaling") or {}
-    rope_type = rope.get("rope_type", rope.get("type", "default"))
-    if rope_type not in ROPE_TYPES:
-        raise refuse(f"rope_scaling {rope_type!r}; known: {', '.join(ROPE_TYPES)}")
+    if why := _strange_rope(written.get("rope_scaling") or {}):
+        raise refuse(why)
     if strange := set(written.get("layer_types") or []) - {"full_attention", "sliding_attention"}:
         raise refuse(f"layer_types has {', '.join(sorted(strange))}; known: full_attention, sliding_attention")
     newer = (written.get("rope_parameters") or {}).get("rope_theta")
@@ -204,6 +227,17 @@ def logits_of(config, products):
     if cap := getattr(config, "final_logit_softcapping", None):
         products = cap * (products / cap).tanh()
     return products
+
+
+def inner_widths(config) -> list[int]:
+    """How wide the MLP of each layer is for one token: of its chosen experts together in a mixture-of-experts layer."""
+    chosen = getattr(config, "num_experts_per_tok", 0)
+    routed = [chosen > 0] * config.num_hidden_layers
+    if config.model_type == "qwen3_moe":
+        dense = set(config.mlp_only_layers)
+        routed = [i not in dense and (i + 1) % config.decoder_sparse_step == 0 for i in range(len(routed))]
+    of_expert = getattr(config, "moe_intermediate_size", config.intermediate_size)
+    return [chosen * of_expert if is_routed else config.intermediate_size for is_routed in routed]
 
 
 def linear_rows(config, rows):

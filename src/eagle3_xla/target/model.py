@@ -8,6 +8,7 @@ from torch import nn
 
 from eagle3_xla.config import UserError
 from eagle3_xla.data.tokenizer import first_line
+from eagle3_xla.target.experts import RoutedExperts
 from eagle3_xla.target.families import (
     attention_masks,
     aux_layers,
@@ -15,7 +16,6 @@ from eagle3_xla.target.families import (
     logits_of,
     plain_attention,
 )
-from eagle3_xla.target.experts import RoutedExperts
 from eagle3_xla.target.order import after
 from eagle3_xla.target.weights import StoredWeights
 

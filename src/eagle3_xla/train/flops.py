@@ -1,12 +1,14 @@
 """The arithmetic that a step's maths needs, whatever a compiler makes of it: the numerator of MFU."""
 
 from eagle3_xla.config import Recipe
+from eagle3_xla.target.families import inner_widths
 
 
 def flops_per_token(target, recipe: Recipe) -> float:
     """FLOPs of one position of a micro-step; target: its Hugging Face config.
 
-    A matmul with an [m, n] weight is 2 m n. The target runs forward: its layers, the full vocabulary's logits. The
+    A matmul with an [m, n] weight is 2 m n. The target runs forward: its layers, the full vocabulary's logits; I is
+    then as wide as what a token's chosen experts have together. The
     head runs forward and backward (3 times forward, nothing for rematerialisation): fc once, its layer and the draft
     vocabulary's logits at every TTT step. Causal attention sees half of T keys on average.
 
@@ -22,8 +24,8 @@ def flops_per_token(target, recipe: Recipe) -> float:
     )
     head_dim = getattr(target, "head_dim", None) or hidden // target.num_attention_heads
     queries, keys = target.num_attention_heads * head_dim, target.num_key_value_heads * head_dim
-    layer = hidden * (2 * queries + 2 * keys) + 3 * hidden * inner
-    frozen = 2 * (target.num_hidden_layers * layer + hidden * target.vocab_size)
+    attention = target.num_hidden_layers * hidden * (2 * queries + 2 * keys)
+    frozen = 2 * (attention + 3 * hidden * sum(inner_widths(target)) + hidden * target.vocab_size)
     frozen += target.num_hidden_layers * 2 * queries * length
     step = 2 * hidden * (queries + 2 * keys) + queries * hidden + 3 * hidden * inner
     step = 2 * (step + hidden * recipe.data.draft_vocab_size) + 2 * queries * length
