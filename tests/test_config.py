@@ -78,6 +78,32 @@ def test_bad_recipe_files(tmp_path):
         load_recipe(str(file), [])
 
 
+def test_recipes_that_build_on_others(tmp_path):
+    """A recipe's own values win over its base's, which may lie beside it or ship; run.yaml holds the resolved one."""
+    (tmp_path / "deep").mkdir()
+    mine, lower, lowest = tmp_path / "mine.yaml", tmp_path / "deep" / "lower.yaml", tmp_path / "deep" / "lowest.yaml"
+    mine.write_text("base: deep/lower.yaml\ntrain: {lr: 1e-3}\ndata: {train: [a.jsonl]}\n")
+    lower.write_text("base: lowest.yaml\ntrain: {lr: 2e-3, epochs: 5}\n")
+    data = "data: {train: [b, c], conversations: 0}"
+    lowest.write_text(f"base: qwen2.5-7b-v4-32\ntrain: {{epochs: 6, batch_size: 2}}\n{data}\n")
+    recipe = load_recipe(str(mine), ["train.warmup=0.5"])
+    assert (recipe.train.lr, recipe.train.epochs, recipe.train.batch_size, recipe.train.warmup) == (1e-3, 5, 2, 0.5)
+    assert recipe.target.path == "Qwen/Qwen2.5-7B-Instruct" and [s.path for s in recipe.data.train] == ["a.jsonl"]
+    write_run_file(recipe, tmp_path, "train")
+    assert "base" not in yaml.safe_load((tmp_path / "run.yaml").read_text())
+    assert load_recipe(str(tmp_path / "run.yaml"), []) == recipe
+    for text, message in (
+        ("base: nowhere\n", "no recipe 'nowhere', which .*lowest.yaml builds on; a YAML file or one of: .*smollm2-cpu"),
+        ("base: ../mine.yaml\n", "mine.yaml: its bases lead back to it: .*mine.yaml -> deep/lower.yaml -> lowest.yaml"),
+        ("base: [a, b]\n", r"lowest.yaml: base is \['a', 'b'\]; the name of one recipe is expected"),
+        ("base: ..\n", "no recipe '..', which lowest.yaml builds on"),
+        ("base: base\ntrain: {lrr: 1}\n", "unknown setting train.lrr"),
+    ):
+        lowest.write_text(text)
+        with pytest.raises(UserError, match=message):
+            load_recipe(str(mine), [])
+
+
 ODD = "nan inf 1e400 -1 null true [] {} [null] [[]] ??? ${data.seed} ${x ${oc.env:NOPE} [unclosed *x | > ~".split()
 ODD += ["\0", "\ud800", "&a [*a]", "!!python/object:os.system", "2001-99-99", "- a", ": ", "9" * 40]
 SETTINGS = [f"{section}.{key}" for section, settings in asdict(Recipe()).items() for key in settings]

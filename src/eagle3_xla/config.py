@@ -1,7 +1,7 @@
 """Every setting of a run: dataclasses with defaults, YAML recipes over them, --section.key=value over those.
 
-An unknown key is an error that names the nearest known one. `run.yaml` beside every output holds the resolved recipe
-(outputs.py).
+`base: NAME` in a recipe names another one, which it changes. An unknown key is an error that
+names the nearest known one. `run.yaml` beside every output holds the resolved recipe (outputs.py).
 """
 
 import contextlib
@@ -207,31 +207,51 @@ def load_recipe(name: str | None, overrides: list[str]) -> Recipe:
     Raises UserError on an unknown recipe, an unknown key, a value of the wrong type or outside its range.
     """
     schema = OmegaConf.structured(Recipe)
-    given = _read(name) if name else OmegaConf.create({})
+    layers = _read(name) if name else []
     changes = OmegaConf.create({})
     for override in overrides:
         with _foreign(f"setting {override}"):
             changes = OmegaConf.merge(changes, OmegaConf.from_dotlist([override]))
-    with _foreign(name or "command line"):
-        for layer in (given, changes):
+    merged = schema
+    for whose, layer in [*layers, ("command line", changes)]:
+        with _foreign(whose):
             _check_keys(layer, schema, "")
             _sources_from_strings(layer)
-        recipe = OmegaConf.to_object(OmegaConf.merge(schema, given, changes))
+            merged = OmegaConf.merge(merged, layer)
+    with _foreign(name or "command line"):
+        recipe = OmegaConf.to_object(merged)
     _check_values(recipe)
     return recipe
 
 
-def _read(name: str) -> DictConfig:
-    with _foreign(f"recipe {name}"):
-        path = Path(name)
-        if not path.exists() and name in recipe_names():
-            path = Path(str(resources.files("eagle3_xla.recipes") / f"{name}.yaml"))
-        if not path.is_file():
-            raise UserError(f"no recipe {name!r}; a YAML file or one of: {', '.join(recipe_names())}")
-        given = OmegaConf.load(path)
-    if not isinstance(given, DictConfig):
-        raise UserError(f"{name}: a recipe is a mapping of sections")
-    return given
+def _read(name: str) -> list[tuple[str, DictConfig]]:
+    """The recipe and those that it builds on, as (name, settings), the last base first."""
+    layers, files, wanted = [], [], f"recipe {name!r}"
+    while name:
+        with _foreign(f"recipe {name}"):
+            file = _recipe_file(name, files[-1].parent if files else Path(), wanted)
+            given = OmegaConf.load(file)
+            if not isinstance(given, DictConfig):
+                raise UserError(f"{name}: a recipe is a mapping of sections")
+            base = given.pop("base", "")
+        if not isinstance(base, str):
+            raise UserError(f"{name}: base is {_one_line(base)}; the name of one recipe is expected")
+        if file.resolve() in files:
+            raise UserError(f"{name}: its bases lead back to it: {' -> '.join([n for n, _ in layers] + [name])}")
+        files.append(file.resolve())
+        layers.append((name, given))
+        name, wanted = base, f"recipe {base!r}, which {name} builds on"
+    return layers[::-1]
+
+
+def _recipe_file(name: str, folder: Path, wanted: str) -> Path:
+    """A YAML file, relative to `folder`, or one of the recipes that ship."""
+    path = folder / name
+    if not path.exists() and name in recipe_names():
+        path = Path(str(resources.files("eagle3_xla.recipes") / f"{name}.yaml"))
+    if not path.is_file():
+        raise UserError(f"no {_one_line(wanted)}; a YAML file or one of: {', '.join(recipe_names())}")
+    return path
 
 
 @contextlib.contextmanager
