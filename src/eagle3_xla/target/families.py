@@ -6,6 +6,7 @@ engine serves looks well in training and dies in serving. tests/target/test_fami
 
 from eagle3_xla.config import UserError
 from eagle3_xla.data.tokenizer import load_config, written_config
+from eagle3_xla.target import quantised
 
 MIN_LAYERS = 8
 
@@ -191,6 +192,8 @@ def check(written: dict, path: str) -> None:
                 raise refuse(f"{field} is {value!r} in config.json; only {ONLY[field]!r} is computed here")
         elif field not in known and value not in (None, False, [], {}):  # a field that is off changes nothing
             raise refuse(f"{field} ({value!r}) in config.json is no field of {kind} that is known here")
+    if why := quantised.refusal(written.get("quantization_config") or {}):
+        raise refuse(why)
     if why := _strange_rope(written.get("rope_scaling") or {}):
         raise refuse(why)
     if strange := set(written.get("layer_types") or []) - {"full_attention", "sliding_attention"}:

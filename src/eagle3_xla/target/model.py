@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from eagle3_xla.config import UserError
-from eagle3_xla.data.tokenizer import first_line
+from eagle3_xla.data.tokenizer import UNREADABLE, first_line
 from eagle3_xla.target.experts import RoutedExperts
 from eagle3_xla.target.families import (
     attention_masks,
@@ -51,11 +51,19 @@ def load_target(path: str, dtype: torch.dtype):
     """The frozen causal LM on the CPU, in eval mode, without gradients. Raises UserError when it can't be a target."""
     from transformers import AutoModelForCausalLM
 
-    attention = plain_attention(load_target_config(path))
+    config = load_target_config(path)
+    if getattr(config, "quantization_config", None):  # transformers' own readers want a GPU
+        model, weights = _empty(path, config, dtype)
+        place(model, weights.read)
+        return model
     try:
-        model = AutoModelForCausalLM.from_pretrained(path, dtype=dtype, attn_implementation=attention)
-    except (OSError, ValueError) as error:
+        model, found = AutoModelForCausalLM.from_pretrained(
+            path, dtype=dtype, attn_implementation=plain_attention(config), output_loading_info=True
+        )
+    except UNREADABLE as error:
         raise UserError(f"the weights of target {path!r} don't load: {first_line(error)}") from None
+    if missing := sorted(found["missing_keys"]):  # transformers fills them with random numbers
+        raise UserError(f"the weights of target {path!r} don't load: {missing[0]} is missing in its files")
     return model.eval().requires_grad_(False)
 
 
@@ -64,14 +72,38 @@ def open_target(path: str, dtype: torch.dtype, draft_ids: torch.Tensor) -> "Targ
 
     Raises UserError when it can't be a target.
     """
+    model, weights = _empty(path, load_target_config(path), dtype)
+    return Target(model, draft_ids, weights=weights)
+
+
+def _empty(path: str, config, dtype: torch.dtype):
+    """The model without its parameters, and where they are."""
     from accelerate import init_empty_weights
     from transformers import AutoModelForCausalLM
 
-    config = load_target_config(path)
     with init_empty_weights():  # buffers, which no file holds, are computed
         model = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation=plain_attention(config))
     model.tie_weights()
-    return Target(model.eval().requires_grad_(False), draft_ids, weights=StoredWeights(path, dtype))
+    weights = StoredWeights(path, dtype, getattr(config, "quantization_config", None))
+    return model.eval().requires_grad_(False), weights
+
+
+def place(model: nn.Module, read, move=lambda tensor: tensor, mark=lambda name, tensor: None) -> None:
+    """Replace every parameter and buffer by move(tensor), then mark(name, replacement); a shared one stays shared.
+
+    One at a time, and those without data are read(name) just before, so that the host holds one tensor beside what
+    `move` keeps.
+    """
+    placed = {}
+    for prefix, module in model.named_modules():
+        for tensors in (module._parameters, module._buffers):
+            for leaf, old in tensors.items():
+                if old is not None and old not in placed:
+                    name = f"{prefix}.{leaf}".removeprefix(".")
+                    new = move(read(name) if read and old.is_meta else old)
+                    placed[old] = nn.Parameter(new, False) if isinstance(old, nn.Parameter) else new
+                    mark(name, placed[old])
+                tensors[leaf] = placed.get(old)
 
 
 class Target(nn.Module):
@@ -103,21 +135,8 @@ class Target(nn.Module):
         return self.weights.read(f"{module}.{leaf}")
 
     def place(self, move, mark=lambda name, tensor: None) -> "Target":
-        """Replace every parameter and buffer by move(tensor), then mark(name, replacement); a shared one stays shared.
-
-        One at a time, and those without data are read from `weights` just before, so that the host holds one tensor
-        beside what `move` keeps.
-        """
-        placed = {}
-        for prefix, module in self.named_modules():
-            for tensors in (module._parameters, module._buffers):
-                for leaf, old in tensors.items():
-                    if old is not None and old not in placed:
-                        name = f"{prefix}.{leaf}".removeprefix(".")
-                        new = move(self._read(name) if self.weights and old.is_meta else old)
-                        placed[old] = nn.Parameter(new, False) if isinstance(old, nn.Parameter) else new
-                        mark(name, placed[old])
-                    tensors[leaf] = placed.get(old)
+        """As the function `place`; parameters without data are read from `weights`."""
+        place(self, self.weights and self._read, move, mark)
         return self
 
     def _capture(self, layer: int):
@@ -150,6 +169,7 @@ class Target(nn.Module):
     @torch.no_grad()
     def hidden_states(self, input_ids, position_ids, document_ids) -> tuple[torch.Tensor, torch.Tensor]:
         """Run the target's layers over packed rows, [B, T] each: aux [B, T, 3H] and hidden [B, T, H] (TargetStates)."""
+        assert self.model.config._attn_implementation != "eager", "whose masks are added to the scores"
         output = self.model.model(
             input_ids=input_ids,
             position_ids=position_ids,
