@@ -14,9 +14,10 @@ from pathlib import Path
 import pytest
 
 from eagle3_xla.config import DataConfig, Source, UserError, load_recipe
-from eagle3_xla.data import documents, filters, mix, prepare
-from eagle3_xla.data.filters import read_chat
+from eagle3_xla.data import documents, filters, mix, prepare, spool
+from eagle3_xla.data.evaluations import Evaluations
 from eagle3_xla.data.parallel import batched, ordered_map
+from eagle3_xla.data.spool import read_chat
 
 WORDS = [f"word{i}" for i in range(4000)]
 
@@ -154,7 +155,7 @@ def test_evaluation_prompts_are_kept_out(form, tmp_path):
     assert report["dropped"]["evaluation_prompt"] == {"rows": 3, "first": f"{path}:1"}
     assert sorted(questions(result.train)) == sorted(row["messages"][0]["content"] for row in rows[3:])
     with pytest.raises(UserError, match=r"a.jsonl:1: no evaluation prompt|bad.jsonl:1: no evaluation prompt"):
-        filters.Filters(DataConfig(decontaminate=[str(write(tmp_path / "bad.jsonl", [{"text": "a"}]))]))
+        Evaluations([str(write(tmp_path / "bad.jsonl", [{"text": "a"}]))])
 
 
 @pytest.mark.parametrize("workers", [1, 2])
@@ -176,7 +177,7 @@ def bytes_of(folder: Path) -> dict[str, bytes]:
 
 
 def test_the_same_bytes_for_any_number_of_workers(three, small_target, tmp_path, monkeypatch):
-    for module in (mix, filters):
+    for module in (spool, filters):
         monkeypatch.setattr(module, "CHUNK", 100)  # several for each worker
     results = []
     for workers in (1, 2):
@@ -199,7 +200,7 @@ def test_an_interrupted_prepare_continues(three, small_target, tmp_path, monkeyp
     assert process.wait() == -signal.SIGKILL, process.stderr.read()
     out = tmp_path / "prepared"
     [work] = (out / ".work").iterdir()
-    chunks = {file: file.stat().st_mtime_ns for file in (work / "train").glob("chunk-*.npz")}
+    chunks = {file: file.stat().st_mtime_ns for file in (work / "train").glob("chunk-*")}
     assert len(chunks) == 2 and not (out / "manifest.json").exists()
     spools = {file: file.stat().st_mtime_ns for file in work.glob("train-*/chats.jsonl")}
     assert len(spools) == 3
@@ -208,7 +209,7 @@ def test_an_interrupted_prepare_continues(three, small_target, tmp_path, monkeyp
     monkeypatch.setattr(
         documents._Tokenizer, "__call__", lambda self, chunk: (again.append(chunk[0]), real(self, chunk))
     )
-    monkeypatch.setattr(mix._Cleaner, "__call__", None)  # no source is read again
+    monkeypatch.setattr(spool._Cleaner, "__call__", None)  # no source is read again
     prepare.prepare(load_recipe(None, settings))
     assert again and not {Path(file) for file in again} & set(chunks)
     monkeypatch.undo()

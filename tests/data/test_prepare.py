@@ -123,7 +123,7 @@ def test_show_marks_what_is_trained_on(small_run, capsys):
     assert "<|im_start|>assistant\n    ⟦" in shown and shown.count("<|im_end|>⟧") >= 2
     assert shown.count("⟦") == shown.count("⟧")
     assert main(["prepare", "--show", "0", *settings]) == 2
-    assert "--show 0: a number of rows" in capsys.readouterr().err
+    assert "--show 0: a whole number from 1" in capsys.readouterr().err
 
 
 def test_shown_text_is_coloured_line_by_line_and_drives_no_terminal(tokenizer):

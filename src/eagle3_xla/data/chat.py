@@ -109,9 +109,7 @@ class ChatEncoder:
         text = turns[-1]
         spans = []
         for number, turn in enumerate(turns):
-            start, body = self._place(
-                text, turn, [kind[number] for kind in prompts], messages[answers[number]]["content"]
-            )
+            start, body = self._place(text, turn, [kind[number] for kind in prompts], messages[answers[number]])
             if start is None:  # the template shows this answer otherwise once others follow: it was never written so
                 spans.append(None)
                 continue
@@ -127,7 +125,7 @@ class ChatEncoder:
             spans = [(start - cut_end + cut_start, end - cut_end + cut_start) for start, end in spans]
         return text, spans, shortened
 
-    def _place(self, text: str, turn: str, prompts: list[str], content: str) -> tuple[int | None, str]:
+    def _place(self, text: str, turn: str, prompts: list[str], answer: dict) -> tuple[int | None, str]:
         """Where in `text` the answer starts that `turn` adds to its prompt, and its text with what follows it.
 
         prompts: the forms that the prompt before it may have; turn: the chat up to and including the answer.
@@ -136,7 +134,9 @@ class ChatEncoder:
         if prompt is None:
             return None, ""
         # Some templates strip the last answer alone; the same answer with more after it is then shown as it is.
-        for body in (turn[len(prompt) :], *(content + stop for stop in self.stops)):
+        # With its thoughts left out it would be an answer that the target never gave.
+        stripped = [answer["content"] + stop for stop in self.stops] if "reasoning_content" not in answer else []
+        for body in (turn[len(prompt) :], *stripped):
             for shown in prompts:
                 if text.startswith(shown) and text.startswith(body, len(shown)):
                     return len(shown), body
@@ -179,7 +179,7 @@ class ChatEncoder:
         """Without the exchanges that lie far beyond a row, so that they aren't tokenised for nothing."""
         limit, length = LONGEST_TOKEN * self.data.row_length, 0
         for number, message in enumerate(messages[:-1]):
-            length += len(message["content"])
+            length += len(message["content"]) + len(message.get("reasoning_content", ""))
             if message["role"] == "assistant" and length > limit:
                 return messages[: number + 1], True
         return messages, False
@@ -210,13 +210,11 @@ class ChatEncoder:
         return (start, len(one) - len(block)) if len(one) - len(block) > start else (0, 0)
 
     def _render(self, conversations: list[list[dict]], chat: Chat | None, **options) -> list[str]:
-        from jinja2 import TemplateError
-
         try:
             return self.tokenizer.apply_chat_template(
                 conversations, tools=chat.tools if chat else None, tokenize=False, **options
             )
-        except (TemplateError, TypeError, AttributeError) as error:  # the last two: tool calls of an unexpected form
+        except Exception as error:  # a template is foreign code: it raises as it likes
             raise Unusable("refused_by_template", f"the target's chat template refuses it ({error})") from None
 
 

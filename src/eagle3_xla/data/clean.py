@@ -91,7 +91,9 @@ def clean(row: dict, where: str, source: str, data: DataConfig, repairs: Repairs
     complete = row.get("finish") != "length"
     if not complete and data.truncated_answers == "drop":
         raise Unusable("truncated_answer", 'marked `"finish": "length"`')
-    _refuse_texts([message["content"] for message in messages], data)
+    _refuse_texts(
+        [message[key] for message in messages for key in ("content", "reasoning_content") if key in message], data
+    )
     if any("reasoning_content" in message for message in messages):
         repairs.add(REASONING)
     tools = row.get("tools") if data.tool_turns == "keep" and isinstance(row.get("tools"), list) else None
@@ -152,14 +154,14 @@ def _refuse_texts(texts: list[str], data: DataConfig) -> None:
 def _turns(row: dict):
     """The turns of a row in any of the forms, as they are; None: none of the forms."""
     for name in ("conversations", "messages"):
-        if name in row:
+        if row.get(name) is not None:
             return row[name]
     if "prompt" in row and "completion" in row:
         question, answer = _as_turns(row["prompt"], "user"), _as_turns(row["completion"], "assistant")
         return question + answer if isinstance(question, list) and isinstance(answer, list) else None
     if "instruction" in row and "output" in row:
         return _alpaca_question(row) + _as_turns(row["output"], "assistant")
-    return None
+    return [] if "conversations" in row or "messages" in row else None
 
 
 def _as_turns(value, role: str):

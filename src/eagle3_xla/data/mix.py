@@ -1,82 +1,94 @@
 """Sources -> the recipe's mix: cleaned, without duplicates and evaluation prompts, in their shares.
 
-Cleaned conversations lie in a spool, one JSONL file per source, so that a source may be larger than memory. A spool
-that is complete is read again when an interrupted run goes on.
+Everything of a conversation but its place in a spool stays on disk, so that a million of them fit.
 """
 
-import json
 import random
-from dataclasses import asdict, dataclass
+from array import array
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-from tqdm import tqdm
 
 from eagle3_xla.config import DataConfig, Source, UserError
 from eagle3_xla.data import sources
-from eagle3_xla.data.clean import Repairs, Unusable, clean, clean_questions
 from eagle3_xla.data.filters import Filters
-from eagle3_xla.data.parallel import batched, ordered_map
-
-CHUNK = 500  # rows a worker gets at a time
-
-
-@dataclass
-class Spooled:
-    """One source's cleaned conversations: offsets [n] of their lines in `path`; report: its part of the manifest."""
-
-    path: Path
-    offsets: np.ndarray
-    report: dict
+from eagle3_xla.data.spool import Chats, Spool, spool
+from eagle3_xla.data.workfiles import read_work_file, write_work_file
 
 
 @dataclass
 class Mix:
-    """Conversations in the order in which they are used, as (spool file, offset); sources: reports by spool file."""
+    """The conversations of each split; sources: reports by spool file; evaluations: what was found of each file."""
 
-    train: list[tuple[str, int]]
-    heldout: list[tuple[str, int]]
+    train: Chats
+    heldout: Chats
     sources: dict[str, dict]
+    evaluations: list[dict]
     warnings: list[str]
 
 
 def mix(data: DataConfig, work: Path, questions: bool = False) -> Mix:
-    """The training and held-out conversations of the recipe; `work` holds the spools.
+    """The training and held-out conversations of the recipe; `work` holds the spools and what was chosen.
 
     questions: the answers will be replaced, so they may be missing or unusable (clean.py).
     """
     if not data.train:
         raise UserError("setting data.train is empty; name at least one source of chats")
-    filters = Filters(data)
-    result = Mix([], [], {}, [])
+    given = [(f"heldout-{n}", source) for n, source in enumerate(map(sources.resolve, data.heldout))]
+    given += [(f"train-{n}", source) for n, source in enumerate(map(sources.resolve, data.train))]
+    if stored := read_work_file(work / "mix"):  # of spools that were whole; those that no longer are, are written again
+        spools = [spool(source, data, work / name, questions) for name, source in given]
+        return _restored(spools, *stored)
+    chosen = _choose(data, given, work, questions)
+    meta = {"reports": list(chosen.sources.values()), "evaluations": chosen.evaluations, "warnings": chosen.warnings}
+    meta |= {"train": len(chosen.train)}
+    columns = [
+        getattr(chats, name).tobytes() for name in ("spool", "offset") for chats in (chosen.train, chosen.heldout)
+    ]
+    write_work_file(work / "mix", meta, b"".join(columns))
+    return chosen
 
-    def choose(
-        source: Source, folder: str, order_seed: list[int], want: int | None, heldout: bool = False
-    ) -> list[tuple[str, int]]:
-        spool = _spool(source, data, work / folder, questions)
-        offsets = spool.offsets
+
+def _restored(spools: list[Spool], meta: dict, data: memoryview) -> Mix:
+    paths = [str(each.path) for each in spools]
+    spool_column, offsets = np.frombuffer(data, np.int64).reshape(2, -1)
+    split = meta["train"]
+    train, heldout = (Chats(paths, spool_column[part], offsets[part]) for part in (slice(split), slice(split, None)))
+    return Mix(train, heldout, dict(zip(paths, meta["reports"])), meta["evaluations"], meta["warnings"])
+
+
+def _choose(data: DataConfig, given: list[tuple[str, Source]], work: Path, questions: bool) -> Mix:
+    filters = Filters(data, work)
+    reports, warnings, paths = {}, [], [str(work / name / "chats.jsonl") for name, _ in given]
+    columns = {split: (array("q"), array("q")) for split in ("train", "heldout")}
+    wanted = [source.cap or None for source in data.heldout] + _wanted(data)
+    for number, ((name, source), want) in enumerate(zip(given, wanted, strict=True)):
+        split, place = name.split("-")
+        spooled = spool(source, data, work / name, questions)
+        offsets = spooled.offsets
         if want is not None and want < len(offsets):
-            offsets = np.random.default_rng(order_seed).permutation(offsets)
-        report = spool.report
-        chosen = list(filters.pick(str(spool.path), report["dropped"], offsets, want, heldout))
-        result.sources[str(spool.path)] = report | {"kept": len(chosen)}
-        return [(str(spool.path), offset) for offset in chosen]
-
-    for number, source in enumerate(map(sources.resolve, data.heldout)):
-        result.heldout += choose(source, f"heldout-{number}", [data.seed, 0, number], source.cap or None, heldout=True)
-    for number, (source, want) in enumerate(zip(map(sources.resolve, data.train), _wanted(data))):
-        chosen = choose(source, f"train-{number}", [data.seed, 1, number], want)
-        if source.share and len(chosen) < (want or 0):
-            name = sources.label(source)
-            result.warnings.append(f"{name} has {len(chosen)} usable conversations of the {want} of its share")
+            offsets = np.random.default_rng([data.seed, int(split == "train"), int(place)]).permutation(offsets)
+        picked = filters.pick(paths[number], spooled.report["dropped"], offsets, want, split == "heldout")
+        chosen = array("q", picked)
+        reports[paths[number]] = spooled.report | {"kept": len(chosen)}
         held = set()
-        if not data.heldout and data.heldout_share:
+        if split == "train" and not data.heldout and data.heldout_share:
             count = min(max(1, round(data.heldout_share * len(chosen))), len(chosen) - 1)
-            held = set(random.Random(f"{data.seed} {number}").sample(range(len(chosen)), max(count, 0)))
-        result.heldout += [chat for i, chat in enumerate(chosen) if i in held]
-        result.train += [chat for i, chat in enumerate(chosen) if i not in held]
-    random.Random(data.seed).shuffle(result.train)
-    return result
+            held = set(random.Random(f"{data.seed} {place}").sample(range(len(chosen)), max(count, 0)))
+        for i, offset in enumerate(chosen):
+            spool_column, offset_column = columns["heldout" if i in held else split]
+            spool_column.append(number)
+            offset_column.append(offset)
+        if split == "train" and source.share and len(chosen) < (want or 0):
+            label = sources.label(source)
+            warnings.append(f"{label} has {len(chosen)} usable conversations of the {want} of its share")
+    filters.close()
+    train, heldout = (
+        Chats(paths, *(np.asarray(column, np.int64) for column in columns[split])) for split in ("train", "heldout")
+    )
+    train = train.at(np.random.default_rng([data.seed, 2]).permutation(len(train)))
+    return Mix(train, heldout, reports, filters.evaluations.counts(filters.found), warnings)
 
 
 def _wanted(data: DataConfig) -> list[int | None]:
@@ -88,56 +100,3 @@ def _wanted(data: DataConfig) -> list[int | None]:
         limits += [source.cap] if source.cap else []
         wanted.append(min(limits) if limits else None)
     return wanted
-
-
-def _spool(source: Source, data: DataConfig, folder: Path, questions: bool) -> Spooled:
-    """The source read, cleaned and written to `folder`, or what an earlier run wrote there whole."""
-    path, index = folder / "chats.jsonl", folder / "index.npz"
-    if index.exists():
-        stored = np.load(index)
-        return Spooled(path, stored["offsets"], json.loads(str(stored["report"])))
-    folder.mkdir(parents=True, exist_ok=True)
-    name = sources.label(source)
-    read, dropped, repaired, offsets = 0, {}, {}, []
-    chunks = batched(sources.rows(source, data.seed), CHUNK)
-    with path.open("wb") as file, tqdm(desc=f"read {name}", unit="chat", delay=2) as bar:
-        for chats, reasons, repairs in ordered_map(_Cleaner, (source, name, data, questions), chunks, data.workers):
-            for line in chats:
-                offsets.append(file.tell())
-                file.write(line)
-            for reason, where, message in reasons:
-                entry = dropped.setdefault(reason, {"rows": 0, "first": f"{where}: {message}"})
-                entry["rows"] += 1
-            for kind, count in repairs.items():
-                repaired[kind] = repaired.get(kind, 0) + count
-            read += len(chats) + len(reasons)
-            bar.update(len(chats) + len(reasons))
-    if not offsets:
-        why = "; ".join(f"{reason} {entry['rows']} (first: {entry['first']})" for reason, entry in dropped.items())
-        raise UserError(f"{source.path}: none of its {read} conversations can be used: {why}")
-    report = {"name": name, "path": source.path, "read": read, "dropped": dropped, "repaired": repaired}
-    partial = folder / "partial.npz"
-    np.savez(partial, offsets=np.asarray(offsets, np.int64), report=json.dumps(report))
-    partial.replace(index)  # last: without it the spool is written anew
-    return Spooled(path, np.asarray(offsets, np.int64), report)
-
-
-class _Cleaner:
-    """In a worker: rows -> lines of the spool, dropped rows, repairs."""
-
-    def __init__(self, source: Source, name: str, data: DataConfig, questions: bool):
-        self.source, self.name, self.data = source, name, data
-        self.clean = clean_questions if questions else clean
-
-    def __call__(self, rows: list[tuple[str, dict]]) -> tuple[list[bytes], list[tuple], dict]:
-        lines, reasons, repairs = [], [], Repairs()
-        for where, row in rows:
-            own = row.get("source")
-            source = self.source.name or (own if isinstance(own, str) and own else self.name)
-            try:
-                chat = self.clean(row, where, source, self.data, repairs)
-            except Unusable as reason:
-                reasons.append((reason.reason, where, str(reason)))
-                continue
-            lines.append(json.dumps(asdict(chat), ensure_ascii=False).encode() + b"\n")
-        return lines, reasons, repairs.counts

@@ -5,21 +5,30 @@ import bisect
 import numpy as np
 
 PADDING = 0  # document id of padding; documents of a row count from 1
+MOST_DOCUMENTS = 32_767  # of a row: their ids are int16
 
 
 def pack(lengths: list[int], row_length: int) -> list[list[int]]:
     """Best-fit decreasing: indices of the conversations of each row. Every length must be at most `row_length`."""
     rows: list[list[int]] = []
-    space: list[tuple[int, int]] = []  # (free tokens, row), sorted
-    for index in sorted(range(len(lengths)), key=lambda i: (-lengths[i], i)):
-        at = bisect.bisect_left(space, (lengths[index], -1))
-        if at == len(space):
+    spaces: list[int] = []  # numbers of free tokens that some row has, sorted: at most row_length of them
+    with_space: dict[int, list[int]] = {}  # rows by their free tokens
+    for index in np.argsort(-np.asarray(lengths, np.int64), kind="stable").tolist():
+        at = bisect.bisect_left(spaces, lengths[index])
+        if at == len(spaces):
             rows.append([])
             free, row = row_length, len(rows) - 1
         else:
-            free, row = space.pop(at)
+            free = spaces[at]
+            row = with_space[free].pop()
+            if not with_space[free]:
+                del with_space[free], spaces[at]
         rows[row].append(index)
-        bisect.insort(space, (free - lengths[index], row))
+        left = free - lengths[index]
+        if left and len(rows[row]) < MOST_DOCUMENTS:
+            if left not in with_space:
+                bisect.insort(spaces, left)
+            with_space.setdefault(left, []).append(row)
     return rows
 
 

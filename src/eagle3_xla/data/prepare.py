@@ -1,7 +1,7 @@
 """`prepare`: sources of chats -> packed rows of token ids, a manifest and the draft vocabulary, in one folder.
 
 train/ heldout/     Arrow datasets of rows (packing.row_arrays); heldout rows hold one source each, named by the column
-                    `source` (int8, index into the manifest's `heldout_sources`)
+                    `source` (int32, index into the manifest's `heldout_sources`)
 draft_ids.json      target ids of the draft vocabulary, ascending
 manifest.json       what was read, kept and dropped and why, token counts, coverage, and two fingerprints:
                     `key` of the rows and the draft vocabulary, `inputs` of everything that shaped them
@@ -14,99 +14,158 @@ import shutil
 from dataclasses import asdict
 from pathlib import Path
 
-import numpy as np
 import torch
 
+from eagle3_xla.checks import listing, number, parse_json
 from eagle3_xla.config import DataConfig, Recipe, Source, UserError
 from eagle3_xla.data import sources
 from eagle3_xla.data.documents import Documents, tokenize
-from eagle3_xla.data.mix import mix
-from eagle3_xla.data.rows import write_rows
-from eagle3_xla.data.tokenizer import load_config, load_tokenizer, stop_token_ids
+from eagle3_xla.data.manifest import MANIFEST, read_manifest
+from eagle3_xla.data.mix import Mix, mix
+from eagle3_xla.data.rows import SPLIT_FILES, write_rows
+from eagle3_xla.data.tokenizer import load_config, load_tokenizer, shows_reasoning, stop_token_ids
 from eagle3_xla.data.vocab import coverage, draft_vocabulary
 from eagle3_xla.outputs import RUN_FILE, claim_output, write_run_file
 
+SPLITS = ("train", "heldout")
 FREE = ("prepared", "workers")  # settings that shape no row
 
 
-def prepare(recipe: Recipe) -> dict:
+def prepare(recipe: Recipe, overwrite: bool = False) -> dict:
     """Write the prepared folder of `recipe.data`, unless it is there and current; return its manifest.
 
-    What an earlier `prepare` wrote stays whole until its successor is.
+    What an earlier `prepare` wrote stays whole until its successor is; overwrite: also in a folder that holds something
+    else, whose files of the same names are replaced.
     """
     data = recipe.data
     vocab_size = load_config(recipe.target.path).vocab_size
     tokenizer = load_tokenizer(recipe.target.path)
     stop_ids = stop_token_ids(recipe.target.path, tokenizer)
-    always = stop_ids | set(tokenizer.all_special_ids)
+    number(max(stop_ids), f"target {recipe.target.path!r}: its end-of-turn token's id", 0, vocab_size - 1)
+    always = stop_ids | {token for token in tokenizer.all_special_ids if token < vocab_size}
     _check(data, vocab_size, len(always))
-    out = claim_output(Path(data.prepared), "prepare")
-    prints = {"train": [], "heldout": []}
-    for split, of in prints.items():
-        of += [sources.fingerprint(sources.resolve(source)) for source in getattr(data, split)]
-    inputs = _inputs_key(data, prints, tokenizer, stop_ids)
-    if (out / "manifest.json").exists():
-        manifest = json.loads((out / "manifest.json").read_text())
-        if manifest.get("inputs") == inputs:
-            return manifest
-    if not (out / RUN_FILE).exists():
+    out = Path(claim_output(data.prepared, "prepare", overwrite=overwrite))
+    _refuse_foreign_files(out, overwrite)
+    prints = {split: [sources.fingerprint(sources.resolve(s)) for s in getattr(data, split)] for split in SPLITS}
+    inputs = _inputs_key(data, prints, tokenizer, stop_ids, vocab_size)
+    if current := _current(out, inputs):
+        return current
+    if overwrite or not (out / RUN_FILE).exists():
         write_run_file(recipe, out, "prepare")
     work = out / ".work" / inputs[:16]
     for stale in (out / ".work").glob("*"):
         if stale != work:
             shutil.rmtree(stale)
+    work.mkdir(parents=True, exist_ok=True)
 
     chosen = mix(data, work)
-    train = tokenize(chosen.train, recipe.target.path, stop_ids, data, work / "train")
-    heldout = tokenize(chosen.heldout, recipe.target.path, stop_ids, data, work / "heldout")
+    if not len(chosen.train):
+        raise UserError(f"no conversation of data.train is left: {_why_dropped(chosen)}")
+    of_target = (recipe.target.path, stop_ids, vocab_size)
+    train = tokenize(chosen.train, *of_target, data, work / "train")
+    heldout = tokenize(chosen.heldout, *of_target, data, work / "heldout")
     for setting, documents in (("train", train), ("heldout", heldout)):
         if not len(documents) and (setting == "train" or data.heldout):
             first = [entry["first"] for reasons in documents.dropped.values() for entry in reasons.values()][:1]
             raise UserError(f"no conversation of data.{setting} has a token to train on (the first: {first[0]})")
 
-    counts = _answer_counts(train, vocab_size)  # over every answer, also those that max_tokens leaves out
-    train = _first_tokens(train, data.max_tokens)
-    draft_ids = draft_vocabulary(counts, data.draft_vocab_size, always)
+    draft_ids = draft_vocabulary(train.counts, data.draft_vocab_size, always)  # before max_tokens leaves answers out
+    train = train.first_tokens(data.max_tokens)
     digest = hashlib.sha256(draft_ids.tobytes())
+    pad_id = min(stop_ids) if tokenizer.pad_token_id not in range(vocab_size) else tokenizer.pad_token_id
     reports = {}
     for split, documents in (("train", train), ("heldout", heldout)):
-        reports[split] = write_rows(work / "rows" / split, documents, data, tokenizer.pad_token_id, split, digest)
+        reports[split] = write_rows(work / "rows" / split, documents, data, pad_id, split, digest)
+        documents.close()
+    reasoning = shows_reasoning(tokenizer)
     manifest = {
         "key": digest.hexdigest(),
         "inputs": inputs,
         "row_length": data.row_length,
         "vocab_size": vocab_size,
         "draft_vocab_size": len(draft_ids),
-        "coverage_train": round(coverage(counts, draft_ids), 5),
-        "coverage_heldout": round(coverage(_answer_counts(heldout, vocab_size), draft_ids), 5),
+        "coverage_train": round(coverage(train.counts, draft_ids), 5),
+        "coverage_heldout": round(coverage(heldout.counts, draft_ids), 5),
         "train": reports["train"],
         "heldout": reports["heldout"],
         "heldout_sources": heldout.sources,
         "sources": _source_reports(chosen.sources, prints, train, heldout),
-        "warnings": chosen.warnings,
+        "evaluations": chosen.evaluations,
+        "warnings": [*chosen.warnings, *_warnings(data, prints, chosen, reasoning)],
     }
-    (out / "manifest.json").unlink(missing_ok=True)
-    for split in ("train", "heldout"):
+    (out / MANIFEST).unlink(missing_ok=True)
+    for split in SPLITS:
         shutil.rmtree(out / split, ignore_errors=True)
         (work / "rows" / split).rename(out / split)
     write_run_file(recipe, out, "prepare")
     (out / "draft_ids.json").write_text(json.dumps(draft_ids.tolist()))
-    (out / "manifest.json").write_text(json.dumps(manifest, indent=1))  # last: without it nothing is reused
+    (out / MANIFEST).write_text(json.dumps(manifest, indent=1))  # last: without it nothing is reused
     shutil.rmtree(out / ".work")
     return manifest
 
 
-def load_prepared(folder: str):
-    """(train rows, held-out rows, draft ids [D] int64, manifest) of a prepared folder."""
+def load_prepared(folder: str, vocab_size: int | None = None):
+    """(train rows, held-out rows, draft ids [D] int64, manifest) of a prepared folder.
+
+    vocab_size: of the target that they are for, None if it is not known. Raises UserError when there is no such folder,
+    it is damaged or was prepared for another target.
+    """
+    path = Path(folder)
+    if not folder or not (path / MANIFEST).exists():
+        raise UserError(f"no prepared data at {folder!r} (setting data.prepared); run `eagle3-xla prepare` first")
+    manifest = read_manifest(path)
+    if vocab_size not in (None, manifest["vocab_size"]):
+        raise UserError(
+            f"{path} was prepared for a target of {manifest['vocab_size']} tokens (manifest.json: vocab_size); this "
+            f"one has {vocab_size}. Prepare the data with this target"
+        )
+    train, heldout = (_load_rows(path, split, manifest) for split in SPLITS)
+    file = path / "draft_ids.json"
+    ids = listing(parse_json(file.read_text(errors="replace") if file.is_file() else "", str(file)), str(file))
+    number(len(ids), f"{file}: its length", *[manifest["draft_vocab_size"]] * 2)
+    least = 0
+    for token in ids:
+        least = number(token, f"{file}: a token id", least, manifest["vocab_size"] - 1, whole=True) + 1
+    return train, heldout, torch.tensor(ids, dtype=torch.int64), manifest
+
+
+def _load_rows(path: Path, split: str, manifest: dict):
     from datasets import load_from_disk
 
-    path = Path(folder)
-    if not folder or not (path / "manifest.json").exists():
-        raise UserError(f"no prepared data at {folder!r} (setting data.prepared); run `eagle3-xla prepare` first")
-    manifest = json.loads((path / "manifest.json").read_text())
-    splits = [load_from_disk(str(path / split)).with_format("numpy") for split in ("train", "heldout")]
-    draft_ids = torch.tensor(json.loads((path / "draft_ids.json").read_text()), dtype=torch.int64)
-    return *splits, draft_ids, manifest
+    again = "it is damaged; remove the folder and prepare it again"
+    try:
+        rows = load_from_disk(str(path / split)).with_format("numpy")
+    except Exception as error:  # Arrow, fsspec and datasets have many of their own
+        raise UserError(f"{path / split} can't be read ({' '.join(str(error).split())[:200]}): {again}") from None
+    wanted = {"input_ids", "loss_mask", "document_ids", "position_ids"} | ({"source"} if split == "heldout" else set())
+    if set(rows.column_names) != wanted or len(rows) != manifest[split]["rows"]:
+        raise UserError(
+            f"{path / split} holds {len(rows)} rows of {rows.column_names}, not what manifest.json says: {again}"
+        )
+    length = getattr(rows.features["input_ids"], "length", -1)
+    if "buckets" not in manifest[split] and len(rows) and length != manifest["row_length"]:
+        raise UserError(f"{path / split} holds rows of {length} tokens, not manifest.json's row_length: {again}")
+    return rows
+
+
+def _current(out: Path, inputs: str) -> dict | None:
+    """The manifest, if the folder is whole and was made of the same."""
+    try:
+        return read_manifest(out) if read_manifest(out)["inputs"] == inputs and load_prepared(str(out)) else None
+    except UserError:
+        return None
+
+
+def _refuse_foreign_files(out: Path, overwrite: bool) -> None:
+    """The folders of rows are replaced as a whole: nothing that somebody put there may go with them."""
+    foreign = [
+        file
+        for split in SPLITS
+        for file in (out / split).rglob("*")
+        if not any(file.match(pattern) for pattern in SPLIT_FILES)
+    ]
+    if foreign and not overwrite:
+        raise UserError(f"{foreign[0]} is not ours and would be removed; move it away, or give --overwrite")
 
 
 def _check(data: DataConfig, vocab_size: int, always: int) -> None:
@@ -121,7 +180,7 @@ def _check(data: DataConfig, vocab_size: int, always: int) -> None:
         )
 
 
-def _inputs_key(data: DataConfig, prints: dict, tokenizer, stop_ids: set[int]) -> str:
+def _inputs_key(data: DataConfig, prints: dict, tokenizer, stop_ids: set[int], vocab_size: int) -> str:
     """Fingerprint of everything that shapes the prepared rows: content of the sources, template, tokenizer, settings,
     and the code of this package."""
     digest = hashlib.sha256()
@@ -131,21 +190,35 @@ def _inputs_key(data: DataConfig, prints: dict, tokenizer, stop_ids: set[int]) -
         digest.update(sources.fingerprint(Source(path=name)).encode())
     settings = {key: value for key, value in asdict(data).items() if key not in FREE}
     special = [tokenizer.pad_token_id, tokenizer.bos_token, sorted(tokenizer.all_special_ids), sorted(stop_ids)]
+    special.append(vocab_size)
     digest.update(json.dumps([settings, prints, tokenizer.chat_template, special], sort_keys=True).encode())
     digest.update(tokenizer.backend_tokenizer.to_str().encode())
     return digest.hexdigest()
 
 
-def _first_tokens(documents: Documents, max_tokens: int) -> Documents:
-    """As many of the first documents as hold `max_tokens` tokens; 0: all."""
-    if not max_tokens:
-        return documents
-    return documents.first(int((documents.starts < max_tokens).sum()))
+def _why_dropped(chosen: Mix) -> str:
+    counts: dict[str, int] = {}
+    for report in chosen.sources.values():
+        for reason, entry in report["dropped"].items():
+            counts[reason] = counts.get(reason, 0) + entry["rows"]
+    reasons = ", ".join(f"{reason} {count}" for reason, count in sorted(counts.items()))
+    return f"{reasons} (duplicates of held-out conversations count too)" if reasons else "heldout_share takes all"
 
 
-def _answer_counts(documents: Documents, vocab_size: int) -> np.ndarray:
-    """How often the assistant wrote each token, [vocab_size]."""
-    return np.bincount(documents.ids[documents.mask], minlength=vocab_size).astype(np.int64)
+def _warnings(data: DataConfig, prints: dict, chosen: Mix, reasoning_shown: bool) -> list[str]:
+    both = set(prints["train"]) & set(prints["heldout"])
+    warnings = [
+        f"{source.path} is both trained on and held out: its held-out figures are of chats that the head has seen"
+        for source, fingerprint in zip(data.heldout, prints["heldout"], strict=True)
+        if fingerprint in both
+    ]
+    for report in chosen.sources.values():
+        if report.get("with_reasoning") and not reasoning_shown:
+            warnings.append(
+                f"{report['name']}: {report['with_reasoning']} conversations have reasoning_content, which the "
+                "target's chat template does not show: they are trained on without it"
+            )
+    return warnings
 
 
 def _source_reports(reports: dict, prints: dict, train: Documents, heldout: Documents) -> list[dict]:

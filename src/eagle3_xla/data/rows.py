@@ -1,6 +1,8 @@
 """Tokenised conversations -> a dataset of rows on disk, the same bytes for the same conversations."""
 
+import json
 import random
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -10,7 +12,7 @@ from eagle3_xla.data.documents import Documents
 from eagle3_xla.data.packing import bucket, pack, row_arrays
 
 ROWS_AT_ONCE = 1000
-MOST_SOURCES = 100  # of held-out rows, told apart
+SPLIT_FILES = ("data-*.arrow", "cache-*.arrow", "dataset_info.json", "state.json")  # that a folder of rows may hold
 
 
 def write_rows(path: Path, documents: Documents, data: DataConfig, pad_id: int, split: str, digest) -> dict:
@@ -31,17 +33,17 @@ def write_rows(path: Path, documents: Documents, data: DataConfig, pad_id: int, 
             some = rows[start : start + ROWS_AT_ONCE]
             arrays = row_arrays([[documents.document(i) for i in row] for row in some], length, pad_id)
             if split == "heldout":
-                arrays["source"] = np.array([documents.source[row[0]] for row in some], np.int8)
+                arrays["source"] = np.array([documents.source[row[0]] for row in some], np.int32)
             for values in arrays.values():
                 digest.update(values.tobytes())
             writer.write(arrays)
     writer.close(digest.hexdigest())
-    tokens = len(documents.ids)
+    tokens = int(documents.lengths.sum())
     report = {
         "chats": len(documents),
         "rows": count,
         "tokens": tokens,
-        "answer_tokens": int(documents.mask.sum()),
+        "answer_tokens": int(documents.answers.sum()),
         "padding": round(1 - tokens / max(slots, 1), 4),
         "cut_at_row_length": int(documents.cut.sum()),
     }
@@ -70,13 +72,16 @@ class _Writer:
     """A `datasets` folder, written batch by batch. length: tokens in every row; None: rows of several lengths."""
 
     def __init__(self, path: Path, columns: dict[str, str], length: int | None, with_source: bool):
-        from datasets import Features, Sequence, Value
+        from datasets import Dataset, Features, Sequence, Value, disable_progress_bars
         from datasets.arrow_writer import ArrowWriter
 
-        self.path, self.file = path, path.with_suffix(".arrow")
-        path.parent.mkdir(parents=True, exist_ok=True)
+        disable_progress_bars()
+        shutil.rmtree(path, ignore_errors=True)
         features = {name: Sequence(Value(kind), length or -1) for name, kind in columns.items()}
-        self.features = Features(features | ({"source": Value("int8")} if with_source else {}))
+        self.features = Features(features | ({"source": Value("int32")} if with_source else {}))
+        # `datasets` describes a folder without rows; the file of rows is added to it.
+        Dataset.from_dict({name: [] for name in self.features}, self.features).save_to_disk(str(path))
+        self.state, self.file = path / "state.json", path / "data-00000-of-00001.arrow"
         self.writer = ArrowWriter(features=self.features, path=str(self.file))
 
     def write(self, arrays: dict[str, np.ndarray]) -> None:
@@ -96,13 +101,8 @@ class _Writer:
         self.writer.write_table(pa.table([column(arrays[f.name], f.type) for f in schema], schema=schema))
 
     def close(self, fingerprint: str) -> None:
-        from datasets import Dataset, DatasetInfo, disable_progress_bars
-        from datasets.table import MemoryMappedTable
-
         self.writer.finalize()
         self.writer.stream.close() if self.writer.stream else None
-        disable_progress_bars()
-        table = MemoryMappedTable.from_file(str(self.file))
-        dataset = Dataset(table, info=DatasetInfo(features=self.features), fingerprint=fingerprint[:16])
-        dataset.save_to_disk(str(self.path))
-        self.file.unlink()
+        files = [{"filename": self.file.name}]
+        state = json.loads(self.state.read_text()) | {"_data_files": files, "_fingerprint": fingerprint[:16]}
+        self.state.write_text(json.dumps(state, indent=2, sort_keys=True))

@@ -73,16 +73,45 @@ def load_tokenizer(path: str):
 
 
 def stop_token_ids(path: str, tokenizer) -> set[int]:
-    """Ids that end an answer: generation_config.json's, else the tokenizer's end-of-turn token."""
+    """Ids that end an answer: generation_config.json's, else the tokenizer's end-of-turn token.
+
+    Raises UserError when there is none, or one that the tokenizer doesn't know.
+    """
     from transformers import GenerationConfig
 
     try:
         ids = GenerationConfig.from_pretrained(path).eos_token_id
-    except OSError:  # a folder or repository without that file
-        ids = None
-    if ids is None:
-        ids = tokenizer.eos_token_id
-    return set(ids) if isinstance(ids, list) else {ids}
+    except OSError as error:
+        if "not a valid JSON" in str(error):
+            raise UserError(f"target {path!r}: {first_line(error)}") from None
+        ids = None  # a folder or repository without that file
+    except UNREADABLE as error:
+        raise UserError(f"target {path!r}: generation_config.json can't be read: {first_line(error)}") from None
+    where, ids = (
+        ("tokenizer_config.json: eos_token", tokenizer.eos_token_id)
+        if ids is None
+        else (
+            "generation_config.json: eos_token_id",
+            ids,
+        )
+    )
+    if ids is None or ids == []:
+        raise UserError(
+            f"target {path!r} names no token that ends an answer, neither eos_token_id in generation_config.json nor "
+            "eos_token in tokenizer_config.json"
+        )
+    known = len(tokenizer) if hasattr(tokenizer, "__len__") else 1 << 24
+    ids = ids if isinstance(ids, list) else [ids]
+    return {number(token, f"target {path!r}: {where}", 0, known - 1, whole=True) for token in ids}
+
+
+def shows_reasoning(tokenizer) -> bool:
+    """Whether the chat template shows an answer's `reasoning_content`."""
+    chat = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b", "reasoning_content": "sphinx"}]
+    try:
+        return "sphinx" in tokenizer.apply_chat_template(chat, tokenize=False)
+    except Exception:  # a template is foreign code; whether it takes real chats is found out with them
+        return False
 
 
 def first_line(error: Exception) -> str:

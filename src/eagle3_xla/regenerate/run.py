@@ -24,8 +24,8 @@ from eagle3_xla.checks import read_json
 from eagle3_xla.config import DataConfig, Recipe, RunError, Source, UserError
 from eagle3_xla.data import sources
 from eagle3_xla.data.clean import Unusable
-from eagle3_xla.data.filters import read_chat
 from eagle3_xla.data.mix import mix
+from eagle3_xla.data.spool import read_chat
 from eagle3_xla.outputs import claim_output, write_run_file
 from eagle3_xla.regenerate.conversation import Sampling, rewrite
 from eagle3_xla.regenerate.journal import Journal
@@ -85,7 +85,7 @@ async def _regenerate(data: DataConfig, out: Path, options: Options, journal: Jo
         if not (out / "regenerate.json").exists():  # not before it is known that there is something to ask
             _write_json(out / "regenerate.json", settings)
         if options.chats:  # in the order of the files; a mix stays shuffled, so that `limit` takes some of each source
-            chats.sort(key=lambda chat: (len(chat[0]), *chat))
+            chats = chats.in_order_of_sources()
         chats = chats[: options.limit or None]
         started, before, left = time.perf_counter(), journal.tokens, {}
         with tqdm(total=len(chats), initial=len(journal.done), desc="regenerate", unit="chat") as bar:

@@ -88,9 +88,9 @@ class Run:
 def set_up(recipe: Recipe, stopping: list[str]) -> Run:
     """Raises UserError for a recipe, data or output folder that doesn't fit, Stopped once `stopping` has an entry."""
     settings, out = recipe.train, Path(recipe.train.out)
-    load_target_config(recipe.target.path)  # a target that is not supported, before anything else
+    config = load_target_config(recipe.target.path)  # a target that is not supported, before anything else
     backend = make_backend(recipe.xla)  # first: XLA devices must exist before autograd runs anywhere
-    data = _read_data(recipe, backend)
+    data = _read_data(recipe, backend, config.vocab_size)
 
     # The frozen target, and the run that is already there, which goes on if it is the same.
     claim_output(out, "train")
@@ -139,9 +139,9 @@ def set_up(recipe: Recipe, stopping: list[str]) -> Run:
     return Run(recipe, backend, data, target_config, head, optimizer, step, d2t, t2d, data_key, saved)
 
 
-def _read_data(recipe: Recipe, backend) -> Data:
+def _read_data(recipe: Recipe, backend, vocab_size: int) -> Data:
     settings = recipe.train
-    train_rows, heldout_rows, draft_ids, manifest = load_prepared(recipe.data.prepared)
+    train_rows, heldout_rows, draft_ids, manifest = load_prepared(recipe.data.prepared, vocab_size)
     batches, loader = training_batches(recipe, train_rows, manifest, backend)
     rows_per_step = settings.batch_size * backend.data_parallel
     total_steps = settings.epochs * batches.steps_per_epoch
