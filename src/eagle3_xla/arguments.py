@@ -133,6 +133,7 @@ def parser() -> Parser:
 
     verb = verbs.add_parser("bench", parents=[server], help="acceptance length and speed of a running server")
     verb.add_argument("--baseline", default="", metavar="URL", help="the same server without the head: gives speed-up")
+    verb.add_argument("--draft", default="", metavar="DIR", help="the head (default: the one that the server names)")
     verb.add_argument("--target", default="", help="whose chat template (default: the one that the server names)")
     verb.add_argument(
         "--concurrency", type=numbers, default=[1], help="requests in flight, such as 1,4,16 (default: 1)"
@@ -152,6 +153,10 @@ def parser() -> Parser:
     verb.add_argument("--target", required=True, help="folder or hub id of the model it drafts for")
     verb.add_argument("--repo", required=True, metavar="OWNER/NAME")
     verb.add_argument("--results", action="append", default=[], metavar="FILE", help="of eval --json or bench --json")
+    verb.add_argument("--run", default="", metavar="DIR", help="the run that the head comes from (train.out)")
+    verb.add_argument("--base-model", default="", metavar="OWNER/NAME", help="hub id of a target that is a folder")
+    verb.add_argument("--license", default="", metavar="ID", help="of the head, such as apache-2.0")
+    verb.add_argument("--overwrite", action="store_true", help="replace a README.md that `push` did not write")
     verb.add_argument("--private", action="store_true")
     verb.add_argument("--dry-run", action="store_true", help="write the card, upload nothing")
     return root

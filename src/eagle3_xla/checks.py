@@ -1,5 +1,6 @@
 """What comes from outside, checked before anything relies on it: JSON files, their fields, and text for a terminal."""
 
+import html
 import json
 import math
 import re
@@ -7,6 +8,7 @@ from pathlib import Path
 
 from eagle3_xla.config import UserError
 
+MARKDOWN = re.compile(r"([\\`*_{}\[\]()#+!|~])")
 LONGEST_SHOWN = 60  # characters of a foreign value in a message
 
 
@@ -80,6 +82,11 @@ def shown(value) -> str:
 def printable(words: str) -> str:
     """Nothing that a file or a server wrote may drive the terminal: control characters are shown as escapes."""
     return "".join(c if c.isprintable() or c in "\n\t" else repr(c)[1:-1] for c in words)
+
+
+def escaped(words: str) -> str:
+    """Text of anyone's, harmless in Markdown and HTML, on one line."""
+    return html.escape(MARKDOWN.sub(r"\\\1", printable(" ".join(words.split()))), quote=False)
 
 
 def without_credentials(words: str) -> str:

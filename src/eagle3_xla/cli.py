@@ -192,7 +192,7 @@ def _bench(options, overrides) -> dict:
     from eagle3_xla.serve.client import Request
 
     request = Request(options.max_new_tokens, options.temperature, options.top_p)
-    settings = BenchOptions(options.limit, options.concurrency, options.target, request)
+    settings = BenchOptions(options.limit, options.concurrency, options.target, request, options.draft)
     return bench(options.server, options.prompts, settings, options.baseline)
 
 
@@ -205,9 +205,11 @@ def _gap(options, overrides) -> dict:
 
 
 def _push(options, overrides) -> dict:
-    from eagle3_xla.serve.push import push
+    from eagle3_xla.serve.push import PushOptions, push
 
-    return push(Path(options.head), options.target, options.repo, options.results, options.private, options.dry_run)
+    names = "results run base_model license private dry_run overwrite".split()
+    settings = PushOptions(**{name: getattr(options, name) for name in names})
+    return push(Path(options.head), options.target, options.repo, settings)
 
 
 VERBS = {

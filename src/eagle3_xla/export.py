@@ -18,9 +18,10 @@ from safetensors.torch import save_file
 from eagle3_xla import checkpoint as checkpoints
 from eagle3_xla.config import UserError
 from eagle3_xla.draft.saved import ARCHITECTURE, EXPORTED, RECORD, TRAINED
+from eagle3_xla.outputs import claim_output
+from eagle3_xla.storage import PARTIAL
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
-PARTIAL = ".partial"  # the end of a file's name while it is written
 
 
 def export(checkpoint: Path, out: Path, dtype: str = "bfloat16") -> dict:
@@ -39,13 +40,13 @@ def export(checkpoint: Path, out: Path, dtype: str = "bfloat16") -> dict:
         why = "the newest, no tau is known" if saved.tau is None else f"the best, held-out tau {saved.tau:.3f}"
     else:
         saved, why = checkpoints.load(checkpoint), "as named"
-    claim_head_folder(out)
+    claim_output(out, "export", ours=_holds_our_head)
     config = serving_config(saved.draft_config, len(saved.d2t), dtype)
     tensors = {name: value.to(DTYPES[dtype]).contiguous() for name, value in saved.head.items()}
     record = {key: config[key] for key in TRAINED} | {"aux_layers": "default"}
     metadata = {"format": "pt", RECORD: json.dumps(record)}
     for name in (EXPORTED, "config.json"):  # whole before it takes the earlier one's place
-        partial = out / f"{name}{PARTIAL}"
+        partial = out / f"{PARTIAL}{Path(name).stem}"  # engines load every *.safetensors
         try:
             if name == EXPORTED:
                 save_file({**tensors, "d2t": saved.d2t, "t2d": saved.t2d}, partial, metadata=metadata)
@@ -58,21 +59,12 @@ def export(checkpoint: Path, out: Path, dtype: str = "bfloat16") -> dict:
     return {"out": str(out), "micro_step": saved.micro_step, "tau": saved.tau, "chosen": chosen, "dtype": dtype}
 
 
-def claim_head_folder(out: Path) -> None:
-    """Make the folder. Raises UserError unless it is new, empty, or holds a head that `export` wrote."""
-    if out.exists() and not out.is_dir():
-        raise UserError(f"{out} is a file; a folder for the head is expected")
-    if out.is_dir() and any(not file.name.endswith(PARTIAL) for file in out.iterdir()):
-        try:
-            with safe_open(out / EXPORTED, framework="pt") as file:
-                ours = RECORD in (file.metadata() or {})
-        except (OSError, SafetensorError):
-            ours = False
-        if not ours:
-            raise UserError(
-                f"{out} is not empty and holds no head that `export` wrote, so it is not ours; choose another folder"
-            )
-    out.mkdir(parents=True, exist_ok=True)
+def _holds_our_head(out: Path) -> bool:
+    try:
+        with safe_open(out / EXPORTED, framework="pt") as file:
+            return RECORD in (file.metadata() or {})
+    except (OSError, SafetensorError):
+        return False
 
 
 def serving_config(draft: dict, draft_vocab_size: int, dtype: str) -> dict:

@@ -12,7 +12,7 @@ import pytest
 from engines.conftest import PROMPTS
 from engines.servers import serve
 
-from eagle3_xla.config import UserError
+from eagle3_xla.config import RunError, UserError
 from eagle3_xla.data.tokenizer import load_tokenizer
 from eagle3_xla.evaluate.run import EvalOptions, prompt_ids
 from eagle3_xla.serve.bench import run_prompts
@@ -46,7 +46,7 @@ def test_served_is_what_eval_shows(engine, trained, cli, tmp_path):
         ids = prompt_ids(load_tokenizer(str(target)), PROMPTS, FEW, 10**6)
         connected = connect(server.url)
         threading.Timer(3, os.killpg, (server.process.pid, signal.SIGKILL)).start()
-        with pytest.raises(ConnectionError, match=rf"after \d+ of 40 answers: the server at {server.url} died"):
+        with pytest.raises(RunError, match=rf"after \d+ of 40 answers: the server at {server.url} died"):
             run_prompts(connected, ids * 10, Request(32), 1)
         with pytest.raises(UserError, match=f"no server answers at {server.url}"):
             connect(server.url)

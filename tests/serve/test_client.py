@@ -2,13 +2,17 @@
 
 import json
 import threading
+import time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
 
-from eagle3_xla.config import UserError
-from eagle3_xla.serve.bench import BenchOptions, bench, screen
-from eagle3_xla.serve.client import VLLM, Drafts, Request, connect
+from eagle3_xla import cli
+from eagle3_xla.config import RunError, UserError
+from eagle3_xla.evaluate.fingerprint import measured
+from eagle3_xla.serve.bench import BenchOptions, _against, _drafts, bench, run_prompts, screen
+from eagle3_xla.serve.client import VLLM, Answer, Request, connect
+from eagle3_xla.serve.replies import Drafts
 
 INFO = {"model_path": "", "version": "0.5.21", "speculative_algorithm": "EAGLE3", "speculative_draft_model_path": "d"}
 INFO |= {"speculative_num_steps": 2, "speculative_eagle_topk": 1, "speculative_num_draft_tokens": 3}
@@ -31,17 +35,22 @@ def serving():
     def start(answers):
         class Handler(BaseHTTPRequestHandler):
             def do_GET(self):
-                status, body = answers.get(self.path, (404, "{}"))
+                answer = answers.get(self.path, (404, "{}"))
+                status, body = answer() if callable(answer) else answer
+                body = body.encode(errors="surrogateescape")
+                if self.path in slow:
+                    time.sleep(1)
                 self.send_response(status)
                 self.send_header("Content-Length", str(len(body) + (20 if self.path in cut else 0)))
                 self.end_headers()
-                self.wfile.write(body.encode())
+                self.wfile.write(body)
 
             do_POST = do_GET
 
             def log_message(self, *args):
                 pass
 
+        slow = answers.pop("slow", ())  # answers that take a second
         cut = answers.pop("cut", ())  # answers that end early: the connection closes before their announced length
         server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
         threading.Thread(target=server.serve_forever, daemon=True).start()
@@ -81,14 +90,118 @@ def test_answers_and_failures_of_a_stream(serving):
     def failing(status, body, **more):
         return connect(serving({"/server_info": (200, json.dumps(INFO)), "/generate": (status, body), **more}))
 
-    with pytest.raises(ConnectionError, match="answered 500: out of memory"):
+    with pytest.raises(RunError, match="answered 500: out of memory"):
         failing(500, "out of\nmemory").generate([1], Request(8))
-    with pytest.raises(ConnectionError, match="died or hangs"):
+    with pytest.raises(RunError, match="died or hangs"):
         failing(200, chunk([5]), cut=("/generate",)).generate([1], Request(8))
-    with pytest.raises(ConnectionError, match="without a token"):
+    with pytest.raises(RunError, match="without a token"):
         failing(200, "").generate([1], Request(8))
     with pytest.raises(UserError, match="SGLang 0.5.21 at .* does not count accepted drafts"):
         failing(200, chunk([5, 6])).generate([1], Request(8))
+
+
+def sent(*lines):
+    return "".join(f"{line}\n\n" for line in lines)
+
+
+@pytest.mark.parametrize(
+    "body, part",
+    [
+        (sent("data: {not json"), "/generate: .* is not JSON"),
+        (sent("data: [1]"), r"/generate: an event is \[1\]; a mapping"),
+        (sent("<html>"), "/generate sends '<html>'; a line of server-sent events"),
+        (sent('data: {"output_ids": [5]}'), "meta_info is null; a mapping"),
+        (sent('data: {"meta_info": {"completion_tokens": 1}}'), "output_ids is null; a list"),
+        (sent('data: {"output_ids": ["5"], "meta_info": {}}'), "output_ids is '5'; a whole number"),
+        (sent('data: {"output_ids": [5], "meta_info": {}}'), "meta_info.completion_tokens is null"),
+        (sent('data: {"error": {"message": "\\u001b[2J"}}'), r'/generate failed: \{"message": "\\u001b\[2J"\}'),
+        ("data: \udcff\n", "sends what is not UTF-8"),
+        (chunk([5, 6], spec_verify_ct=1, spec_num_correct_drafts="1"), "spec_num_correct_drafts is '1'"),
+        (chunk([5, 6], spec_num_correct_drafts=1, spec_correct_drafts_histogram=7), "histogram is 7; a list"),
+    ],
+)
+def test_a_stream_that_is_none(body, part, serving):
+    server = connect(serving({"/server_info": (200, json.dumps(INFO)), "/generate": (200, body)}))
+    with pytest.raises((UserError, RunError), match=part):
+        server.generate([1, 2], Request(8))
+
+
+def test_a_stream_with_all_that_the_format_allows(serving):
+    text = json.dumps(
+        {"text": "a\u2028b", "output_ids": [5], "meta_info": {"completion_tokens": 1}}, ensure_ascii=False
+    )
+    body = f": ping\r\n\r\nevent: message\r\nid: 1\r\ndata:{text}\r\n\r\ndata: [DONE]\r\n\r\nafter the end"
+    server = connect(serving({"/server_info": (200, json.dumps(INFO)), "/generate": (200, body)}))
+    assert server.generate([1], Request(8)).tokens == [5]
+
+
+VLLM_MODEL = {"data": [{"id": "m", "root": "/models/m", "owned_by": "vllm"}]}
+
+
+@pytest.mark.parametrize(
+    "pages, part",
+    [
+        ({"/server_info": "null"}, "neither an SGLang nor a vLLM"),
+        ({"/server_info": "7"}, "neither an SGLang nor a vLLM"),
+        ({"/server_info": json.dumps(INFO | {"model_path": None})}, "server_info: model_path is null; a text"),
+        (
+            {"/server_info": json.dumps(INFO | {"speculative_num_draft_tokens": None})},
+            "speculative_num_draft_tokens is null; a whole number from 2",
+        ),
+        ({"/version": '{"version": "1"}', "/v1/models": "null"}, "neither an SGLang nor a vLLM"),
+        ({"/version": '{"version": "1"}', "/v1/models": '{"data": null}'}, "neither an SGLang nor a vLLM"),
+        ({"/version": '{"version": 1}', "/v1/models": json.dumps(VLLM_MODEL)}, "version is 1; a text"),
+    ],
+)
+def test_a_server_of_odd_answers(pages, part, serving):
+    with pytest.raises(UserError, match=part):
+        connect(serving({path: (200, body) for path, body in pages.items()}))
+
+
+def test_a_url_with_a_password(serving):
+    url = serving({"/server_info": (200, json.dumps(INFO))})
+    assert connect(url.replace("//", "//user:secret@")).url == url
+    for bad in ("http://user:secret@127.0.0.1:9", "http://user:secret@[::1"):
+        with pytest.raises(UserError) as error:
+            connect(bad)
+        assert "secret" not in str(error.value)
+
+
+def test_a_server_that_queues_is_not_dead(serving, monkeypatch):
+    """More requests than a client's usual pool holds; and one that waits too long, while the server lives."""
+    full = chunk([5, 6], spec_verify_ct=1, spec_num_correct_drafts=1, spec_correct_drafts_histogram=[0, 1])
+    pages = {"/server_info": (200, json.dumps(INFO)), "/generate": (200, full), "/flush_cache": (200, "{}")}
+    answers, drafts, _ = run_prompts(connect(serving(pages)), [[1]] * 150, Request(8), 150)
+    assert len(answers) == 150 and drafts.calls == 150
+    monkeypatch.setattr("eagle3_xla.serve.client.ANSWER_SECONDS", 0.3)
+    slow = connect(serving(pages | {"/health": (200, ""), "slow": ("/generate",)}))
+    with pytest.raises(RunError, match="lives, and gave no token within 0.3 s: .* lower --concurrency"):
+        slow.generate([1], Request(8))
+
+
+def test_a_vllm_that_others_use(serving, monkeypatch):
+    counts = iter(range(7, 10**6))
+    pages = {"/version": (200, '{"version": "0.32.0"}'), "/v1/models": (200, json.dumps(VLLM_MODEL))}
+    monkeypatch.setattr("eagle3_xla.serve.client.SETTLE_SECONDS", 0.001)
+    busy = connect(serving(pages | {"/metrics": lambda: (200, METRICS.replace(" 7.0", f" {next(counts)}.0"))}))
+    with pytest.raises(RunError, match="never rest: others use it"):
+        busy.counters()
+    answers = [Answer([1, 2], 0.1, 1.0)]
+    before, after, less = Drafts(10, 4, [3, 1]), Drafts(40, 4, [3, 1]), Drafts(2, 1, [1, 0])
+    with pytest.raises(RunError, match="30 target calls for 2 tokens: it serves others too"):
+        _drafts(busy, answers, before, after)
+    with pytest.raises(RunError, match="counters .* fell while it was measured"):
+        _drafts(busy, answers, before, less)
+    with pytest.raises(RunError, match="changed while it was measured"):
+        _drafts(busy, answers, before, None)
+    with pytest.raises(UserError, match="drafts is 'many'; a count"):
+        connect(serving(pages | {"/metrics": (200, METRICS.replace(" 7.0", " many"))}))
+
+
+def test_answers_of_no_tokens(serving):
+    pages = {"/server_info": (200, json.dumps(INFO)), "/generate": (200, chunk([])), "/flush_cache": (200, "{}")}
+    with pytest.raises(RunError, match="answers without a single token"):
+        run_prompts(connect(serving(pages)), [[1]], Request(8), 1)
 
 
 def test_counters_of_vllm(serving):
@@ -100,18 +213,22 @@ def test_counters_of_vllm(serving):
     assert connect(serving(pages | {"/metrics": (200, "vllm:prompt_tokens_total 4\n")})).steps is None
 
 
-def test_bench_on_the_command_line(serving, cli, small_target, chat_file):
-    info = json.dumps(INFO | {"model_path": str(small_target)})
+def test_bench_on_the_command_line(serving, exported_head, small_target, chat_file, capsys):
+    info = json.dumps(INFO | {"model_path": str(small_target), "speculative_draft_model_path": str(exported_head)})
     full = chunk([5, 6, 7], spec_verify_ct=1, spec_num_correct_drafts=1, spec_correct_drafts_histogram=[0, 1])
     url = serving({"/server_info": (200, info), "/generate": (200, full)})
-    done = cli("bench", "--server", url, "--prompts", chat_file, "--limit", "3", "--concurrency", "1,2")
-    assert done.returncode == 0, done.stderr
-    assert "sglang 0.5.21" in done.stdout and "3 prompts, greedy" in done.stdout and "2.000" in done.stdout
+    arguments = ["bench", "--server", url, "--prompts", str(chat_file), "--limit", "3"]
+    assert cli.main([*arguments, "--concurrency", "1,2"]) == 0
+    said = capsys.readouterr().out
+    assert "sglang 0.5.21" in said and "3 prompts, greedy" in said and "2.000" in said and "push" not in said
+    assert cli.main([*arguments, "--json"]) == 0
+    about = json.loads(capsys.readouterr().out)["measured"]
+    mine = measured("eval", str(exported_head), str(small_target), str(chat_file))
+    assert about == mine | {"verb": "bench"} and None not in about.values()
 
     dying = serving({"/server_info": (200, info), "/generate": (200, chunk([5])), "cut": ("/generate",)})
-    done = cli("bench", "--server", dying, "--prompts", chat_file)
-    assert done.returncode == 1 and "Traceback" not in done.stderr
-    assert f"the server at {dying} died or hangs" in done.stderr.splitlines()[-1]
+    assert cli.main(["bench", "--server", dying, "--prompts", str(chat_file)]) == 1
+    assert f"the server at {dying} died or hangs" in capsys.readouterr().err.splitlines()[-1]
 
     with pytest.raises(UserError, match="drafts too; start it without"):
         bench(url, str(chat_file), BenchOptions(limit=1), url)
@@ -121,8 +238,24 @@ def test_bench_on_the_command_line(serving, cli, small_target, chat_file):
 
 
 def test_screen_says_when_answers_differ():
-    row = {"concurrency": 1, "acceptance_length": 1.5, "acceptance": [0.5], "tokens_per_second": 10.0, "speedup": 1.25}
-    row |= {"time_to_first_token": 0.1, "identical": False}
+    row = {"concurrency": 1, "acceptance_length": 1.5, "acceptance": [0.5], "tokens_per_second": 10.0, "speedup": None}
+    row |= {"time_to_first_token": 0.1} | against([[1, 2], [3]], [[1, 2], [4]])
     result = {"engine": "vllm", "version": "0.32.0", "server": "u", "steps": 1, "topk": 1, "draft_tokens": 1}
     result |= {"prompts": 2, "max_new_tokens": 8, "temperature": 0, "concurrency": [row]}
-    assert "1.25x" in screen(result) and "NOT those of the baseline" in screen(result)
+    result |= {"measured": {"head": None, "target": "t"}}
+    assert row["identical"] is False and row["speedup"] is None
+    assert "1 of 2 greedy answers are NOT those of the baseline server (tokens/s 1.25x" in screen(result)
+    assert "`push` takes none of them; give --draft DIR" in screen(result)
+
+
+def against(answers, plain, **request):
+    answers, plain = ([Answer(tokens, 0.1, 1.0) for tokens in side] for side in (answers, plain))
+    return _against(answers, 10.0, plain, sum(len(a.tokens) for a in plain) / 8.0, Request(**request))
+
+
+def test_a_speed_up_only_of_the_same_answers():
+    assert against([[1, 2], [3]], [[1, 2], [3]]) | {"speedup": 1.25, "identical": True} == against(
+        [[1], [2]], [[1], [2]]
+    )
+    assert against([[1], [2]], [[1], [3]], temperature=0.7)["speedup"] == 1.25  # sampled answers may differ
+    assert against([[1], []], [[1], [3]])["no_speedup"].startswith("1 answers have no token (tokens/s 1.25x")

@@ -9,10 +9,14 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 import pytest
 from huggingface_hub import ModelCard
 
+from eagle3_xla.evaluate.fingerprint import measured
+
 EVAL = {"tau": 2.345, "acceptance": [0.7, 0.5], "tokens_per_second": 30.0, "baseline_tokens_per_second": 20.0}
-EVAL |= {"prompts": 80, "draft_tokens": 5, "topk": 1, "temperature": 0.0}
+EVAL |= {"prompts": 80, "draft_tokens": 5, "topk": 1, "temperature": 0.0, "max_new_tokens": 128}
+EVAL |= {"acc_all_positions": [0.5, 0.4]}
 BENCH = {"engine": "sglang", "version": "0.5.21", "acceptance_length": 2.3, "acceptance": [0.7, 0.4], "speedup": 1.9}
 BENCH |= {"tokens_per_second": 99.0, "prompts": 80, "draft_tokens": 8, "topk": 4, "temperature": 0.7}
+BENCH |= {"max_new_tokens": 128}
 
 
 class Hub(BaseHTTPRequestHandler):
@@ -62,11 +66,12 @@ def hub():
 
 
 @pytest.fixture
-def pushed(exported_head, tmp_path):
+def pushed(exported_head, small_target, chat_file, tmp_path):
     """(a copy of the head, files of results)."""
     shutil.copytree(exported_head, tmp_path / "head")
-    for name, content in (("eval.json", EVAL), ("bench.json", BENCH)):
-        (tmp_path / name).write_text(json.dumps(content))
+    for name, content in (("eval", EVAL), ("bench", BENCH)):
+        about = measured(name, str(tmp_path / "head"), str(small_target), str(chat_file))
+        (tmp_path / f"{name}.json").write_text(json.dumps(content | {"measured": about}))
     return tmp_path / "head", tmp_path / "eval.json", tmp_path / "bench.json"
 
 
@@ -87,8 +92,11 @@ def test_the_head_and_its_card_arrive(pushed, hub, small_target, cli):
     assert Hub.received["model.safetensors"] == (head / "model.safetensors").read_bytes()
     card = ModelCard(Hub.received["README.md"].decode())
     assert [result.metric_value for result in card.data.eval_results] == [2.345, 2.3]
-    assert "| own decoding, 80 prompts, greedy, chain of 5 drafts | 2.35 | 70.0% 50.0% | 30.0 | 1.50x |" in card.text
-    assert "sglang 0.5.21, 80 prompts, temperature 0.7, tree of 8 drafts | 2.30" in card.text
+    assert (
+        "| own decoding, 80 prompts of chats.jsonl, greedy, chain of 5 drafts | 2.35 | 70.0% 50.0% | 30.0 | 1.50x |"
+        in card.text
+    )
+    assert "sglang 0.5.21, 80 prompts of chats.jsonl, temperature 0.7, tree of 8 drafts | 2.30" in card.text
 
     Hub.refuses = True
     refused = cli(*arguments, *results, environment=environment)
@@ -104,7 +112,7 @@ def test_what_is_not_uploaded(pushed, small_target, cli):
 
     (head.parent / "half.json").write_text('{"tau": 1.5}')
     half = cli(*arguments, "--results", head.parent / "half.json")
-    assert half.returncode == 2 and "half.json: it lacks 'topk'" in half.stderr
+    assert half.returncode == 2 and "half.json: measured is missing" in half.stderr
 
     config = json.loads((head / "config.json").read_text())
     (head / "config.json").write_text(json.dumps(config | {"max_position_embeddings": 16}))

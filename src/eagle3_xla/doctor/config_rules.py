@@ -6,8 +6,17 @@ target else. Without a record a doubt about the training is a warning, and no fi
 
 from eagle3_xla.config import UserError
 from eagle3_xla.doctor.files import Finding, Target
-from eagle3_xla.draft.saved import ARCHITECTURE, FLAGS, LAYER_IDS, SavedHead, layer_ids
+from eagle3_xla.draft.saved import ARCHITECTURE, FLAGS, LAYER_IDS, UNKNOWN, SavedHead, layer_ids
 from eagle3_xla.target.families import MIN_LAYERS, aux_layers
+
+RULED = (
+    *FLAGS,
+    "attention_bias",
+    "mlp_bias",
+    "bias",
+    "tie_word_embeddings",
+    "num_hidden_layers",
+)  # have their own rule
 
 
 def architecture(head: SavedHead, target: Target) -> Finding:
@@ -224,6 +233,16 @@ def tied(head: SavedHead, target: Target) -> Finding:
     return Finding("tie_word_embeddings", "fail", message, {"tie_word_embeddings": False})
 
 
+def other_fields(head: SavedHead, target: Target) -> Finding:
+    """Fields that no other rule knows, and that change what a head computes."""
+    others = {name: UNKNOWN[name] for name in UNKNOWN if name not in RULED}
+    found = [name for name, harmless in others.items() if head.config.get(name) not in harmless]
+    if not found or (found == ["sliding_window"] and head.config.get("use_sliding_window") is False):
+        return Finding("other_fields", "pass", "none that changes what the head computes")
+    message = f"{', '.join(found)} set: some engines compute by it, others don't, and `eval` and `gap` here refuse it"
+    return Finding("other_fields", "warn", message)
+
+
 def dtype(head: SavedHead, target: Target) -> Finding:
     given = head.config.get("torch_dtype") or head.config.get("dtype")
     kinds = {str(value.dtype).removeprefix("torch.") for value in head.tensors.values() if value.is_floating_point()}
@@ -285,5 +304,6 @@ RULES = (
     fc_norm,
     biases,
     tied,
+    other_fields,
     dtype,
 )

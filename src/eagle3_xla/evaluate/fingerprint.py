@@ -24,19 +24,20 @@ def measured(verb: str, head: str | None, target: str, prompts: str) -> dict:
         "verb": verb,
         "version": __version__,
         "date": time.strftime("%Y-%m-%d", time.gmtime()),
-        "head": head_fingerprint(Path(head)) if head else None,
+        "head": head_fingerprint(head) if head else None,
         "target": target_fingerprint(target),
         "prompts": {"name": file.name, "sha256": hashlib.sha256(file.read_bytes()).hexdigest()},
     }
 
 
-def head_fingerprint(folder: Path) -> str | None:
-    """Of config.json and all weights; None where there is no head that can be read."""
+def head_fingerprint(path: str) -> str | None:
+    """Of config.json and all weights; None where there is no head that can be read. path: a folder or a hub id."""
+    folder = _folder(path)
     try:
-        head = read_head(folder)
+        head = folder and read_head(folder)
     except UserError:
         return None
-    if head.problem:
+    if not head or head.problem:
         return None
     digest = _of_config(head.config, ())
     for name, value in sorted(head.tensors.items()):

@@ -7,26 +7,34 @@ from dataclasses import dataclass, field
 
 from tqdm import tqdm
 
-from eagle3_xla.config import UserError
+from eagle3_xla.checks import number
+from eagle3_xla.config import RunError, UserError
 from eagle3_xla.data.tokenizer import load_tokenizer
+from eagle3_xla.evaluate.fingerprint import measured
 from eagle3_xla.evaluate.run import EvalOptions, prompt_ids
-from eagle3_xla.serve.client import Answer, Drafts, Request, Server, connect
+from eagle3_xla.serve.client import Answer, Request, Server, connect
+from eagle3_xla.serve.replies import Drafts
 
 
 @dataclass
 class BenchOptions:
     """limit: first prompts of the file, 0 for all; concurrency: requests in flight, one measurement each; target:
-    folder or hub id of the tokenizer and chat template, by default the one the server names.
+    folder or hub id of the tokenizer and chat template, draft: folder of the head, by default the ones that the server
+    names.
     """
 
     limit: int = 0
     concurrency: list[int] = field(default_factory=lambda: [1])
     target: str = ""
     request: Request = field(default_factory=Request)
+    draft: str = ""
 
     def __post_init__(self):
-        if not self.concurrency or min(self.concurrency) < 1:
+        number(self.limit, "--limit", 0, whole=True)
+        if not self.concurrency:
             raise UserError("--concurrency takes numbers of requests in flight, such as 1,4,16")
+        for in_flight in self.concurrency:
+            number(in_flight, "--concurrency", 1, whole=True)
 
 
 def bench(url: str, prompts: str, options: BenchOptions, baseline_url: str = "") -> dict:
@@ -42,11 +50,7 @@ def bench(url: str, prompts: str, options: BenchOptions, baseline_url: str = "")
         row = _row(concurrency, answers, drafts, seconds)
         if baseline:
             plain, _, plain_seconds = run_prompts(baseline, ids, options.request, concurrency)
-            row["baseline_tokens_per_second"] = _tokens(plain) / plain_seconds
-            row["baseline_time_to_first_token"] = statistics.median(answer.first for answer in plain)
-            row["speedup"] = row["tokens_per_second"] / row["baseline_tokens_per_second"]
-            if not options.request.temperature:
-                row["identical"] = [answer.tokens for answer in answers] == [answer.tokens for answer in plain]
+            row |= _against(answers, row["tokens_per_second"], plain, plain_seconds, options.request)
         rows.append(row)
     result = {
         "engine": server.engine,
@@ -60,6 +64,7 @@ def bench(url: str, prompts: str, options: BenchOptions, baseline_url: str = "")
         "temperature": options.request.temperature,
         **{key: value for key, value in rows[0].items() if key != "concurrency"},
         "concurrency": rows,
+        "measured": measured("bench", options.draft or server.head, options.target or server.model, prompts),
     }
     return result | {"screen": screen(result)}
 
@@ -77,7 +82,7 @@ def server_prompts(server: Server, prompts: str, target: str, limit: int, reques
 
 
 def run_prompts(server: Server, ids: list[list[int]], request: Request, concurrency: int):
-    """(answers in the order of the prompts, Drafts or None, seconds). Raises ConnectionError when the server fails."""
+    """(answers in the order of the prompts, Drafts or None, seconds). Raises RunError when the server fails."""
     server.generate(ids[0], Request(max_new_tokens=4), salt="warm-up")  # what starts late starts before the clock
     server.forget()
     before, answers = server.counters(), []
@@ -89,19 +94,35 @@ def run_prompts(server: Server, ids: list[list[int]], request: Request, concurre
             for answer in pool.map(lambda prompt: server.generate(prompt, request, salt), ids):
                 answers.append(answer)
                 bar.update()
-        except ConnectionError as error:
+        except (RunError, UserError) as error:
             pool.shutdown(cancel_futures=True)
             bar.close()
-            raise ConnectionError(f"after {len(answers)} of {len(ids)} answers: {error}") from None
+            raise type(error)(f"after {len(answers)} of {len(ids)} answers: {error}") from None
     seconds = time.perf_counter() - started
     bar.close()
-    return answers, _drafts(answers, before, server.counters()), seconds
+    if not _tokens(answers):
+        raise RunError(f"the server at {server.url} answers without a single token; its log says why")
+    return answers, _drafts(server, answers, before, server.counters()), seconds
 
 
-def _drafts(answers: list[Answer], before: Drafts | None, after: Drafts | None) -> Drafts | None:
+def _drafts(server: Server, answers: list[Answer], before: Drafts | None, after: Drafts | None) -> Drafts | None:
+    if (before is None) != (after is None) or (before and len(before.reached) != len(after.reached)):
+        raise RunError(
+            f"the counters of the server at {server.url} changed while it was measured; was it started anew?"
+        )
     if after is not None:
         reached = [b - a for a, b in zip(before.reached, after.reached)]
-        return Drafts(after.calls - before.calls, after.accepted - before.accepted, reached)
+        drafts = Drafts(after.calls - before.calls, after.accepted - before.accepted, reached)
+        if min(drafts.calls, drafts.accepted, *reached) < 0:
+            raise RunError(
+                f"the counters of the server at {server.url} fell while it was measured: it was started anew"
+            )
+        if drafts.calls > sum(len(answer.tokens) + 2 for answer in answers):  # a call gives a token at least
+            raise RunError(
+                f"the server at {server.url} made {drafts.calls} target calls for {_tokens(answers)} tokens: it serves "
+                "others too, whose drafts would count as those of these prompts"
+            )
+        return drafts
     parts = [answer.drafts for answer in answers if answer.drafts is not None]
     if not parts:
         return None
@@ -124,8 +145,30 @@ def _row(concurrency: int, answers: list[Answer], drafts: Drafts | None, seconds
         "time_to_first_token": statistics.median(answer.first for answer in answers),
         "speedup": None,
         "tokens": _tokens(answers),
+        "empty_answers": sum(not answer.tokens for answer in answers),
         "seconds": seconds,
     }
+
+
+def _against(answers: list[Answer], speed: float, plain: list[Answer], plain_seconds: float, request: Request) -> dict:
+    """The baseline's figures; a speed-up only where both gave the same answers, or sampled ones."""
+    differing = sum(answer.tokens != other.tokens for answer, other in zip(answers, plain, strict=True))
+    empty = sum(not answer.tokens for answer in [*answers, *plain])
+    row = {
+        "baseline_tokens_per_second": _tokens(plain) / plain_seconds,
+        "baseline_time_to_first_token": statistics.median(answer.first for answer in plain),
+    }
+    ratio = speed / row["baseline_tokens_per_second"]
+    if not request.temperature:
+        row |= {"identical": not differing, "differing": differing}
+    if empty:
+        row["no_speedup"] = f"{empty} answers have no token (tokens/s {ratio:.2f}x the baseline's)"
+    elif differing and not request.temperature:
+        row["no_speedup"] = (
+            f"{differing} of {len(answers)} greedy answers are NOT those of the baseline server (tokens/s {ratio:.2f}x "
+            "the baseline's): other weights, another dtype, or rounding that turned a near tie"
+        )
+    return row | {"speedup": None if "no_speedup" in row else ratio}
 
 
 def _tokens(answers: list[Answer]) -> int:
@@ -152,6 +195,13 @@ def screen(result: dict) -> str:
             f"{row['concurrency']:9}  {length:>17}  {row['tokens_per_second']:8.1f}  "
             f"{row['time_to_first_token']:9.3f} s  {speedup:>8}  {depth}"
         )
-    if any(row.get("identical") is False for row in result["concurrency"]):
-        lines.append("the greedy answers are NOT those of the baseline server")
+    for row in result["concurrency"]:
+        if row.get("no_speedup"):
+            lines.append(f"no speed-up at {row['concurrency']} in flight: {row['no_speedup']}")
+        elif row.get("empty_answers"):
+            lines.append(f"{row['empty_answers']} answers at {row['concurrency']} in flight have no token")
+    missing = [name for name in ("head", "target") if result["measured"][name] is None]
+    if result["steps"] and missing:
+        options = " and ".join({"head": "--draft DIR", "target": "--target DIR"}[name] for name in missing)
+        lines.append(f"these figures don't say whose they are, so `push` takes none of them; give {options}")
     return "\n".join(lines)

@@ -1,34 +1,20 @@
 """A running SGLang or vLLM server through its public API: what it serves, one answer, how its drafts fared."""
 
-import json
 import re
 import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import httpx
 
-from eagle3_xla.config import UserError
+from eagle3_xla.checks import number, parse_json, text, without_credentials
+from eagle3_xla.config import RunError, UserError
+from eagle3_xla.serve import replies
+from eagle3_xla.serve.replies import Drafts
 
-ANSWER_SECONDS = 600
-
-
-@dataclass
-class Drafts:
-    """How drafts fared. calls: target calls that checked drafts; accepted: drafts accepted in them; reached[k]: calls
-    that accepted the draft at depth k (empty where the engine doesn't say).
-    """
-
-    calls: int = 0
-    accepted: int = 0
-    reached: list[int] = field(default_factory=list)
-
-    @property
-    def acceptance_length(self) -> float | None:
-        return 1 + self.accepted / self.calls if self.calls else None
-
-    @property
-    def acceptance(self) -> list[float]:
-        return [reached / self.calls for reached in self.reached] if self.calls else []
+ANSWER_SECONDS = 600  # without a token: a busy server lets requests wait
+INFO_SECONDS = 30
+WAITS = (0.1, 0.3, 1.0, 3.0, 10.0, None)  # seconds before a request that was not taken is sent again
+SETTLE_READS, SETTLE_SECONDS = 25, 0.2
 
 
 @dataclass
@@ -50,32 +36,46 @@ class Request:
     top_p: float = 1.0
     seed: int = 0
 
+    def __post_init__(self):
+        number(self.max_new_tokens, "--max-new-tokens", 1, whole=True)
+        number(self.temperature, "--temperature", 0)
+        number(self.top_p, "--top-p", 0, 1, above=True)
+
 
 def connect(url: str) -> "Server":
     """The server at `url`, of whichever engine. Raises UserError when nothing answers there or it is neither."""
     url = url.rstrip("/")
+    shown_url = without_credentials(url)
     if not re.match(r"https?://[^/]+", url):
-        raise UserError(f"--server {url!r} is not a URL; one looks like http://127.0.0.1:30000")
-    http = httpx.Client(base_url=url, timeout=httpx.Timeout(ANSWER_SECONDS, connect=10), trust_env=False)
+        raise UserError(f"--server {shown_url!r} is not a URL; one looks like http://127.0.0.1:30000")
     try:
+        http = httpx.Client(
+            base_url=url,
+            timeout=INFO_SECONDS,
+            limits=httpx.Limits(max_connections=None, max_keepalive_connections=None),
+            trust_env=False,
+        )
         for path in ("/server_info", "/get_server_info"):  # releases before 0.5.10 know the second only
-            answer = http.get(path)
-            if answer.status_code == 200 and "model_path" in answer.json():
-                return SGLang(url, http, answer.json())
-        version, models = http.get("/version"), http.get("/v1/models")
-        if version.status_code == models.status_code == 200 and models.json()["data"][0]["owned_by"] == "vllm":
-            return VLLM(url, http, version.json()["version"], models.json()["data"][0])
+            info = _json(http.get(path))
+            if isinstance(info, dict) and "model_path" in info:
+                return SGLang(shown_url, http, replies.sglang_info(info, f"{shown_url}{path}"))
+        version, models = _json(http.get("/version")), _json(http.get("/v1/models"))
+        model = replies.vllm_model(models, f"{shown_url}/v1/models")
+        if model and isinstance(version, dict):
+            return VLLM(shown_url, http, text(version.get("version"), f"{shown_url}/version: version"), model)
     except httpx.HTTPError as error:
-        raise UserError(f"no server answers at {url} ({_reason(error)}); start it, or check host and port") from None
-    except (ValueError, KeyError, IndexError):
-        pass
-    raise UserError(f"what answers at {url} is neither an SGLang nor a vLLM server")
+        raise UserError(
+            f"no server answers at {shown_url} ({_reason(error)}); start it, or check host and port"
+        ) from None
+    except (httpx.InvalidURL, UnicodeError) as error:
+        raise UserError(f"--server {shown_url!r} is not a URL ({_reason(error)})") from None
+    raise UserError(f"what answers at {shown_url} is neither an SGLang nor a vLLM server")
 
 
 class Server:
     """engine, version; model: path or id of the target; dtype: what it computes in, None where the engine doesn't say;
     head: path of the draft model, None without one or unknown; steps, topk, draft_tokens: the shape of its drafts
-    (draft_tokens without the root), None without a head.
+    (draft_tokens without the root), None without a head. url: without user and password.
     """
 
     engine = version = model = name = ""
@@ -85,32 +85,42 @@ class Server:
         self.url, self.http = url, http
 
     def generate(self, prompt: list[int], request: Request, salt: str = "") -> Answer:
-        """Answer one prompt of token ids. Raises ConnectionError when the server fails or is gone."""
+        """Answer one prompt of token ids.
+
+        Raises RunError when the server fails or is gone, UserError when what it sends is no answer.
+        """
         path, body = self.question(prompt, request, salt)
-        started, first, chunks = time.perf_counter(), None, []
-        try:
-            with self.http.stream("POST", path, json=body | {"stream": True}) as response:
-                if response.status_code != 200:
-                    raise ConnectionError(f"{self.url}{path} answered {response.status_code}: {_message(response)}")
-                for line in response.iter_lines():
-                    if line.startswith("data: ") and line != "data: [DONE]":
-                        chunks.append(json.loads(line[6:]))
-                        if "error" in chunks[-1]:
-                            raise ConnectionError(f"{self.url}{path} failed: {chunks[-1]['error']}")
-                        first = first or time.perf_counter() - started
-        except httpx.HTTPError as error:
-            raise ConnectionError(
-                f"the server at {self.url} died or hangs ({_reason(error)}); its log says why"
-            ) from None
+        where = f"{self.url}{path}"
+        started, chunks, first = time.perf_counter(), [], 0.0
+        for wait in WAITS:
+            try:
+                for chunk in self._stream(path, body | {"stream": True}, where):
+                    first = first or time.perf_counter() - started
+                    chunks.append(chunk)
+                break
+            except (httpx.NetworkError, httpx.RemoteProtocolError) as error:  # a full queue of connections resets some
+                if chunks or wait is None or not self._lives():
+                    raise self._gone(error, began=bool(chunks)) from None
+                time.sleep(wait)
+            except httpx.HTTPError as error:
+                raise self._gone(error, began=bool(chunks)) from None
         if not chunks:
-            raise ConnectionError(f"{self.url}{path} ended its answer without a token")
-        return self.answer(chunks, first, time.perf_counter() - started)
+            raise RunError(f"{where} ended its answer without a token")
+        return self.answer(chunks, first, time.perf_counter() - started, where)
+
+    def _stream(self, path: str, body: dict, where: str):
+        with self.http.stream("POST", path, json=body, timeout=ANSWER_SECONDS) as response:
+            if response.status_code != 200:
+                raise RunError(f"{where} answered {response.status_code}: {_message(response)}")
+            yield from replies.events(replies.lines_of(response.iter_bytes(), where), where)
 
     def chat_tokens(self, messages: list[dict]) -> int | None:
         """How many tokens its own chat template makes of a prompt; None when it has none."""
+        path = "/v1/chat/completions"
         body = {"model": self.name, "messages": messages, "max_tokens": 1, "temperature": 0}
-        answer = self.fetch("POST", "/v1/chat/completions", json=body)
-        return answer.json()["usage"]["prompt_tokens"] if answer.status_code == 200 else None
+        answer = self.fetch("POST", path, json=body, timeout=ANSWER_SECONDS)
+        where = f"{self.url}{path}"
+        return replies.prompt_tokens(parse_json(answer.text, where), where) if answer.status_code == 200 else None
 
     def fetch(self, method: str, path: str, **more) -> httpx.Response:
         try:
@@ -118,8 +128,21 @@ class Server:
         except httpx.HTTPError as error:
             raise self._gone(error) from None
 
-    def _gone(self, error: Exception) -> ConnectionError:
-        return ConnectionError(f"the server at {self.url} died or hangs ({_reason(error)}); its log says why")
+    def _gone(self, error: httpx.HTTPError, began: bool = False) -> RunError:
+        """began: an answer broke off."""
+        if began or not self._lives():
+            return RunError(f"the server at {self.url} died or hangs ({_reason(error)}); its log says why")
+        late = isinstance(error, httpx.TimeoutException)
+        what = f"gave no token within {ANSWER_SECONDS:g} s" if late else f"closes connections ({_reason(error)})"
+        return RunError(
+            f"the server at {self.url} lives, and {what}: it has more requests than it can serve; lower --concurrency"
+        )
+
+    def _lives(self) -> bool:
+        try:
+            return self.http.get("/health", timeout=INFO_SECONDS).status_code < 500
+        except httpx.HTTPError:
+            return False
 
     def counters(self) -> Drafts | None:
         """Drafts since the server's start, all requests together; None where each answer has its own."""
@@ -132,15 +155,10 @@ class Server:
 class SGLang(Server):
     engine = "sglang"
 
-    def __init__(self, url: str, http: httpx.Client, info: dict):
+    def __init__(self, url: str, http: httpx.Client, info: replies.SGLangInfo):
         super().__init__(url, http)
-        self.version, self.model = info.get("version", "unknown"), info["model_path"]
-        self.name = info.get("served_model_name") or self.model
-        self.dtype = info.get("dtype") if info.get("dtype") != "auto" else None
-        if info.get("speculative_algorithm"):
-            self.head = info["speculative_draft_model_path"]
-            self.steps, self.topk = info["speculative_num_steps"], info["speculative_eagle_topk"]
-            self.draft_tokens = info["speculative_num_draft_tokens"] - 1
+        for name, value in vars(info).items():
+            setattr(self, name, value)
 
     def question(self, prompt: list[int], request: Request, salt: str) -> tuple[str, dict]:
         sampling = {"temperature": request.temperature, "top_p": request.top_p}
@@ -149,11 +167,8 @@ class SGLang(Server):
             "sampling_params": {"max_new_tokens": request.max_new_tokens} | sampling,
         }
 
-    def answer(self, chunks: list[dict], first: float, seconds: float) -> Answer:
-        meta = chunks[-1]["meta_info"]
-        tokens = chunks[-1]["output_ids"]
-        if len(tokens) < meta["completion_tokens"]:  # `--incremental-streaming-output`: each chunk has its own
-            tokens = [token for chunk in chunks for token in chunk["output_ids"]]
+    def answer(self, chunks: list[dict], first: float, seconds: float, where: str) -> Answer:
+        tokens, meta = replies.sglang_tokens(chunks, where)
         if not self.head:
             return Answer(tokens, first, seconds)
         if len(tokens) > 1 and "spec_num_correct_drafts" not in meta:
@@ -161,10 +176,7 @@ class SGLang(Server):
                 f"SGLang {self.version} at {self.url} does not count accepted drafts (`spec_num_correct_drafts` in "
                 "meta_info); 0.5.21 is known to"
             )
-        drafts = Drafts(meta.get("spec_verify_ct", 0), meta.get("spec_num_correct_drafts", 0))
-        histogram = meta.get("spec_correct_drafts_histogram", [])  # calls by their number of accepted drafts
-        drafts.reached = [sum(histogram[k + 1 :]) for k in range(self.steps)]
-        return Answer(tokens, first, seconds, drafts)
+        return Answer(tokens, first, seconds, replies.sglang_drafts(meta, self.steps, where))
 
     def forget(self) -> None:
         self.fetch("POST", "/flush_cache")
@@ -172,12 +184,11 @@ class SGLang(Server):
 
 class VLLM(Server):
     engine = "vllm"
-    COUNTER = re.compile(r"^vllm:spec_decode_num_(\w+)_total\{([^}]*)\} (\S+)$", re.M)
 
-    def __init__(self, url: str, http: httpx.Client, version: str, model: dict):
+    def __init__(self, url: str, http: httpx.Client, version: str, model: tuple[str, str]):
         super().__init__(url, http)
-        self.version, self.name, self.model = version, model["id"], model["root"]
-        drafts = self.counters()
+        self.version, (self.name, self.model) = version, model
+        drafts = self._read()
         if drafts is not None:  # its API does not name the draft model
             self.head, self.topk, self.steps = "", 1, len(drafts.reached)
             self.draft_tokens = self.steps
@@ -187,33 +198,35 @@ class VLLM(Server):
         body |= {"temperature": request.temperature, "top_p": request.top_p, "seed": request.seed}
         return "/v1/completions", body | ({"cache_salt": salt} if salt else {})
 
-    def answer(self, chunks: list[dict], first: float, seconds: float) -> Answer:
-        choices = [choice for chunk in chunks for choice in chunk["choices"]]
-        if any("token_ids" not in choice for choice in choices):
+    def answer(self, chunks: list[dict], first: float, seconds: float, where: str) -> Answer:
+        tokens = replies.vllm_tokens(chunks, where)
+        if tokens is None:
             raise UserError(f"vLLM {self.version} at {self.url} does not return token ids; 0.32.0 is known to")
-        return Answer([token for choice in choices for token in choice["token_ids"] or []], first, seconds)
+        return Answer(tokens, first, seconds)
 
     def counters(self) -> Drafts | None:
-        last = None
-        while True:  # counted a moment after the answer has left
-            drafts = self._read(self.fetch("GET", "/metrics").text)
+        last = self._read()
+        for _ in range(SETTLE_READS):  # counted a moment after the answer has left
+            time.sleep(SETTLE_SECONDS)
+            drafts = self._read()
             if drafts == last:
                 return drafts
             last = drafts
-            time.sleep(0.2)
+        raise RunError(
+            f"the counters of the server at {self.url} never rest: others use it, and their drafts would count as "
+            "those of these prompts; measure on a server that serves nobody else"
+        )
 
-    def _read(self, text: str) -> Drafts | None:
-        sums, positions = {}, {}
-        for name, labels, value in self.COUNTER.findall(text):
-            position = re.search(r'position="(\d+)"', labels)
-            if position:
-                k = int(position[1])
-                positions[k] = positions.get(k, 0) + int(float(value))
-            else:
-                sums[name] = sums.get(name, 0) + int(float(value))
-        if "drafts" not in sums:
-            return None
-        return Drafts(sums["drafts"], sums["accepted_tokens"], [positions[k] for k in sorted(positions)])
+    def _read(self) -> Drafts | None:
+        return replies.vllm_drafts(self.fetch("GET", "/metrics").text, f"{self.url}/metrics")
+
+
+def _json(response: httpx.Response):
+    """What a server answered, None where it is no JSON."""
+    try:
+        return parse_json(response.text, "") if response.status_code == 200 else None
+    except UserError:
+        return None
 
 
 def _reason(error: Exception) -> str:
@@ -221,4 +234,4 @@ def _reason(error: Exception) -> str:
 
 
 def _message(response: httpx.Response) -> str:
-    return response.read().decode(errors="replace").strip().replace("\n", " ")[:300]
+    return " ".join(response.read().decode(errors="replace").split())[:300]

@@ -56,7 +56,7 @@ def gap(target_path: str, draft: str, prompts: str, url: str, options: EvalOptio
     ids = prompt_ids(tokenizer, prompts, options, pair.model.config.max_position_embeddings)
     stop_ids = stop_token_ids(target_path, tokenizer)
     answers, drafts, _ = run_prompts(server, ids, Request(options.max_new_tokens), 1)
-    served = drafts.acceptance_length or 1.0
+    served = (drafts and drafts.acceptance_length) or 1.0
     generations = decode_all(pair, ids, stop_ids, options)
     offline = tau(generations)
     difference = served / offline - 1

@@ -1,131 +1,109 @@
-"""`push`: a head to the Hugging Face hub, with a model card whose figures were measured.
+"""`push`: a head to the Hugging Face hub, with a model card whose figures were measured on this very head.
 
-The card's table holds what `eval --json` and `bench --json` wrote; a head that `doctor` finds broken is not uploaded.
+The card's table holds what `eval --json` and `bench --json` wrote; a head that `doctor` finds broken is not uploaded,
+and a README.md that someone wrote or edited is kept.
 """
 
-import json
+import hashlib
+import os
+import re
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from eagle3_xla.config import RunError, UserError
-from eagle3_xla.doctor.run import doctor
-from eagle3_xla.draft.saved import EXPORTED
+from eagle3_xla.doctor.files import read_target
+from eagle3_xla.doctor.run import first_failure
+from eagle3_xla.draft.saved import EXPORTED, read_head
+from eagle3_xla.evaluate.fingerprint import head_fingerprint, target_fingerprint
+from eagle3_xla.evaluate.results import Figures, read_results
+from eagle3_xla.serve.card import card
+from eagle3_xla.serve.run_facts import run_facts
 
 UPLOADED = ["config.json", EXPORTED, "README.md"]
+MARK = "<!-- written by eagle3-xla push, sha256 {} -->\n"
 
 
-def push(head: Path, target: str, repo: str, results: list[str], private: bool = False, dry_run: bool = False) -> dict:
-    """Write the card to `head`/README.md and upload the head to `repo` (OWNER/NAME), unless `dry_run`.
-
-    target: folder or hub id of the model it drafts for; results: files of `eval --json` or `bench --json`.
-    Raises UserError for a head that fails a rule of `doctor`, for results that are none; RunError when the hub refuses.
+@dataclass
+class PushOptions:
+    """results: files of `eval --json` or `bench --json`; run: folder that the head was trained in, "" for none;
+    base_model: hub id of a target that is a folder; overwrite: a README.md that `push` did not write.
     """
-    head = Path(head)
-    failed = [rule["message"] for rule in doctor(head, target)["rules"] if rule["status"] == "fail"]
-    if failed:
-        raise UserError(f"{head} fails a rule of `doctor`, so it is not uploaded: {failed[0]}")
-    if not results:
+
+    results: list[str] = field(default_factory=list)
+    run: str = ""
+    base_model: str = ""
+    license: str = ""
+    private: bool = False
+    dry_run: bool = False
+    overwrite: bool = False
+
+
+def push(folder: Path, target: str, repo: str, options: PushOptions) -> dict:
+    """Write the card to `folder`/README.md and upload the head to `repo` (OWNER/NAME), unless `dry_run`.
+
+    target: folder or hub id of the model it drafts for. `left_out` names what the card lacks for want of a file.
+    Raises UserError for a head that fails a rule of `doctor`, for results that are none or another head's, for a
+    README.md of someone else; RunError when the hub refuses.
+    """
+    folder = Path(folder)
+    base = options.base_model or (target if not Path(target).is_dir() else None)
+    for name, value in (("--repo", repo), ("--base-model", base)):
+        _check_id(name, value)
+    if not re.fullmatch(r"[a-zA-Z0-9.+-]*", options.license):
+        raise UserError(f"--license {options.license!r}: an identifier such as apache-2.0 is expected")
+    if problem := first_failure(folder, target):
+        raise UserError(f"{folder} fails a rule of `doctor`, so it is not uploaded, {problem}")
+    if not options.results:
         raise UserError("no results; give the output of `eval --json` or `bench --json` with --results FILE")
-    figures = [_figures(Path(file)) for file in results]
-    (head / "README.md").write_text(card(json.loads((head / "config.json").read_text()), target, repo, figures))
-    summary = {"repo": repo, "card": str(head / "README.md"), "files": UPLOADED, "url": None}
-    return summary if dry_run else summary | {"url": _upload(head, repo, private)}
+    readme = folder / "README.md"
+    if readme.exists() and not options.overwrite and not _is_ours(readme):
+        raise UserError(f"{readme} was not written by `push`, or was edited since; move it, or give --overwrite")
+    head, of_target = read_head(folder), read_target(target)
+    figures = [_of_this_head(read_results(Path(file)), folder, target) for file in options.results]
+    training, left_out = run_facts(Path(options.run), head) if options.run else ("", ["training (--run DIR)"])
+    left_out += [] if options.license else ["licence of the head (--license ID)"]
+    left_out += [] if base else ["the target's hub id (--base-model OWNER/NAME)"]
+    content = card(head, of_target, base, repo, figures, training, options.license)
+    partial = folder / ".partial-README"
+    partial.write_text(content + MARK.format(hashlib.sha256(content.encode()).hexdigest()))
+    os.replace(partial, readme)
+    summary = {"repo": repo, "card": str(readme), "files": UPLOADED, "left_out": left_out, "url": None}
+    return summary if options.dry_run else summary | {"url": _upload(folder, repo, options.private)}
 
 
-def card(config: dict, target: str, repo: str, figures: list[dict]) -> str:
-    """The model card. config: the head's config.json; figures: `_figures` of each file of results."""
-    from huggingface_hub import EvalResult, ModelCardData
+def _check_id(option: str, value: str | None) -> None:
+    from huggingface_hub.errors import HFValidationError
+    from huggingface_hub.utils import validate_repo_id
 
-    name = target.rstrip("/").rsplit("/", 1)[-1]
-    on_hub = not Path(target).exists()
-    taus = [
-        EvalResult(
-            task_type="text-generation",
-            dataset_type="prompts",
-            dataset_name=row["what"],
-            metric_type="acceptance_length",
-            metric_value=round(row["tau"], 3),
-        )
-        for row in figures
-    ]
-    data = ModelCardData(
-        model_name=repo.rsplit("/", 1)[-1],
-        base_model=target if on_hub else None,
-        library_name="sglang",
-        pipeline_tag="text-generation",
-        tags=["eagle3", "speculative-decoding", "draft-model"],
-        eval_results=taus,
-    )
-    rows = [
-        f"| {row['what']} | {row['tau']:.2f} | {' '.join(f'{share:.1%}' for share in row['acceptance'])} "
-        f"| {row['speed']:.1f} | {row['speedup']} |"
-        for row in figures
-    ]
-    table = "\n".join(rows)
-    return f"""---
-{data.to_yaml()}
----
-
-# EAGLE3 draft head for {name}
-
-A one-layer head that drafts the next tokens of `{target}` for speculative decoding; the output stays the target's own.
-Draft vocabulary: {config["draft_vocab_size"]:,} of {config["vocab_size"]:,} tokens. Longest context:
-{config["max_position_embeddings"]:,} tokens.
-
-## Measured
-
-| how | acceptance length | accepted per draft position | tokens/s | speed-up |
-|---|---|---|---|---|
-{table}
-
-Acceptance length is 1 + the mean number of accepted drafts per target call. Tokens/s are those of the machine that it
-was measured on.
-
-## Serve
-
-```bash
-python -m sglang.launch_server --model-path {target} --speculative-algorithm EAGLE3 \\
-  --speculative-draft-model-path {repo} --speculative-num-steps 5 --speculative-eagle-topk 4 \\
-  --speculative-num-draft-tokens 8
-vllm serve {target} \\
-  --speculative-config '{{"method": "eagle3", "model": "{repo}", "num_speculative_tokens": 5}}'
-```
-
-Trained with eagle3-xla, PyTorch/XLA on TPU.
-"""
-
-
-def _figures(file: Path) -> dict:
-    """A row of the card's table from a file of results."""
     try:
-        result = json.loads(file.read_text())
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise UserError(f"--results {file}: not the output of `eval --json` or `bench --json` ({error})") from None
-    how = "greedy" if not result.get("temperature") else f"temperature {result['temperature']:g}"
-    try:
-        shape = f"chain of {result['draft_tokens']}" if result["topk"] == 1 else f"tree of {result['draft_tokens']}"
-        what = f"{result['prompts']} prompts, {how}, {shape} drafts"
-        if "tau" in result:  # eval
-            speed, baseline = result["tokens_per_second"], result["baseline_tokens_per_second"]
-            return {
-                "what": f"own decoding, {what}",
-                "tau": result["tau"],
-                "acceptance": result["acceptance"],
-                "speed": speed,
-                "speedup": f"{speed / baseline:.2f}x" if baseline else "-",
-            }
-        return {
-            "what": f"{result['engine']} {result['version']}, {what}",
-            "tau": float(result["acceptance_length"]),
-            "acceptance": result["acceptance"],
-            "speed": result["tokens_per_second"],
-            "speedup": f"{result['speedup']:.2f}x" if result["speedup"] else "-",
-        }
-    except (KeyError, TypeError) as error:
-        raise UserError(f"--results {file}: it lacks {error}; `bench` of a server without a head has none") from None
+        if value is not None:
+            validate_repo_id(value)
+    except HFValidationError as error:
+        raise UserError(f"{option} {value}: {str(error).splitlines()[0]}") from None
+
+
+def _is_ours(readme: Path) -> bool:
+    """Whether `push` wrote the file and nobody changed it."""
+    content, _, _ = readme.read_bytes().rpartition(MARK.split("{}")[0].encode())
+    return content + MARK.format(hashlib.sha256(content).hexdigest()).encode() == readme.read_bytes()
+
+
+def _of_this_head(figures: Figures, folder: Path, target: str) -> Figures:
+    """Raises UserError for figures of another head or target."""
+    here = {"head": head_fingerprint(str(folder)), "target": target_fingerprint(target)}
+    for name, path in (("head", folder), ("target", target)):
+        if here[name] is None:
+            raise UserError(f"the weights of {name} {path} are not here, so no figures can be known to be its own")
+        if getattr(figures, name) != here[name]:
+            raise UserError(
+                f"--results {figures.file}: measured on another {name} ({getattr(figures, name)[:12]}; {path} is "
+                f"{here[name][:12]}); measure this one"
+            )
+    return figures
 
 
 def _upload(head: Path, repo: str, private: bool) -> str:
-    from huggingface_hub import HfApi
+    from huggingface_hub import HfApi, get_token
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalTokenNotFoundError
 
     api = HfApi()
@@ -137,6 +115,6 @@ def _upload(head: Path, repo: str, private: bool) -> str:
     except LocalTokenNotFoundError:
         raise RunError("the hub asks who you are: `hf auth login`, or set HF_TOKEN; the card is written") from None
     except (HfHubHTTPError, OSError) as error:
-        reason = " ".join(str(error).split())[:300]
+        reason = " ".join(str(error).split())[:300].replace(get_token() or "\0", "***")
         raise RunError(f"the upload to {repo} failed, start it again to finish: {reason}") from None
     return str(url)

@@ -1,0 +1,151 @@
+"""The model card of a head: every figure in it comes from a file, and names of foreign files can't write into it."""
+
+from pathlib import Path
+
+from eagle3_xla.checks import escaped
+from eagle3_xla.draft.saved import SavedHead, layers_of
+from eagle3_xla.evaluate.results import Figures
+from eagle3_xla.target.families import aux_layers
+
+ALL_POSITIONS = """Others report `acc_k`: how often the head's first choice at TTT step k is the target's, on given
+text and over all positions, the user's turns included. That is no acceptance. For comparison, k = 0, 1, ...:"""
+
+
+def card(
+    head: SavedHead, target, base: str | None, repo: str, results: list[Figures], training: str, licence: str
+) -> str:
+    """target: doctor's Target; base: its hub id, None for a folder that has none; training: what `run_facts` says."""
+    name = base.rsplit("/", 1)[-1] if base else Path(target.name).name
+    served, config, shown = base or "TARGET", head.config, f"`{base}`" if base else f"the target {escaped(name)}"
+    parameters = sum(value.numel() for name, value in head.tensors.items() if name not in ("d2t", "t2d"))
+    layers = list(layers_of(head, target.config.num_hidden_layers) or aux_layers(target.config.num_hidden_layers))
+    rows = "\n".join(
+        f"| {escaped(row.how)} | {row.tau:.2f} | {' '.join(f'{share:.1%}' for share in row.acceptance)} "
+        f"| {row.tokens_per_second:.1f} | {f'{row.speedup:.2f}x' if row.speedup else '-'} |"
+        for row in results
+    )
+    others = [
+        f"- {escaped(row.how)}: {' / '.join(f'{share:.1%}' for share in row.acc_all_positions)}"
+        for row in results
+        if row.acc_all_positions
+    ]
+    all_positions = "\n".join(["", ALL_POSITIONS, "", *others, ""]) if others else ""
+    return f"""---
+{_metadata(base, repo, results, licence)}
+---
+
+# EAGLE3 draft head for {escaped(name)}
+
+A one-layer head that drafts the next tokens of {shown} for speculative decoding; the target checks every draft, and the
+output stays the target's own.
+
+## Measured
+
+| how | acceptance length | accepted per draft position | tokens/s | speed-up |
+|---|---|---|---|---|
+{rows}
+
+Acceptance length is 1 + the mean number of accepted drafts per target call; the share at a draft position is of all
+target calls. Tokens/s and speed-up are those of the machine that they were measured on, against the same without a
+head; "-" where there is none, or where the answers were not the same.
+{all_positions}
+## Serve
+
+SGLang:
+
+```bash
+python -m sglang.launch_server --model-path {served} --speculative-algorithm EAGLE3 \\
+  --speculative-draft-model-path {repo} --speculative-num-steps 5 --speculative-eagle-topk 4 \\
+  --speculative-num-draft-tokens 8
+```
+
+sglang-jax, on a TPU:
+
+```bash
+python -m sgl_jax.launch_server --model-path {served} --speculative-algorithm EAGLE3 \\
+  --speculative-draft-model-path {repo} --speculative-num-steps 3 --speculative-eagle-topk 1 \\
+  --speculative-num-draft-tokens 4 --dtype bfloat16
+```
+
+vLLM:
+
+```bash
+vllm serve {served} \\
+  --speculative-config '{{"method": "eagle3", "model": "{repo}", "num_speculative_tokens": 5}}'
+```
+
+Python, in SGLang:
+
+```python
+import sglang
+
+if __name__ == "__main__":
+    engine = sglang.Engine(
+        model_path="{served}",
+        speculative_algorithm="EAGLE3",
+        speculative_draft_model_path="{repo}",
+        speculative_num_steps=5,
+        speculative_eagle_topk=4,
+        speculative_num_draft_tokens=8,
+    )
+    print(engine.generate("The capital of France is", {{"temperature": 0, "max_new_tokens": 32}})["text"])
+```
+{training}
+## Architecture
+
+| | |
+|---|---|
+| parameters | {parameters:,} |
+| layers | 1, hidden size {config["hidden_size"]:,}, {config["num_attention_heads"]} attention heads |
+| draft vocabulary | {config["draft_vocab_size"]:,} of {config["vocab_size"]:,} tokens; target id = row + d2t[row] |
+| longest context | {config.get("max_position_embeddings", 2048):,} tokens |
+| reads | outputs of the target's layers {layers}, 0-based; indices {[i + 1 for i in layers]} of `hidden_states` |
+
+The embedding is the target's and is not in the file.
+
+## Limitations
+
+The head drafts well on text like what it was trained on: another language, domain or chat template, or a context
+longer than its training rows, is drafted worse and never answered otherwise. Acceptance was measured on the prompts
+named above and on no others.
+
+## Licence
+
+{f"The head: {escaped(licence)}. " if licence else ""}The target and the chats that it was trained on keep their own.
+
+## Citation
+
+```bibtex
+@article{{li2025eagle3,
+  title   = {{EAGLE-3: Scaling up Inference Acceleration of Large Language Models via Training-Time Test}},
+  author  = {{Li, Yuhui and Wei, Fangyun and Zhang, Chao and Zhang, Hongyang}},
+  journal = {{arXiv preprint arXiv:2503.01840}},
+  year    = {{2025}}
+}}
+```
+"""
+
+
+def _metadata(base: str | None, repo: str, results: list[Figures], licence: str) -> str:
+    from huggingface_hub import EvalResult, ModelCardData
+
+    taus = [
+        EvalResult(
+            task_type="text-generation",
+            dataset_type="prompts",
+            dataset_name=row.how,
+            metric_type="acceptance_length",
+            metric_value=round(row.tau, 3),
+        )
+        for row in results
+    ]
+    data = ModelCardData(
+        model_name=repo.rsplit("/", 1)[-1],
+        base_model=base,
+        license=licence or None,
+        library_name="eagle3-xla",
+        pipeline_tag="text-generation",
+        tags=["eagle3", "speculative-decoding", "draft-model"],
+        eval_results=taus,
+    )
+    return data.to_yaml()
