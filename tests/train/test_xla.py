@@ -105,19 +105,6 @@ def test_28_layers_on_16_devices_equal_one(cli, small_run, small_target, tokeniz
     assert len(ours) == 20 and "compile budget: 2 graphs" in done.stderr and ours[-1]["compilations"] == 2
 
 
-def test_xla_resumes_to_the_same_weights(cli, small_run, tmp_path):
-    recipe = load_recipe(None, small_run)
-    prepare(recipe)
-    settings = [f"--{s}" for s in [*small_run, "xla.device=xla", "xla.dp=2", "xla.tp=2", "train.batch_size=1"]]
-    states = {}
-    for name, stops in (("whole", [6]), ("parts", [3, 3])):
-        for stop in stops:
-            done = cli("train", "--max-steps", stop, *settings, f"--train.out={tmp_path / name}")
-            assert done.returncode == 0, done.stderr
-        states[name] = (tmp_path / name / "checkpoints" / "step-00000006" / "state.safetensors").read_bytes()
-    assert states["whole"] == states["parts"]
-
-
 def test_a_mesh_that_does_not_fit_is_refused(cli, small_run):
     prepare(load_recipe(None, small_run))
     settings = [f"--{s}" for s in [*small_run, "xla.device=xla", "xla.dp=2", "xla.tp=2"]]

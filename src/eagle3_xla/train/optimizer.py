@@ -84,6 +84,10 @@ class AdamW:
             self.first[name].mul_(config.beta1).add_(gradient, alpha=1 - config.beta1)
         return norm
 
+    def changing(self) -> list[torch.Tensor]:
+        """The tensors that a step changes besides the parameters."""
+        return [*self.first.values(), *self.second.values(), self.step_count]
+
     def state(self) -> dict[str, torch.Tensor]:
         """Everything that a resumed run needs, by name; the tensors are the live ones."""
         moments = {f"first.{n}": t for n, t in self.first.items()} | {f"second.{n}": t for n, t in self.second.items()}

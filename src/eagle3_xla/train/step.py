@@ -42,15 +42,17 @@ class TrainStep:
         self._parameters = list(head.parameters())
         # One graph a micro-step when each one updates; else the gradients' (added to buffers that exist before the
         # first micro-step) and the small one of the optimizer, so that target and unroll are compiled once.
-        self._evaluate = backend.compile(self._evaluate_eager)
+        state = [*self._parameters, *(optimizer.changing() if optimizer else [])]
+        self._evaluate = backend.compile(self._evaluate_eager, self._parameters)
         if self.accumulation == 1:
-            self._step = backend.compile(self._gradients_and_update_eager)
+            self._step = backend.compile(self._gradients_and_update_eager, state)
             return
         if optimizer is not None:
             for parameter in self._parameters:
                 parameter.grad = backend.like(torch.zeros(parameter.shape), parameter)
-        self._step = backend.compile(self._gradients_eager)
-        self._update = backend.compile(self._update_eager)
+        gradients = [parameter.grad for parameter in self._parameters if parameter.grad is not None]
+        self._step = backend.compile(self._gradients_eager, [*self._parameters, *gradients])
+        self._update = backend.compile(self._update_eager, [*state, *gradients])
 
     def run(self, micro_step: int, batch: dict, call=_directly) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Micro-step number `micro_step` (from 0); every `gradient_accumulation`-th updates the weights.

@@ -48,7 +48,7 @@ class AotBackend(SpmdBackend):
     def _mark(self, tensor: torch.Tensor, sharding) -> None:
         _annotate(tensor, sharding)
 
-    def compile(self, function):
+    def compile(self, function, state=()):
         return function
 
     def settle(self) -> None:

@@ -62,7 +62,7 @@ class PlainBackend:
             return contextlib.nullcontext()
         return torch.autocast(self.device.type, dtype=torch.bfloat16)
 
-    def compile(self, function):
+    def compile(self, function, state=()):
         return function
 
     def compilations(self) -> int:

@@ -6,6 +6,7 @@ import os
 import platform
 import re
 import resource
+from collections.abc import Iterable
 
 import numpy as np
 import torch
@@ -18,6 +19,7 @@ import torch_xla.runtime as runtime
 from eagle3_xla.config import UserError, XlaConfig
 from eagle3_xla.target.attention import GROUPED_EINSUM
 from eagle3_xla.target.experts import PARTED, RoutedExperts, route_experts
+from eagle3_xla.xla.dispatch import compiled
 from eagle3_xla.xla.loops import scanned
 
 # The head, by parameter name: column-parallel ones over their output rows, row-parallel ones over their inputs.
@@ -235,9 +237,11 @@ class SpmdBackend:
         xla_model.wait_device_ops()
         session.export(session.stop(), folder)
 
-    def compile(self, function):
-        """`function` as one graph; torch_xla raises when it would need a second one."""
-        return torch_xla.compile(function, full_graph=True, name=function.__name__)
+    def compile(self, function, state: Iterable[torch.Tensor] = ()):
+        """`function` as one graph; torch_xla raises when it would need a second one. state: the tensors that may differ
+        between two calls besides its arguments (xla/dispatch.py).
+        """
+        return compiled(function, list(state))
 
     def compilations(self) -> int:
         """How often XLA has compiled a graph in this process."""
