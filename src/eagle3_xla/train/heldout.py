@@ -28,6 +28,7 @@ class HeldOut:
                 part = same[start : start + batch]
                 filled = np.concatenate([part, np.repeat(part[-1:], batch - len(part))])
                 self.batches.append((sources[number], filled, np.arange(batch) < len(part)))
+        self._placed: list[dict] = []  # the same batches on the devices, from the first evaluation on
 
     @property
     def lengths(self) -> list[int]:
@@ -45,10 +46,12 @@ class HeldOut:
 
     def measure(self, loader: Loader, evaluate) -> dict:
         """evaluate(batch) -> metrics vector. Returns `tau`, `acceptance` per position, and `sources`: name -> tau."""
+        if not self._placed:
+            self._placed = [loader.load(indices, counts)[0] for _, indices, counts in self.batches]
+        vectors = [evaluate(batch) for batch in self._placed]  # all of them, before the first is waited for
         sums: dict[str, list] = {}
-        for source, indices, counts in self.batches:
-            batch, _ = loader.load(indices, counts)
-            sums.setdefault(source, []).append(unpack_metrics(evaluate(batch))[2])
+        for (source, _, _), vector in zip(self.batches, vectors):
+            sums.setdefault(source, []).append(unpack_metrics(vector)[2])
         acceptance = rates(add_up([each for of_source in sums.values() for each in of_source]))["acceptance"]
         by_source = {source: expected_tau(rates(add_up(of))["acceptance"]) for source, of in sums.items()}
         return {"tau": expected_tau(acceptance), "acceptance": acceptance, "sources": by_source}

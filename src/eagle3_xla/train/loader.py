@@ -1,5 +1,9 @@
 """Rows of a split as batches on the devices: what this host reads of them, their stored states, their listed rows."""
 
+from collections import deque
+from collections.abc import Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+
 import numpy as np
 import torch
 
@@ -9,6 +13,7 @@ from eagle3_xla.target.model import TargetStates
 
 # Listing rows moves data; it must spare at least this share of the positions to be worth it.
 WORTH_LISTING = 0.05
+AHEAD = 2  # batches that lie ready on the devices
 
 
 class Loader:
@@ -47,6 +52,17 @@ class Loader:
         if capacity:
             batch |= list_rows(batch["loss_mask"], groups, capacity)
         return self.backend.put(batch), tokens
+
+    def ahead(self, batches: Iterable[np.ndarray]) -> Iterator[tuple[dict[str, torch.Tensor], int]]:
+        """`load` of each; a thread reads, lists and transfers the next ones while the caller works with one."""
+        loading = deque()
+        with ThreadPoolExecutor(1, "load") as thread:
+            for indices in batches:
+                loading.append(thread.submit(self.load, indices))
+                if len(loading) > AHEAD:
+                    yield loading.popleft().result()
+            while loading:
+                yield loading.popleft().result()
 
     def states(self, indices: np.ndarray, states_of) -> tuple[dict[str, torch.Tensor], TargetStates]:
         """(host batch, its target states): from the store, or by `states_of(batch)`."""

@@ -10,11 +10,11 @@ import dataclasses
 import signal
 from pathlib import Path
 
-from eagle3_xla import checkpoint as checkpoints
 from eagle3_xla.config import Recipe, UserError
 from eagle3_xla.train.budget import CompileBudget
 from eagle3_xla.train.flops import flops_per_token
 from eagle3_xla.train.reporting import Reporter
+from eagle3_xla.train.saving import Saver
 from eagle3_xla.train.setup import Run, Stopped, set_up
 
 PROFILED = range(3, 6)  # micro-steps of this process that --profile traces: the first ones compile
@@ -36,8 +36,8 @@ def train(recipe: Recipe, max_steps: int = 0, allow_recompile: bool = False, pro
         flops = flops_per_token(run.target_config, recipe)
         settings = dataclasses.asdict(recipe)
         reporter = Reporter(recipe.train, run.data.total_steps, run.first_step, settings, run.backend, flops)
-        with contextlib.closing(reporter):
-            loop = Loop(run, reporter, allow_recompile, stopping)
+        with contextlib.closing(reporter), Saver(recipe.train.keep, reporter.say) as saver:
+            loop = Loop(run, reporter, saver, allow_recompile, stopping)
             loop.steps(max_steps, profile)
             return loop.summary()
     except Stopped:
@@ -49,11 +49,12 @@ def train(recipe: Recipe, max_steps: int = 0, allow_recompile: bool = False, pro
 class Loop:
     """The steps of a run, and what happens between them. stopping: has an entry once the run is told to stop."""
 
-    def __init__(self, run: Run, reporter: Reporter, allow_recompile: bool, stopping: list[str]):
-        self.run, self.reporter, self.stopping = run, reporter, stopping
+    def __init__(self, run: Run, reporter: Reporter, saver: Saver, allow_recompile: bool, stopping: list[str]):
+        self.run, self.reporter, self.saver, self.stopping = run, reporter, saver, stopping
         self.settings = run.recipe.train
         self.done, self.ended = run.first_step, ""
         self.tau: float | None = None  # held-out, after the last update
+        self.unlogged: tuple[int, list] | None = None  # steps done, and what the steps since the last log returned
         self.path = run.out / "checkpoints" / f"step-{self.done:08d}" if run.saved else None  # the last checkpoint
         self.budget = self._compile_budget(allow_recompile)
 
@@ -76,10 +77,13 @@ class Loop:
             return
         last_step = self._last_step(max_steps)
         self._begin(last_step)
-        window, waiting = [], None  # what the steps since the last log returned; what is logged next
-        with contextlib.ExitStack() as tracing:
-            for micro_step in range(run.first_step, last_step):
-                batch, tokens = run.data.loader.load(run.data.batches.indices(micro_step))
+        window = []  # what the steps since the last log returned
+        steps = range(run.first_step, last_step)
+        batches = run.data.loader.ahead(run.data.batches.indices(micro_step) for micro_step in steps)
+        with contextlib.ExitStack() as tracing, contextlib.closing(batches):
+            for micro_step in steps:
+                with reporter.waiting("input"):
+                    batch, tokens = next(batches)
                 if profile and micro_step - run.first_step == PROFILED.start:
                     tracing.enter_context(run.backend.profiler(str(run.out / "profile")))
                 with reporter.dispatching():
@@ -90,18 +94,16 @@ class Loop:
                 self.done = micro_step + 1
 
                 # Read metrics one step late: the device already has the next step, so the host never makes it wait.
-                if waiting:
-                    reporter.log(*waiting, run.optimizer, self.budget.made)
-                    waiting = None
+                self._log()
                 if self.done % settings.log_every == 0 or self.done == last_step:
-                    waiting, window = (self.done, window), []
+                    self.unlogged, window = (self.done, window), []
 
+                self.saver.check()
                 if self.done % settings.gradient_accumulation == 0:
                     self._after_update(last_step)
                 if self.ended:
                     break
-            if waiting:
-                reporter.log(*waiting, run.optimizer, self.budget.made)
+            self._log()
 
     def _last_step(self, max_steps: int) -> int:
         total, first, accumulation = self.run.data.total_steps, self.run.first_step, self.settings.gradient_accumulation
@@ -126,10 +128,16 @@ class Loop:
             self.path = self._save(self.tau)
         if stop:
             self.ended = "SIGTERM"
+            self.saver.wait()
             reporter.say(f"SIGTERM: saved {self.path}; start again to continue")
         elif self._gains_no_more():
             self.ended = "patience"
             reporter.say(f"no better tau in {settings.patience} evaluations: stopped")
+
+    def _log(self) -> None:
+        if self.unlogged:
+            self.reporter.log(*self.unlogged, self.run.optimizer, self.budget.made)
+            self.unlogged = None
 
     def _evaluation_is_due(self, updates: int) -> bool:
         data, settings = self.run.data, self.settings
@@ -148,17 +156,22 @@ class Loop:
 
     def _evaluate(self) -> float:
         data, evaluate = self.run.data, self.run.step.evaluate
-        figures = data.heldout.measure(
-            data.heldout_loader, lambda batch: self.budget.run("evaluation", evaluate, batch)
-        )
+        with self.reporter.waiting("evaluation"):
+            figures = data.heldout.measure(
+                data.heldout_loader, lambda batch: self.budget.run("evaluation", evaluate, batch)
+            )
         self.reporter.log_heldout(self.done, figures)
         return figures["tau"]
 
     def _save(self, tau: float | None, folder: str = "checkpoints") -> Path:
-        state = self.run.checkpoint(self.done, tau)
-        if self.run.backend.process_index > 0:  # every host holds the whole state, one writes it
-            return self.run.out / folder
-        return checkpoints.save(self.run.out / folder, state, self.settings.keep)
+        """Copy the state to the host and begin to write it; returns where."""
+        folder = self.run.out / folder
+        self._log()  # a run that goes on from here will not write it again
+        with self.reporter.waiting("save"):
+            state = self.run.checkpoint(self.done, tau)
+            if self.run.backend.process_index == 0:  # every host holds the whole state, one writes it
+                self.saver.save(folder, state)
+        return folder / f"step-{self.done:08d}"
 
     def summary(self) -> dict:
         total = self.run.data.total_steps

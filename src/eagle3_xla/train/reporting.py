@@ -13,6 +13,8 @@ from eagle3_xla.config import TrainConfig, UserError
 from eagle3_xla.loss.metrics import add_up, rates
 from eagle3_xla.train.step import unpack_metrics
 
+WAITS = ("input", "save", "evaluation")
+
 
 def make_tracker(config: TrainConfig, settings: dict):
     """accelerate's tracker of that name, or None. Logs lie under `train.out`/tensorboard."""
@@ -55,6 +57,7 @@ class Reporter:
             self.tracker = make_tracker(config, flat | {"target": recipe["target"]["path"]})
         self.bar = tqdm(total=total, initial=start, desc="train", unit="step", mininterval=1.0, disable=not self.speaks)
         self._since, self._tokens, self._speed, self._host_seconds, self._steps = time.perf_counter(), 0, 0.0, 0.0, 0
+        self._waited = dict.fromkeys(WAITS, 0.0)
 
     @contextlib.contextmanager
     def dispatching(self):
@@ -63,6 +66,13 @@ class Reporter:
         yield
         self._host_seconds += time.perf_counter() - started
         self._steps += 1
+
+    @contextlib.contextmanager
+    def waiting(self, what: str):
+        """Around what keeps the next step from being dispatched; what: one of WAITS."""
+        started = time.perf_counter()
+        yield
+        self._waited[what] += time.perf_counter() - started
 
     def count(self, tokens: int) -> None:
         """A micro-step over `tokens` tokens was dispatched."""
@@ -87,6 +97,8 @@ class Reporter:
             "gradient_norm": max(norms, default=None),
             "host_seconds_per_step": self._host_seconds / max(1, self._steps),
         }
+        row |= {f"{what}_wait_seconds": seconds for what, seconds in self._waited.items()}  # since the last row
+        self._waited = dict.fromkeys(WAITS, 0.0)
         self._since, self._tokens, self._host_seconds, self._steps = now, 0, 0.0, 0
         if self.backend.peak_flops:
             row["mfu"] = self.flops * self._speed / self.backend.peak_flops

@@ -1,0 +1,45 @@
+"""Checkpoints written by a thread while the steps go on: one at a time, none is lost, a failure ends the run."""
+
+from concurrent.futures import Future, ThreadPoolExecutor
+
+from eagle3_xla import checkpoint as checkpoints
+
+
+class Saver:
+    """keep: as checkpoint.save takes it. As a context it waits for what is being written, whatever ended the block; a
+    failure goes to `say` then, when the block ended for another one.
+    """
+
+    def __init__(self, keep: int, say):
+        self.keep, self.say = keep, say
+        self._thread = ThreadPoolExecutor(1, "save")
+        self._writing: Future | None = None
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, kind, error, trace):
+        try:
+            self.wait()
+        except checkpoints.SaveFailed as failed:
+            if error is None:
+                raise
+            self.say(str(failed))
+        finally:
+            self._thread.shutdown()
+
+    def save(self, folder, state: checkpoints.Checkpoint) -> None:
+        """Begin to write `state`, host tensors of its own, once the one before is written. Raises its SaveFailed."""
+        self.wait()
+        self._writing = self._thread.submit(checkpoints.save, folder, state, self.keep)
+
+    def check(self) -> None:
+        """Raises SaveFailed when what was being written has failed meanwhile."""
+        if self._writing and self._writing.done():
+            self.wait()
+
+    def wait(self) -> None:
+        """Until it is written. Raises SaveFailed."""
+        writing, self._writing = self._writing, None
+        if writing:
+            writing.result()
