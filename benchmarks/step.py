@@ -13,6 +13,7 @@ multiply-add, backward twice the forward; attention left out).
 import argparse
 import json
 import re
+import resource
 import subprocess
 import sys
 import tempfile
@@ -155,18 +156,28 @@ def matmul_gflops() -> float:
 
 
 def serve(kind: str, path: str, batch_file: str) -> None:
-    """In a process of its own: one step now and one for each line of stdin; its seconds and the peak memory so far."""
+    """In a process of its own: one step now and one for each line of stdin; what each took."""
     batch = load_file(batch_file)
     step = eager_step(path, batch) if kind == EAGER else our_step(path, batch, OURS[kind])
     while True:
-        started = time.perf_counter()
+        started, before = time.perf_counter(), resource.getrusage(resource.RUSAGE_SELF)
         step()
-        seconds = time.perf_counter() - started
+        seconds, after = time.perf_counter() - started, resource.getrusage(resource.RUSAGE_SELF)
+        took = {
+            "seconds": seconds,
+            "cpu": after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime,
+            "system": after.ru_stime - before.ru_stime,
+            "faults": after.ru_minflt - before.ru_minflt,
+        }
         # Not getrusage: a process inherits its parent's peak there.
         peak = int(re.search(r"VmHWM:\s+(\d+) kB", Path("/proc/self/status").read_text())[1]) * 1024
-        print(json.dumps({"seconds": seconds, "peak_gb": peak / 1e9}), flush=True)
+        print(json.dumps(took | {"peak_gb": peak / 1e9}), flush=True)
         if not sys.stdin.readline():
             return
+
+
+def middle(measured: list[dict], name: str) -> float:
+    return median(step[name] for step in measured)
 
 
 def main():
@@ -208,7 +219,8 @@ def main():
         print(
             f"{kind:>22}: {speed:6.1f} tokens/s, {ratio:.2f}x the eager reference, {speed * total:5.1f} GFLOP/s = "
             f"{speed * total / peak:.0%} of the matmul's, first step {first[kind]['seconds']:.0f} s, "
-            f"peak {measured[-1]['peak_gb']:.2f} GB"
+            f"peak {measured[-1]['peak_gb']:.2f} GB; a step: {middle(measured, 'cpu'):.1f} CPU s, "
+            f"{middle(measured, 'system'):.2f} of them the system's, {middle(measured, 'faults'):,.0f} page faults"
         )
 
 

@@ -6,6 +6,7 @@ import resource
 import torch
 
 from eagle3_xla.config import UserError, XlaConfig
+from eagle3_xla.xla.memory import keep_freed_memory
 
 
 class PlainBackend:
@@ -16,6 +17,8 @@ class PlainBackend:
             raise UserError(f"xla.device={config.device} runs on one device; set xla.dp and xla.tp to 1")
         if config.device == "cuda" and not torch.cuda.is_available():
             raise UserError("xla.device is cuda, but torch sees no GPU")
+        if config.device == "cpu":
+            keep_freed_memory()
         self.device = torch.device(config.device)
         self.data_parallel = self.draft_groups = self.process_count = 1
         self.process_index = 0

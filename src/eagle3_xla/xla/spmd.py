@@ -1,9 +1,7 @@
 """torch_xla SPMD (2.9.0): the mesh, the shardings, the compiled step, the count of compilations."""
 
 import contextlib
-import ctypes
 import os
-import platform
 import re
 import resource
 from collections.abc import Iterable
@@ -21,6 +19,7 @@ from eagle3_xla.target.attention import GROUPED_EINSUM
 from eagle3_xla.target.experts import PARTED, RoutedExperts, route_experts
 from eagle3_xla.xla.dispatch import compiled
 from eagle3_xla.xla.loops import scanned
+from eagle3_xla.xla.memory import keep_freed_memory
 
 # The head, by parameter name: column-parallel ones over their output rows, row-parallel ones over their inputs.
 HEAD_COLUMNS = ("q_proj", "k_proj", "v_proj", "gate_proj", "up_proj", "lm_head", "fc")
@@ -40,7 +39,7 @@ class SpmdBackend:
         wanted = config.dp * config.tp
         if runtime.device_type() == "CPU":
             os.environ.setdefault("CPU_NUM_DEVICES", str(wanted))
-            _return_freed_memory()
+            keep_freed_memory()
         runtime.use_spmd()
         found = runtime.global_runtime_device_count()
         if found != wanted:
@@ -256,16 +255,6 @@ class SpmdBackend:
 def _annotate(tensor: torch.Tensor, sharding) -> None:
     """Give a tensor inside a graph its sharding."""
     torch_xla._XLAC._xla_annotate_custom_sharding(tensor, sharding)
-
-
-def _return_freed_memory() -> None:
-    """Let malloc give back what XLA's compiler and the step's own temporaries leave: glibc raises its own thresholds
-    with each large block that is freed, and keeps an arena for each thread.
-    """
-    if platform.libc_ver()[0] == "glibc":
-        libc = ctypes.CDLL(None)
-        for option, value in ((-1, 2**17), (-3, 2**17), (-8, 1)):  # M_TRIM_THRESHOLD, M_MMAP_THRESHOLD, M_ARENA_MAX
-            libc.mallopt(option, value)
 
 
 def _peak_flops() -> float:
