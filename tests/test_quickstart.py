@@ -6,6 +6,7 @@ import pytest
 from safetensors.torch import load_file
 
 from eagle3_xla import quickstart as module
+from eagle3_xla.config import UserError
 
 
 @pytest.mark.slow
@@ -23,6 +24,13 @@ def test_quickstart(quickstart_run):
     rows = [json.loads(line) for line in (out / "run" / "metrics.jsonl").read_text().splitlines()]
     # The step and the held-out evaluation: nothing compiles after the first steps.
     assert {row["compilations"] for row in rows if "compilations" in row} == {2}
+
+
+@pytest.mark.parametrize("minutes", [float("nan"), float("inf"), -1, 0, 0.000001, 1e9])
+def test_minutes_that_are_none(minutes, tmp_path):
+    with pytest.raises(UserError, match=r"--minutes \S+: a number from 0.1 to 100000 is expected"):
+        module.quickstart(tmp_path / "out", minutes)
+    assert not (tmp_path / "out").exists()
 
 
 def test_minutes_become_tokens_then_epochs():

@@ -70,6 +70,7 @@ def parser() -> Parser:
     )
 
     verb = verbs.add_parser("prepare", parents=[recipe], help="chats -> packed rows and the draft vocabulary")
+    verb.add_argument("--overwrite", action="store_true", help="write into a folder that holds other things")
     verb.add_argument("--show", type=SIZE, metavar="N", help="then print N rows, what is trained on in colour")
     verb = verbs.add_parser("regenerate", parents=[recipe], help="the target rewrites the answers of chats")
     verb.add_argument("--server", default="", metavar="URL[,URL]", help="running OpenAI-compatible servers")

@@ -24,6 +24,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from eagle3_xla import storage
+from eagle3_xla.checks import mapping, number, text
 from eagle3_xla.config import Recipe, UserError
 from eagle3_xla.storage import Location
 
@@ -108,6 +109,9 @@ def load(path: Location) -> Checkpoint:
         if not _listed(sums, STATE, _sha256(state)):
             raise UserError(f"checkpoint {path} is damaged (the checksum of {STATE} does not hold)")
         tensors = {name: value.clone() for name, value in load_file(state).items()}  # the file is memory-mapped
+
+    if not {"d2t", "t2d"} <= tensors.keys():
+        raise UserError(f"{path}/{STATE} holds no d2t or no t2d: it is no checkpoint of ours")
 
     def group(prefix: str) -> dict[str, torch.Tensor]:
         return {name.removeprefix(prefix): value for name, value in tensors.items() if name.startswith(prefix)}
@@ -194,7 +198,20 @@ def _verified_meta(path: Location) -> tuple[bytes, dict]:
     sums, meta = (storage.read(storage.join(path, name)) for name in (SUMS, META))
     if not _listed(sums, META, hashlib.sha256(meta).hexdigest()):
         raise UserError(f"checkpoint {path} is damaged (the checksum of {META} does not hold)")
-    return sums, json.loads(meta)
+    return sums, _checked_meta(json.loads(meta), f"{path}/{META}:")
+
+
+def _checked_meta(meta, where: str) -> dict:
+    """Raises UserError for a field that `save` did not write so."""
+    number(mapping(meta, where).get("micro_step"), f"{where} micro_step", 0, whole=True)
+    text(meta.get("data_key"), f"{where} data_key")
+    for name in ("recipe", "draft_config"):
+        mapping(meta.get(name), f"{where} {name}")
+    if meta.get("tau") is not None and not (isinstance(meta["tau"], float) and math.isnan(meta["tau"])):
+        number(meta["tau"], f"{where} tau")
+    for name in meta.keys() - {field.name for field in dataclasses.fields(Checkpoint)}:
+        raise UserError(f"{where} {name} is no field of a checkpoint")
+    return meta
 
 
 def _listed(sums: bytes, name: str, sha256: str) -> bool:

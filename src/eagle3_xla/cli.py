@@ -125,7 +125,7 @@ def _prepare(options, overrides) -> dict:
 
     recipe = load_recipe(options.config, overrides)
     load_target_config(recipe.target.path)  # before data is read
-    manifest = prepare(recipe)
+    manifest = prepare(recipe, options.overwrite)
     if options.show is None:
         return manifest
     from eagle3_xla.data.show import show_rows

@@ -18,14 +18,15 @@ RECIPE = "smollm2-cpu"
 HELDOUT = "package:heldout.jsonl"
 # Measured on two cores of an AMD EPYC: the target's states and one epoch over them, per 1,000 tokens.
 STATES_SECONDS, EPOCH_SECONDS = 2.6, 2.0
+LEAST_MINUTES, MOST_MINUTES = 0.1, 100_000  # of training
 EVALUATION = EvalOptions(limit=12, max_new_tokens=64)
 
 
 def quickstart(out: Path, minutes: float | None) -> dict:
     """Run the whole pipeline into `out`; what is done already is reused. minutes: about how long to train."""
     started = time.perf_counter()
-    if minutes is not None and minutes <= 0:
-        raise UserError("--minutes must be positive")
+    if minutes is not None and not LEAST_MINUTES <= minutes <= MOST_MINUTES:
+        raise UserError(f"--minutes {minutes:g}: a number from {LEAST_MINUTES:g} to {MOST_MINUTES:g} is expected")
     target, head, untrained = out / "target", out / "head", out / "head-untrained"
     overrides = [f"target.path={target}", f"data.prepared={out / 'data'}", f"train.out={out / 'run'}"]
     overrides += _budget(minutes)

@@ -18,7 +18,10 @@ class HeldOut:
     def __init__(self, rows, sources: list[str], buckets: list, limit: int, batch: int):
         source = np.asarray(rows["source"]) if len(rows) else np.array([], int)
         each = max(1, limit // max(1, len(sources))) if limit else 0
-        chosen = np.sort(np.concatenate([np.flatnonzero(source == s)[:each] for s in range(len(sources))]).astype(int))
+        of_each = [np.flatnonzero(source == s)[:each] for s in range(len(sources))]
+        chosen = np.sort(np.concatenate([np.array([], int), *of_each]))
+        if len(chosen) > limit:  # more sources than rows
+            chosen = chosen[np.arange(limit) * len(chosen) // limit]
         self.rows = rows.select(chosen)
         length_of = np.concatenate([np.full(count, length) for length, _, count in buckets])[chosen]
         self.batches: list[tuple[str, np.ndarray, np.ndarray]] = []  # (source, rows of a batch, which of them count)

@@ -112,6 +112,10 @@ class Loop:
 
     def _begin(self, last_step: int) -> None:
         run = self.run
+        if not run.data.heldout.batches:
+            self.reporter.say(
+                "no held-out rows, so no tau is measured: `export` takes the newest checkpoint, not the best"
+            )
         if run.saved:
             self.reporter.say(f"continued after step {run.first_step}")
         elif run.first_step < last_step:  # the untrained head, to compare with
