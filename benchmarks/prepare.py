@@ -1,12 +1,16 @@
 """Seconds and memory of `prepare` on the reference mix: 54,000 conversations, Qwen2.5's tokenizer, rows of 1,024.
 
     python benchmarks/prepare.py --out /tmp/prepare-benchmark [--target DIR] [--chats 54000] [--workers 1,2]
+    python benchmarks/prepare.py --out /tmp/prepare-benchmark --growth 50000,200000 [--workers 2]
 
 Writes synthetic conversations in the forms of the three public sets, a tenth more than the mix takes: log-normal
 lengths with means near theirs, words of the shipped chats, so that the tokenizer does real work. Then runs `prepare`
 once for each number of workers, in processes of its own, and compares every byte that they wrote. Memory is the sum of
 the resident sizes of all processes of a run, sampled; CPU seconds are theirs too. The target defaults to the tokenizer
 in tests/data/qwen25.
+
+--growth: short conversations instead (one question, one answer), so many of them each time: memory and the time for one
+conversation must not grow with their number.
 """
 
 import argparse
@@ -16,6 +20,7 @@ import lzma
 import os
 import re
 import resource
+import shutil
 import subprocess
 import sys
 import threading
@@ -73,6 +78,34 @@ def write_sets(folder: Path, chats: int) -> None:
     write_parquet(folder / "ultrachat.parquet", ({"prompt": t[0]["content"], "messages": t} for t in rows))
     rows = conversations("perfectblend", count["perfectblend"], ("from", "value", "human", "gpt"))
     write_parquet(folder / "perfectblend.parquet", ({"conversations": t, "source": "synthetic"} for t in rows))
+
+
+def write_short(path: Path, count: int) -> None:
+    """`count` conversations of a question and an answer of about 25 words together."""
+    texts = (turn["value"] for _, row in read_rows(data_file("package:train.jsonl")) for turn in row["conversations"])
+    words = [word for text in texts for word in re.findall(r"\S+", text)]
+    rng = np.random.default_rng(0)
+    with path.open("w") as file:
+        for _ in range(count):
+            question, answer = (" ".join(words[i] for i in rng.integers(0, len(words), n)) for n in (8, 17))
+            file.write(json.dumps({"prompt": question, "completion": answer}) + "\n")
+
+
+def growth(options, target: Path) -> None:
+    for count in map(int, options.growth.split(",")):
+        source, prepared = options.out / f"short-{count}.jsonl", options.out / f"prepared-short-{count}"
+        if not source.exists():
+            write_short(source, count)
+        shutil.rmtree(prepared, ignore_errors=True)
+        command = [sys.executable, "-m", "eagle3_xla", "prepare", "--json", f"--target.path={target}"]
+        command += [f"--data.train=[{source}]", f"--data.prepared={prepared}", f"--data.workers={options.workers}"]
+        seconds, cpu, memory, output = measured(command)
+        train = json.loads(output)["train"]
+        print(
+            f"{count:,} conversations: {seconds:.0f} s, {cpu:.0f} CPU s ({1000 * cpu / count:.2f} ms each), "
+            f"{memory:.2f} GiB; {train['rows']:,} rows",
+            flush=True,
+        )
 
 
 def write_parquet(path: Path, rows) -> None:
@@ -135,9 +168,12 @@ def main() -> None:
     parser.add_argument("--target", type=Path)
     parser.add_argument("--chats", type=int, default=54_000)
     parser.add_argument("--workers", default="2")
+    parser.add_argument("--growth", default="", metavar="N,N,...")
     options = parser.parse_args()
     options.out.mkdir(parents=True, exist_ok=True)
     target = options.target or write_target(options.out / "target")
+    if options.growth:
+        return growth(options, target)
     if not (options.out / f"written-{options.chats}").exists():
         write_sets(options.out, options.chats)
         (options.out / f"written-{options.chats}").touch()

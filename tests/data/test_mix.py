@@ -267,3 +267,57 @@ def test_stale_caches_are_never_reused(small_target, tmp_path, tokenizer):
     (target / "tokenizer.json").write_text(json.dumps(tokens))
     seen.append(inputs())
     assert len(set(seen)) == len(seen)
+
+
+GSM8K = {
+    "question": "Natalia sold clips to 48 of her friends in April, and half as many in May. How many in all?",
+    "answer": "Natalia sold 48/2 = <<48/2=24>>24 clips in May. Natalia sold 48+24 = <<48+24=72>>72 clips.\n#### 72",
+}
+CHINESE = {"turns": ["请写一首关于秋天落叶的短诗", "长" * 30]}
+# (evaluation row, what somebody says, whether it is found)
+FOUND = [
+    (
+        {"prompt": "What is the tallest mountain on Mars?"},
+        "I wonder: what is the TALLEST mountain on Mars? Thanks",
+        True,
+    ),
+    ({"prompt": "What is the tallest mountain on Mars?"}, "What is the tallest mountain on Earth?", False),
+    ({"prompt": "Who are you?"}, "who are YOU", True),
+    ({"prompt": "Who are you?"}, "Who are you to say so?", False),
+    ({"prompt": "ｗｈｏ ａｒｅ ｙｏｕ"}, "Who are you?", True),
+    (CHINESE, "请问，你能不能请写一首关于秋天落叶的短诗？谢谢", True),
+    (CHINESE, "请写一首关于春天花开的短诗", False),
+    (CHINESE, "长" * 26, True),
+    (CHINESE, "长" * 24, False),
+    ({"prompt": "กรุณาเขียนบทกวีสั้นเกี่ยวกับฤดูฝน"}, "สวัสดี กรุณาเขียนบทกวีสั้นเกี่ยวกับฤดูฝน ขอบคุณ", True),
+    (GSM8K, "Let me see. Natalia sold 48/2 = 24 clips in May. Natalia sold 48+24 = 72 clips. So 72.", True),
+    (GSM8K, "Natalia sold 48/2 = <<48/2=24>>24 clips in May. Natalia sold 48+24 = <<48+24=72>>72 clips.", True),
+    (GSM8K, "72", False),
+    (
+        {"problem": "Find x.", "solution": "We add one to two and we take three away from it, so x is none."},
+        "x is none",
+        False,
+    ),
+    ({"prompt": "a?", "canonical_solution": " ".join(map(str, range(20)))}, " ".join(map(str, range(3, 18))), True),
+]
+
+
+@pytest.mark.parametrize("row, said, expected", FOUND, ids=[said[:30] for _, said, _ in FOUND])
+def test_evaluation_texts_are_found(row, said, expected, tmp_path):
+    evaluations = Evaluations([str(write(tmp_path / "eval.jsonl", [{"prompt": "Something else entirely."}, row]))])
+    assert evaluations.find(["Hello there.", said]) == ({1} if expected else set())
+
+
+def test_the_manifest_says_how_many_were_found(small_target, tmp_path):
+    first = write(tmp_path / "one.jsonl", [{"prompt": f"What is the square of the number {n}?"} for n in range(5)])
+    second = write(tmp_path / "two.jsonl", [GSM8K, {"prompt": "unseen in any chat at all"}])
+    rows = [chat("I ask: what is the square of the number 3?", f"{n * n} it is.") for n in range(4)]
+    rows += [chat("What is the square of the number 4?", GSM8K["answer"]), *random_chats(5, "other")]
+    source = write(tmp_path / "chats.jsonl", rows)
+    settings = settings_of(tmp_path, small_target, [source], decontaminate=f"[{first},{second}]", heldout_share=0)
+    manifest = prepare.prepare(load_recipe(None, settings))
+    assert manifest["evaluations"] == [
+        {"name": "one.jsonl", "rows": 5, "found": 2, "conversations": 5},
+        {"name": "two.jsonl", "rows": 2, "found": 1, "conversations": 1},
+    ]
+    assert manifest["sources"][0]["dropped"]["evaluation_prompt"]["rows"] == 5 and manifest["train"]["chats"] == 5
