@@ -1,6 +1,7 @@
 """Servers that are none, or fail: one clear line each. What the engines really answer is tested in tests/engines."""
 
 import json
+import shutil
 import threading
 import time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -259,3 +260,21 @@ def test_a_speed_up_only_of_the_same_answers():
     )
     assert against([[1], [2]], [[1], [3]], temperature=0.7)["speedup"] == 1.25  # sampled answers may differ
     assert against([[1], []], [[1], [3]])["no_speedup"].startswith("1 answers have no token (tokens/s 1.25x")
+
+
+def test_gap_names_a_head_that_doctor_fails(serving, exported_head, small_target, chat_file, tmp_path, capsys):
+    """It decodes what `eval` refuses, for the cause is what it is asked for; a head that can't be decoded is named."""
+    full = chunk([5, 6, 7], spec_verify_ct=2, spec_num_correct_drafts=1, spec_correct_drafts_histogram=[1, 1])
+    pages = {"/server_info": (200, json.dumps(INFO)), "/generate": (200, full), "/flush_cache": (200, "{}")}
+    head = shutil.copytree(exported_head, tmp_path / "head")
+    config = json.loads((head / "config.json").read_text())
+    (head / "config.json").write_text(json.dumps(config | {"norm_output": True}))
+    arguments = ["gap", "--server", serving(pages), "--prompts", chat_file, "--target", small_target, "--draft", head]
+    arguments = [*map(str, arguments), "--limit", "1", "--max-new-tokens", "4"]
+    assert cli.main(arguments) == 1
+    said = capsys.readouterr().out
+    assert "served           1.500" in said and "norm_flags: norm_output True" in said and "d2t" in said
+    (head / "config.json").write_text(json.dumps(config | {"hidden_act": "snake"}))
+    assert cli.main(arguments) == 2 and "hidden_act is 'snake'" in capsys.readouterr().err
+    alone = serving(pages | {"/server_info": (200, json.dumps(INFO | {"speculative_algorithm": None}))})
+    assert cli.main([*arguments, "--server", alone]) == 2 and "serves without a head" in capsys.readouterr().err

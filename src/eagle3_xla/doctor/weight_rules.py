@@ -121,12 +121,15 @@ def end_of_turn(head: SavedHead, target: Target) -> Finding:
     offsets, rows = head.tensors.get("d2t"), head.shape("lm_head.weight") or (0,)
     if offsets is None or target.folder is None or d2t_problem(offsets, target.config.vocab_size, rows[0]):
         return Finding("end_of_turn", "pass", "not looked at")
+    of_config = target.config.eos_token_id
+    if of_config is None and not (target.folder / "generation_config.json").is_file():
+        return Finding("end_of_turn", "pass", "not looked at: the target's configs name no stop token")
     try:
-        stop = stop_token_ids(target.name, SimpleNamespace(eos_token_id=target.config.eos_token_id)) - {None}
+        stop = stop_token_ids(target.name, SimpleNamespace(eos_token_id=of_config))
     except UserError as error:
         return Finding("end_of_turn", "fail", str(error))
     drafted = set((offsets.long() + torch.arange(len(offsets))).tolist())
-    if not stop or stop & drafted:
+    if stop & drafted:
         return Finding("end_of_turn", "pass", f"{sorted(stop & drafted)} in the draft vocabulary")
     message = f"none of the target's stop tokens {sorted(stop)} is in the draft vocabulary: the end is never drafted"
     return Finding("end_of_turn", "warn", message)
