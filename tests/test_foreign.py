@@ -222,9 +222,15 @@ TARGETS = {
     "tokenizer_config broken": ({"tokenizer_config__json": "{"}, "target_tokenizer: .*is not JSON"),
     "tokenizer_config a list": ({"tokenizer_config__json": "[]"}, "target_tokenizer: .*not a JSON object"),
     "tokenizer broken": ({"tokenizer__json": "{"}, "no tokenizer at"),
-    "no eos": ({"generation_config__json": '{"eos_token_id": ["x"]}'}, "eos_token_id of generation_config.json is 'x'"),
+    "no eos": (
+        {"generation_config__json": '{"eos_token_id": ["x"]}'},
+        "generation_config.json: eos_token_id is 'x'; a whole number",
+    ),
     "eos beyond": ({"generation_config__json": '{"eos_token_id": 99999}'}, "99999; a whole number from 0 to 49151"),
-    "generation_config broken": ({"generation_config__json": "{"}, "end_of_turn: .*generation_config.json can't be"),
+    "generation_config broken": (
+        {"generation_config__json": "{"},
+        "end_of_turn: .*generation_config.json' is not a valid JSON",
+    ),
     "template that raises": ({"chat_template__jinja": "{{ raise_exception('no') }}"}, BROKEN_TEMPLATE),
     "template that divides": ({"chat_template__jinja": "{{ 1 // 0 }}"}, BROKEN_TEMPLATE),
     "template that is none": ({"chat_template__jinja": "{% if %}"}, BROKEN_TEMPLATE),

@@ -22,6 +22,8 @@ from eagle3_xla.serve.run_facts import run_facts
 UPLOADED = ["config.json", EXPORTED, "README.md"]
 MARK = "<!-- written by eagle3-xla push, sha256 {} -->\n"
 
+NO_TOKEN = "the hub asks who you are: `hf auth login`, or set HF_TOKEN; the card is written"
+
 
 @dataclass
 class PushOptions:
@@ -113,8 +115,10 @@ def _upload(head: Path, repo: str, private: bool) -> str:
     except HFValidationError as error:
         raise UserError(f"--repo {repo}: {str(error).splitlines()[0]}") from None
     except LocalTokenNotFoundError:
-        raise RunError("the hub asks who you are: `hf auth login`, or set HF_TOKEN; the card is written") from None
+        raise RunError(NO_TOKEN) from None
     except (HfHubHTTPError, OSError) as error:
+        if getattr(getattr(error, "response", None), "status_code", None) == 401:
+            raise RunError(NO_TOKEN) from None
         reason = " ".join(str(error).split())[:300].replace(get_token() or "\0", "***")
         raise RunError(f"the upload to {repo} failed, start it again to finish: {reason}") from None
     return str(url)

@@ -93,6 +93,7 @@ class Reporter:
             "acc": acc,
             "tokens_per_second": self._speed,
             "compilations": compilations,
+            "device": self.backend.description,
             "lr": optimizer.lr_at(step),
             "gradient_norm": max(norms, default=None),
             "host_seconds_per_step": self._host_seconds / max(1, self._steps),
