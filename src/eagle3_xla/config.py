@@ -352,6 +352,8 @@ def _check_sources(data: DataConfig) -> None:
         raise UserError(f"setting data.train: {missing} has no share, but other sources have; give each of them one")
     if any(shares) != bool(data.conversations):
         raise UserError("settings data.conversations and the sources' shares belong together; give both or neither")
+    if not all(data.decontaminate):
+        raise UserError("setting data.decontaminate names an empty path; name files of evaluation prompts")
     if data.drop_system + data.vary_system > 1:
         raise UserError("settings data.drop_system and data.vary_system are shares; their sum must be at most 1")
     if data.packing == "bucketed" and not all(8 <= length < data.row_length for length in data.buckets):

@@ -8,7 +8,10 @@ import subprocess
 import sys
 from collections import Counter
 
+import httpx
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from regenerate.conftest import lines_of, rows_of, wait_for, write_questions
 
 from eagle3_xla.config import Recipe, RunError, UserError, load_recipe
@@ -300,3 +303,33 @@ def test_a_damaged_record_is_named(content, message, misbehaving, questions, tmp
     with pytest.raises(UserError, match=f"regenerate.json .*{message}|regenerate.json {message}"):
         run(tmp_path / "out", questions, [server])
     assert len(rows_of(tmp_path / "out")) == 40
+
+
+JSON_VALUES = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=5),
+    lambda values: st.lists(values, max_size=3) | st.dictionaries(st.text(max_size=5), values, max_size=2),
+    max_leaves=5,
+)
+MESSAGES = st.fixed_dictionaries(
+    {}, optional={"content": JSON_VALUES, "tool_calls": JSON_VALUES, "reasoning": JSON_VALUES}
+)
+CHOICES = st.fixed_dictionaries(
+    {"message": MESSAGES | JSON_VALUES, "finish_reason": st.sampled_from(["stop", "length"]) | JSON_VALUES}
+)
+USAGES = st.fixed_dictionaries({"completion_tokens": JSON_VALUES}) | JSON_VALUES
+ANSWERS = st.fixed_dictionaries({"choices": st.lists(CHOICES | JSON_VALUES, max_size=2) | JSON_VALUES, "usage": USAGES})
+
+
+@settings(max_examples=200, deadline=None, derandomize=True, database=None)
+@given(
+    st.sampled_from([200, 200, 200, 200, 400, 401, 429, 500, 302]),
+    (ANSWERS | JSON_VALUES).map(lambda value: json.dumps(value).encode()) | st.binary(max_size=20),
+)
+def test_no_answer_surprises(status, body):
+    reader = servers.Servers(["http://a"], Sampling(), 1, 1)
+    try:
+        reply = reader._reply(httpx.Response(status, content=body), "here")
+    except (servers.Refused, servers._Failed, RunError) as error:
+        assert str(error).startswith("here") and str(error).isprintable()
+    else:
+        assert reply.text.strip() and reply.text.encode() and reply.finish in ("stop", "length") and reply.tokens >= 0

@@ -2,11 +2,15 @@
 
 import json
 
+import numpy as np
 import pytest
+import torch
 
 from eagle3_xla import checkpoint as checkpoints
 from eagle3_xla.config import UserError, load_recipe
 from eagle3_xla.data.prepare import prepare
+from eagle3_xla.target.model import TargetStates
+from eagle3_xla.target.states import StatesStore
 from eagle3_xla.train.loop import train
 
 
@@ -43,3 +47,36 @@ def test_without_held_out_rows(small_run, capsys, tmp_path):
         (path / "SHA256SUMS").write_text("".join(sums))
         with pytest.raises(UserError, match=message):
             checkpoints.load(path)
+
+
+class Rows(list):
+    def __getitem__(self, indices):
+        return {
+            name: np.zeros((len(indices), 4), bool if name == "loss_mask" else np.int32)
+            for name in ("input_ids", "position_ids", "document_ids", "loss_mask")
+        }
+
+
+def test_damaged_states_are_computed_again(tmp_path):
+    """Of 40 rows in three files: each file that a power loss cut or emptied, and an index that is none."""
+    asked = []
+
+    def states_of(batch):
+        asked.append(len(batch["input_ids"]))
+        shape = batch["input_ids"].shape
+        return TargetStates(torch.ones(*shape, 6), torch.ones(*shape, 2), torch.ones(shape), torch.ones(shape))
+
+    def fill():
+        asked.clear()
+        StatesStore(tmp_path, Rows(range(40)), "key").fill(states_of, 8)
+        return sum(asked)
+
+    assert (fill(), fill()) == (40, 0)
+    first, second, third = sorted(tmp_path.glob("*.safetensors"))
+    first.write_bytes(b"")
+    second.write_bytes(second.read_bytes()[:-20])
+    assert (fill(), fill()) == (32, 0)
+    third.write_bytes(first.read_bytes())  # of more rows
+    assert (fill(), fill()) == (8, 0)
+    (tmp_path / "states.json").write_text("[" * 10)
+    assert (fill(), fill()) == (40, 0)

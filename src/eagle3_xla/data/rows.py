@@ -58,8 +58,11 @@ def _rows_by_length(documents: Documents, data: DataConfig, by_source: bool) -> 
         result = [(length, [[index] for index in indices]) for length, indices in groups.items()]
     else:
         rows = []
-        for source in np.unique(documents.source) if by_source else [None]:
-            indices = np.arange(len(documents)) if source is None else np.flatnonzero(documents.source == source)
+        groups = [np.arange(len(documents))]
+        if by_source:
+            in_order = np.argsort(documents.source, kind="stable")
+            groups = np.split(in_order, np.flatnonzero(np.diff(documents.source[in_order])) + 1)
+        for indices in groups:
             packed = pack(documents.lengths[indices].tolist(), data.row_length)
             rows += [[int(indices[i]) for i in row] for row in packed]
         result = [(data.row_length, rows)]

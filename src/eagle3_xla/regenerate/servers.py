@@ -116,7 +116,10 @@ class Servers:
         body = {"model": self.model, "messages": messages, "seed": seed, "max_tokens": self.sampling.max_tokens}
         body |= {"temperature": self.sampling.temperature, "top_p": self.sampling.top_p}
         response = await self.http.post(f"{url}/v1/chat/completions", json=body)
-        where = f"{url}/v1/chat/completions answered {response.status_code}"
+        return self._reply(response, f"{url}/v1/chat/completions answered {response.status_code}")
+
+    def _reply(self, response: httpx.Response, where: str) -> Reply:
+        """The one reader of an answer. Raises Refused, _Failed (another try may help) or RunError (none will)."""
         if 400 <= response.status_code < 500 and response.status_code not in PASSING:
             message = f"{where}: {_start(response, 300)}"
             raise RunError(message) if response.status_code in (401, 403, 404) else self._refusal(message)
@@ -129,7 +132,7 @@ class Servers:
         except (ValueError, LookupError, TypeError, RecursionError):
             raise _Failed(f"{where}, but not with an answer: {_start(response, 200)}") from None
         if message.get("reasoning_content") or message.get("reasoning"):
-            raise RunError(f"{url} splits thoughts from answers; start it without a reasoning parser")
+            raise RunError(f"{where}, with thoughts beside the text; start the server without a reasoning parser")
         if finish not in ("stop", "length"):
             if message.get("tool_calls") or finish in ("tool_calls", "function_call", "content_filter"):
                 raise self._refusal(f"{where}, but with {finish!r} instead of a text")

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from tqdm import tqdm
 
@@ -28,7 +29,7 @@ class StatesStore:
         self.path.mkdir(parents=True, exist_ok=True)
         index = self.path / INDEX
         content = {"key": key, "rows": len(dataset)}
-        if not index.exists() or json.loads(index.read_text()) != content:
+        if not index.exists() or index.read_text(errors="replace") != json.dumps(content):
             for stale in self.path.glob("*.safetensors"):
                 stale.unlink()
             index.write_text(json.dumps(content))
@@ -37,7 +38,7 @@ class StatesStore:
     def fill(self, states_of, batch_rows: int) -> None:
         """Compute the missing shards. states_of(batch) -> TargetStates of its `batch_rows` rows, on the host."""
         rows = len(self.dataset)
-        missing = [start for start in range(0, rows, SHARD_ROWS) if not self._file(start).exists()]
+        missing = [start for start in range(0, rows, SHARD_ROWS) if not self._is_whole(start)]
         if not missing:
             return
         done = rows - sum(min(SHARD_ROWS, rows - start) for start in missing)
@@ -60,6 +61,8 @@ class StatesStore:
             }
             partial = self._file(start).with_suffix(".partial")
             save_file(shard, partial)
+            with partial.open("rb") as file:
+                os.fsync(file.fileno())  # before the name: a power loss leaves no file of zeros
             os.replace(partial, self._file(start))
         bar.close()
 
@@ -72,6 +75,15 @@ class StatesStore:
                 self._shards[start] = load_file(self._file(start))  # memory-mapped
             picked.append([self._shards[start][name][index - start] for name in TargetStates._fields])
         return TargetStates(*(torch.stack(column) for column in zip(*picked)))
+
+    def _is_whole(self, start: int) -> bool:
+        """Whether the shard is there, as long as its header says and with the shapes of its rows."""
+        rows = min(SHARD_ROWS, len(self.dataset) - start)
+        try:
+            with safe_open(self._file(start), "pt") as shard:
+                return all(shard.get_slice(name).get_shape()[0] == rows for name in TargetStates._fields)
+        except (OSError, SafetensorError):
+            return False
 
     def _file(self, start: int) -> Path:
         return self.path / f"rows-{start:06d}.safetensors"

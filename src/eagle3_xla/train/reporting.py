@@ -167,13 +167,13 @@ def _drop_after(file: Path, step: int) -> list[float]:
     if not file.exists():
         return []
     kept, taus = [], []
-    for line in file.read_text().splitlines():
+    for line in file.read_text(errors="replace").splitlines():
         try:
             row = json.loads(line)
             if row["step"] <= step:
                 kept.append(line + "\n")
                 taus += [row["heldout_tau"]] if "heldout_tau" in row else []
-        except (json.JSONDecodeError, KeyError):  # a line cut by a kill
+        except (ValueError, KeyError, TypeError, RecursionError):  # a line cut by a kill, or no line of ours
             continue
     partial = file.with_suffix(".partial")
     partial.write_text("".join(kept))
