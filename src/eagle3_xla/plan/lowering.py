@@ -16,14 +16,16 @@ from eagle3_xla.xla.aot import AotBackend, LoweredStep
 TOTAL_STEPS = 10_000  # the schedule's length is a constant in the graph; it changes no shape
 
 
-def lower_step(recipe: Recipe, target_config) -> LoweredStep:
+def lower_step(recipe: Recipe, target_config, coordinates: list | None = None) -> LoweredStep:
     """The micro-step that also updates the weights: of a run's graphs the one that needs the most.
+
+    coordinates: of the slice's chips, which its mesh is laid over (xla/mesh.py).
 
     With prepared data its draft phase is as large as the run's will be; without, every position counts as drafted.
     """
     from transformers import AutoModelForCausalLM
 
-    backend = AotBackend(recipe.xla)
+    backend = AotBackend(recipe.xla, coordinates=coordinates)
     listed = _listed_positions(recipe, backend)
     draft_vocabulary, vocabulary = recipe.data.draft_vocab_size, target_config.vocab_size
     with torch.device("meta"):

@@ -41,7 +41,7 @@ def compile_verdict(recipe: Recipe) -> dict:
     from eagle3_xla.xla.time_model import STATED_ERROR, model_time
 
     started = time.perf_counter()
-    lowered = lower_step(recipe, target)
+    lowered = lower_step(recipe, target, topology.coordinates())
     limit = topology.chip.hbm_bytes
     mesh = {"dp": recipe.xla.dp, "tp": recipe.xla.tp, "draft_data_parallel": recipe.xla.draft_data_parallel}
     verdict = {"topology": topology.name, "chips": topology.chips, "mesh": mesh}

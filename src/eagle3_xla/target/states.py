@@ -1,7 +1,7 @@
 """The target's states over the prepared rows, computed once and kept on disk, for runs whose epochs reuse them.
 
-Shards of SHARD_ROWS rows in safetensors, bfloat16 aux and hidden. A shard is written whole or not at all, so an
-interrupted computation continues at the first missing one.
+Shards of SHARD_ROWS rows in safetensors, bfloat16 aux and hidden; every host has all of them. A shard is written whole
+or not at all, so an interrupted computation continues at the first missing one.
 """
 
 import json
@@ -14,7 +14,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from tqdm import tqdm
 
-from eagle3_xla.data.batches import to_tensors
+from eagle3_xla.data.batches import share_of_process, to_tensors
 from eagle3_xla.target.model import TargetStates
 
 SHARD_ROWS = 16
@@ -35,10 +35,13 @@ class StatesStore:
             index.write_text(json.dumps(content))
         self._shards: dict[int, dict[str, torch.Tensor]] = {}
 
-    def fill(self, states_of, batch_rows: int) -> None:
-        """Compute the missing shards. states_of(batch) -> TargetStates of its `batch_rows` rows, on the host."""
-        rows = len(self.dataset)
-        missing = [start for start in range(0, rows, SHARD_ROWS) if not self._is_whole(start)]
+    def fill(self, states_of, batch_rows: int, backend) -> None:
+        """Compute the shards that are missing, on any host. states_of(this host's part of a batch) -> TargetStates of
+        all its `batch_rows` rows, on the host.
+        """
+        rows, hosts = len(self.dataset), backend.hosts
+        mine = [start for start in range(0, rows, SHARD_ROWS) if not self._is_whole(start)]
+        missing = sorted(set().union(*hosts.gather(mine)))
         if not missing:
             return
         done = rows - sum(min(SHARD_ROWS, rows - start) for start in missing)
@@ -50,7 +53,8 @@ class StatesStore:
                 # A batch that the end cuts is filled with the last row: one shape, one graph.
                 indices = np.minimum(np.arange(first, first + batch_rows), stop - 1)
                 kept = min(batch_rows, stop - first)
-                parts.append([x[:kept] for x in states_of(to_tensors(self.dataset[indices]))])
+                part = share_of_process(indices, backend.part, hosts.count)
+                parts.append([x[:kept] for x in states_of(to_tensors(self.dataset[part]))])
                 bar.update(kept)
             states = TargetStates(*(torch.cat(column) for column in zip(*parts)))
             shard = {
@@ -59,7 +63,7 @@ class StatesStore:
                 "argmax": states.argmax.to(torch.int32),
                 "logsumexp": states.logsumexp.float(),
             }
-            partial = self._file(start).with_suffix(".partial")
+            partial = self._file(start).with_suffix(f".partial-{hosts.index}")
             save_file(shard, partial)
             with partial.open("rb") as file:
                 os.fsync(file.fileno())  # before the name: a power loss leaves no file of zeros

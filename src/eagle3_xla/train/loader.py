@@ -34,7 +34,7 @@ class Loader:
 
     def host_batch(self, indices: np.ndarray) -> dict[str, torch.Tensor]:
         """This host's part of the rows `indices`, host tensors [B, T]."""
-        mine = share_of_process(indices, self.backend.process_index, self.backend.process_count)
+        mine = share_of_process(indices, self.backend.part, self.backend.hosts.count)
         batch = to_tensors(self.rows[mine])
         if self.store:
             batch |= self.store.read(mine)._asdict()
@@ -44,10 +44,10 @@ class Loader:
         """(batch on the devices, its tokens on all hosts). counts [len(indices)] bool: rows that carry a loss."""
         batch = self.host_batch(indices)
         if counts is not None:
-            mine = share_of_process(counts, self.backend.process_index, self.backend.process_count)
+            mine = share_of_process(counts, self.backend.part, self.backend.hosts.count)
             batch["loss_mask"] &= torch.from_numpy(mine)[:, None]
-        tokens = int((batch["document_ids"] > 0).sum()) * self.backend.process_count
-        groups = self.backend.draft_groups // self.backend.process_count
+        tokens = int((batch["document_ids"] > 0).sum()) * self.backend.hosts.count
+        groups = self.backend.draft_groups // self.backend.hosts.count
         capacity = self.listed.get(batch["input_ids"].shape[1])
         if capacity:
             batch |= list_rows(batch["loss_mask"], groups, capacity)
@@ -65,11 +65,10 @@ class Loader:
                 yield loading.popleft().result()
 
     def states(self, indices: np.ndarray, states_of) -> tuple[dict[str, torch.Tensor], TargetStates]:
-        """(host batch, its target states): from the store, or by `states_of(batch)`."""
-        batch = self.host_batch(indices)
-        if self.store:
-            return batch, TargetStates(*(batch[name] for name in TargetStates._fields))
-        return batch, states_of(batch)
+        """(all rows of `indices` as host tensors, their target states), on every host: from the store, or by
+        `states_of(this host's part)`, which gives all hosts the states of all."""
+        batch = to_tensors(self.rows[indices])
+        return batch, self.store.read(indices) if self.store else states_of(self.host_batch(indices))
 
 
 def training_batches(recipe: Recipe, rows, manifest: dict, backend) -> tuple[Batches, Loader]:

@@ -8,14 +8,16 @@ It continues by itself from the newest whole checkpoint in `train.out`, and ends
 import contextlib
 import dataclasses
 import signal
-from pathlib import Path
 
+from eagle3_xla import storage
 from eagle3_xla.config import Recipe, UserError
+from eagle3_xla.storage import Location
 from eagle3_xla.train.budget import CompileBudget
 from eagle3_xla.train.flops import flops_per_token
 from eagle3_xla.train.reporting import Reporter
 from eagle3_xla.train.saving import Saver
 from eagle3_xla.train.setup import Run, Stopped, set_up
+from eagle3_xla.xla.hosts import join_hosts
 
 PROFILED = range(3, 6)  # micro-steps of this process that --profile traces: the first ones compile
 
@@ -30,20 +32,22 @@ def train(recipe: Recipe, max_steps: int = 0, allow_recompile: bool = False, pro
     if not recipe.train.out:
         raise UserError("setting train.out is empty; name the folder for checkpoints and metrics")
     stopping: list[str] = []
-    previous_handler = signal.signal(signal.SIGTERM, lambda *_: stopping.append("SIGTERM"))
-    try:
-        run = set_up(recipe, stopping)
-        flops = flops_per_token(run.target_config, recipe)
-        settings = dataclasses.asdict(recipe)
-        reporter = Reporter(recipe.train, run.data.total_steps, run.first_step, settings, run.backend, flops)
-        with contextlib.closing(reporter), Saver(recipe.train.keep, reporter.say) as saver:
-            loop = Loop(run, reporter, saver, allow_recompile, stopping)
-            loop.steps(max_steps, profile)
-            return loop.summary()
-    except Stopped:
-        return {"micro_steps": 0, "ended": "SIGTERM", "checkpoint": None}
-    finally:
-        signal.signal(signal.SIGTERM, previous_handler)
+    with join_hosts() as hosts:
+        previous_handler = signal.signal(signal.SIGTERM, lambda *_: stopping.append("SIGTERM"))
+        try:
+            run = set_up(recipe, stopping, hosts)
+            flops = flops_per_token(run.target_config, recipe)
+            settings = dataclasses.asdict(recipe)
+            reporter = Reporter(recipe.train, run.data.total_steps, run.first_step, settings, run.backend, flops)
+            saver = Saver(recipe.train.keep, reporter.say, reporter.upload)
+            with contextlib.closing(reporter), saver:
+                loop = Loop(run, reporter, saver, allow_recompile, stopping)
+                loop.steps(max_steps, profile)
+                return loop.summary()
+        except Stopped:
+            return {"micro_steps": 0, "ended": "SIGTERM", "checkpoint": None}
+        finally:
+            signal.signal(signal.SIGTERM, previous_handler)
 
 
 class Loop:
@@ -55,7 +59,7 @@ class Loop:
         self.done, self.ended = run.first_step, ""
         self.tau: float | None = None  # held-out, after the last update
         self.unlogged: tuple[int, list] | None = None  # steps done, and what the steps since the last log returned
-        self.path = run.out / "checkpoints" / f"step-{self.done:08d}" if run.saved else None  # the last checkpoint
+        self.path = run.saved and storage.join(run.out, "checkpoints", f"step-{self.done:08d}")  # the last checkpoint
         self.budget = self._compile_budget(allow_recompile)
 
     def _compile_budget(self, allow_recompile: bool) -> CompileBudget:
@@ -84,8 +88,8 @@ class Loop:
             for micro_step in steps:
                 with reporter.waiting("input"):
                     batch, tokens = next(batches)
-                if profile and micro_step - run.first_step == PROFILED.start:
-                    tracing.enter_context(run.backend.profiler(str(run.out / "profile")))
+                if profile and reporter.speaks and micro_step - run.first_step == PROFILED.start:
+                    tracing.enter_context(run.backend.profiler(str(reporter.local.path / "profile")))
                 with reporter.dispatching():
                     window.append(run.step.run(micro_step, batch, self.budget.run))
                 if micro_step + 1 - run.first_step == PROFILED.stop:
@@ -127,7 +131,7 @@ class Loop:
         updates = self.done // settings.gradient_accumulation
         measured = self._evaluation_is_due(updates)
         self.tau = self._evaluate() if measured else None
-        stop = self.run.backend.agree_to_stop(self.done - 1, bool(self.stopping))
+        stop = self.run.backend.hosts.any(bool(self.stopping))
         if measured or stop or updates % settings.save_every == 0 or self.done == last_step:
             self.path = self._save(self.tau)
         if stop:
@@ -167,15 +171,15 @@ class Loop:
         self.reporter.log_heldout(self.done, figures)
         return figures["tau"]
 
-    def _save(self, tau: float | None, folder: str = "checkpoints") -> Path:
+    def _save(self, tau: float | None, folder: str = "checkpoints") -> Location:
         """Copy the state to the host and begin to write it; returns where."""
-        folder = self.run.out / folder
+        folder = storage.join(self.run.out, folder)
         self._log()  # a run that goes on from here will not write it again
         with self.reporter.waiting("save"):
             state = self.run.checkpoint(self.done, tau)
-            if self.run.backend.process_index == 0:  # every host holds the whole state, one writes it
+            if self.run.backend.hosts.index == 0:  # every host holds the whole state, one writes it
                 self.saver.save(folder, state)
-        return folder / f"step-{self.done:08d}"
+        return storage.join(folder, f"step-{self.done:08d}")
 
     def summary(self) -> dict:
         total = self.run.data.total_steps

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
+from eagle3_xla import storage
 from eagle3_xla.config import TrainConfig, UserError
 from eagle3_xla.loss.metrics import add_up, rates
 from eagle3_xla.train.step import unpack_metrics
@@ -16,8 +17,8 @@ from eagle3_xla.train.step import unpack_metrics
 WAITS = ("input", "save", "evaluation")
 
 
-def make_tracker(config: TrainConfig, settings: dict):
-    """accelerate's tracker of that name, or None. Logs lie under `train.out`/tensorboard."""
+def make_tracker(config: TrainConfig, folder: Path, settings: dict):
+    """accelerate's tracker of that name, or None. Logs lie under `folder`/tensorboard."""
     if config.tracker == "none":
         return None
     from accelerate import PartialState
@@ -30,7 +31,7 @@ def make_tracker(config: TrainConfig, settings: dict):
     if config.tracker == "wandb":
         tracker = WandBTracker("eagle3-xla")
     else:
-        tracker = TensorBoardTracker("tensorboard", logging_dir=config.out)
+        tracker = TensorBoardTracker("tensorboard", logging_dir=str(folder))
     tracker.start()
     tracker.store_init_configuration(settings)
     return tracker
@@ -41,20 +42,24 @@ class Reporter:
 
     recipe: the resolved one, for the tracker; flops: of one position (train/flops.py), for
     MFU = flops * tokens per second / (devices * their peak). A full disk costs the log, not the run.
+    local: the folder of this machine where the files grow; `train.out` itself, or uploaded to its URL at each save.
     """
 
     def __init__(self, config: TrainConfig, total: int, start: int, recipe: dict, backend, flops: float):
         self.config, self.backend, self.flops = config, backend, flops
-        self.speaks = backend.process_index == 0
-        self.file = Path(config.out) / "metrics.jsonl"
+        self.speaks = backend.hosts.index == 0
         self.heldout: list[float] = []  # every held-out tau of the run so far
         self._complained = False
         self.tracker = None
         if self.speaks:
+            self.local = storage.LocalFolder(config.out)
+            self.local.restore("metrics.jsonl")
+            self.file = self.local.path / "metrics.jsonl"
             self.heldout = _drop_after(self.file, start)
             sections = {name: values for name, values in recipe.items() if name in ("train", "loss", "xla")}
             flat = {f"{s}.{k}": v for s, values in sections.items() for k, v in values.items()}
-            self.tracker = make_tracker(config, flat | {"target": recipe["target"]["path"]})
+            self.tracker = make_tracker(config, self.local.path, flat | {"target": recipe["target"]["path"]})
+        self.heldout = backend.hosts.from_first(self.heldout)  # all stop by `patience` at the same step
         self.bar = tqdm(total=total, initial=start, desc="train", unit="step", mininterval=1.0, disable=not self.speaks)
         self._since, self._tokens, self._speed, self._host_seconds, self._steps = time.perf_counter(), 0, 0.0, 0.0, 0
         self._waited = dict.fromkeys(WAITS, 0.0)
@@ -103,7 +108,8 @@ class Reporter:
         self._since, self._tokens, self._host_seconds, self._steps = now, 0, 0.0, 0
         if self.backend.peak_flops:
             row["mfu"] = self.flops * self._speed / self.backend.peak_flops
-        row["memory_gib"] = self.backend.memory_bytes() / 2**30
+        if memory := self.backend.memory_bytes():
+            row["memory_gib"] = memory / 2**30
         self._write(row)
         shown = {f"acc_{k}": f"{value:.3f}" for k, value in enumerate(acc[:3])}
         shown |= {"mfu": f"{row['mfu']:.1%}"} if "mfu" in row else {}
@@ -139,6 +145,12 @@ class Reporter:
         self.bar.close()
         if self.tracker:
             self.tracker.finish()
+        self.upload()
+
+    def upload(self) -> None:
+        """Copy what has been written so far to where `train.out` is a URL."""
+        if self.speaks:
+            self.local.upload()
 
     def _write(self, row: dict) -> None:
         if not self.speaks:

@@ -6,12 +6,14 @@ from eagle3_xla import checkpoint as checkpoints
 
 
 class Saver:
-    """keep: as checkpoint.save takes it. As a context it waits for what is being written, whatever ended the block; a
-    failure goes to `say` then, when the block ended for another one.
+    """keep: as checkpoint.save takes it; before(): is called in the thread before each.
+
+    As a context it waits for what is being written, whatever ended the block; a failure goes to `say` then, when the
+    block ended for another one.
     """
 
-    def __init__(self, keep: int, say):
-        self.keep, self.say = keep, say
+    def __init__(self, keep: int, say, before=lambda: None):
+        self.keep, self.say, self.before = keep, say, before
         self._thread = ThreadPoolExecutor(1, "save")
         self._writing: Future | None = None
 
@@ -21,7 +23,7 @@ class Saver:
     def __exit__(self, kind, error, trace):
         try:
             self.wait()
-        except checkpoints.SaveFailed as failed:
+        except OSError as failed:
             if error is None:
                 raise
             self.say(str(failed))
@@ -31,7 +33,11 @@ class Saver:
     def save(self, folder, state: checkpoints.Checkpoint) -> None:
         """Begin to write `state`, host tensors of its own, once the one before is written. Raises its SaveFailed."""
         self.wait()
-        self._writing = self._thread.submit(checkpoints.save, folder, state, self.keep)
+        self._writing = self._thread.submit(self._write, folder, state)
+
+    def _write(self, folder, state: checkpoints.Checkpoint) -> None:
+        self.before()
+        checkpoints.save(folder, state, self.keep)
 
     def check(self) -> None:
         """Raises SaveFailed when what was being written has failed meanwhile."""

@@ -6,6 +6,7 @@ from pathlib import Path
 import torch
 
 from eagle3_xla import checkpoint as checkpoints
+from eagle3_xla import storage
 from eagle3_xla.config import Recipe, UserError
 from eagle3_xla.data.batches import Batches
 from eagle3_xla.data.prepare import load_prepared
@@ -14,6 +15,7 @@ from eagle3_xla.draft.initialise import InputMoments, initialise_head
 from eagle3_xla.draft.model import Eagle3Head, draft_config
 from eagle3_xla.draft.saved import layers_of, load_head, read_head
 from eagle3_xla.outputs import claim_output, write_run_file
+from eagle3_xla.storage import Location
 from eagle3_xla.target.families import linear_rows, load_target_config, norm_offset
 from eagle3_xla.target.model import TargetStates, open_target
 from eagle3_xla.target.states import StatesStore
@@ -22,6 +24,7 @@ from eagle3_xla.train.loader import Loader, buckets_of, training_batches
 from eagle3_xla.train.optimizer import AdamW
 from eagle3_xla.train.step import TrainStep
 from eagle3_xla.xla import make_backend
+from eagle3_xla.xla.hosts import Hosts
 
 
 class Stopped(Exception):
@@ -62,8 +65,8 @@ class Run:
     saved: checkpoints.Checkpoint | None
 
     @property
-    def out(self) -> Path:
-        return Path(self.recipe.train.out)
+    def out(self) -> Location:
+        return storage.join(self.recipe.train.out)
 
     @property
     def first_step(self) -> int:
@@ -85,15 +88,15 @@ class Run:
         )
 
 
-def set_up(recipe: Recipe, stopping: list[str]) -> Run:
+def set_up(recipe: Recipe, stopping: list[str], hosts: Hosts) -> Run:
     """Raises UserError for a recipe, data or output folder that doesn't fit, Stopped once `stopping` has an entry."""
-    settings, out = recipe.train, Path(recipe.train.out)
+    settings = recipe.train
+    hosts.agree("settings", _shared_settings(recipe))
     config = load_target_config(recipe.target.path)  # a target that is not supported, before anything else
-    backend = make_backend(recipe.xla)  # first: XLA devices must exist before autograd runs anywhere
+    backend = make_backend(recipe.xla, hosts)  # first: XLA devices must exist before autograd runs anywhere
     data = _read_data(recipe, backend, config.vocab_size)
 
     # The frozen target, and the run that is already there, which goes on if it is the same.
-    claim_output(out, "train")
     warm_head = None
     if settings.warm_start:  # keeps the head's own vocabulary: its lm_head rows mean nothing under another
         warm_saved = read_head(Path(settings.warm_start))
@@ -102,12 +105,8 @@ def set_up(recipe: Recipe, stopping: list[str]) -> Run:
     target = open_target(recipe.target.path, getattr(torch, recipe.target.dtype), data.draft_ids)
     target_config = target.model.config
     data_key = f"{data.manifest['key']} {target.fingerprint()}"
-    saved = checkpoints.load_latest(out / "checkpoints", warn=print)
-    if saved:
-        checkpoints.refuse_changed_run(saved, recipe, data_key)
-    if backend.process_index == 0:
-        write_run_file(recipe, out, "train")
-    backend.agreed(saved.micro_step if saved else 0, "the newest checkpoint; train.out must be shared")
+    hosts.agree("data or target", {"data.prepared": data.manifest["key"], "target.path": target.fingerprint()})
+    saved = hosts.from_first(_saved_run(recipe, data_key) if hosts.index == 0 else None)
 
     lm_head_rows = linear_rows(target_config, target.draft_rows.float())
     head = Eagle3Head(draft_config(target_config, len(data.draft_ids)))
@@ -139,6 +138,23 @@ def set_up(recipe: Recipe, stopping: list[str]) -> Run:
     return Run(recipe, backend, data, target_config, head, optimizer, step, d2t, t2d, data_key, saved)
 
 
+def _shared_settings(recipe: Recipe) -> dict[str, object]:
+    """What must be the same on every host: all but where things lie."""
+    every = {f"{s}.{key}": value for s, values in dataclasses.asdict(recipe).items() for key, value in values.items()}
+    own = ("target.path", "data.train", "data.heldout", "data.prepared", "train.out", "train.warm_start")
+    return {name: value for name, value in every.items() if name not in own}
+
+
+def _saved_run(recipe: Recipe, data_key: str) -> checkpoints.Checkpoint | None:
+    """The newest checkpoint in `train.out`, which becomes this run's. Raises UserError when it is another run's."""
+    out = claim_output(recipe.train.out, "train")
+    saved = checkpoints.load_latest(storage.join(out, "checkpoints"), warn=print)
+    if saved:
+        checkpoints.refuse_changed_run(saved, recipe, data_key)
+    write_run_file(recipe, out, "train")
+    return saved
+
+
 def _read_data(recipe: Recipe, backend, vocab_size: int) -> Data:
     settings = recipe.train
     train_rows, heldout_rows, draft_ids, manifest = load_prepared(recipe.data.prepared, vocab_size)
@@ -168,7 +184,7 @@ def _states_function(backend, target, stopping: list[str]):
         return target.states(batch["input_ids"], batch["position_ids"], batch["document_ids"])
 
     def states_of(host_batch) -> TargetStates:
-        if stopping:
+        if backend.hosts.any(bool(stopping)):
             raise Stopped
         return TargetStates(*map(backend.to_host, target_states(backend.put(host_batch))))
 
@@ -177,11 +193,11 @@ def _states_function(backend, target, stopping: list[str]):
 
 def _keep_states(recipe: Recipe, backend, data: Data, data_key: str, states_of) -> None:
     """Run the target once over all rows; the step starts from what it said."""
-    if backend.process_count > 1 or len(data.batches.buckets) > 1:
-        raise UserError("train.reuse_states needs one host and rows of one length; set it to false")
+    if len(data.batches.buckets) > 1:
+        raise UserError("train.reuse_states needs rows of one length; set it to false")
     for split, loader in (("train", data.loader), ("heldout", data.heldout_loader)):
         loader.store = StatesStore(Path(recipe.data.prepared) / "states" / split, loader.rows, data_key)
-        loader.store.fill(states_of, data.rows_per_step)
+        loader.store.fill(states_of, data.rows_per_step, backend)
 
 
 def _initialise(recipe: Recipe, backend, data: Data, target, head, lm_head_rows, states_of) -> dict[str, torch.Tensor]:
@@ -193,7 +209,10 @@ def _initialise(recipe: Recipe, backend, data: Data, target, head, lm_head_rows,
         embeds = backend.to_host(target.embed_tokens(batch["input_ids"].to(target.device)))
         moments.add(states.aux, embeds, states.hidden, norm_weight, batch["loss_mask"])
     initialise_head(head, settings.init, settings.seed, lm_head_rows, norm_weight, moments)
-    return {"fc.weight": 1 / moments.aux_rms().clamp_min(1e-3)}
+    # Host 0's, so that not a bit differs whatever the hosts' processors are.
+    weights, lr_scale = backend.hosts.from_first((head.state_dict(), 1 / moments.aux_rms().clamp_min(1e-3)))
+    head.load_state_dict(weights)
+    return {"fc.weight": lr_scale}
 
 
 def refuse_other_head(warm, wanted, path: str, layers: tuple | None, of_target: tuple) -> None:

@@ -1,10 +1,12 @@
 """Where the step runs. spmd.py is the only file that imports torch_xla; plain.py has the same methods without it."""
 
 from eagle3_xla.config import UserError, XlaConfig
+from eagle3_xla.xla.hosts import Hosts
 
 
-def make_backend(config: XlaConfig):
-    """The backend of a recipe: SpmdBackend (XLA devices) or PlainBackend (one CPU or GPU, eager)."""
+def make_backend(config: XlaConfig, hosts: Hosts | None = None):
+    """The backend of a recipe: SpmdBackend (XLA devices) or PlainBackend (one CPU or GPU, eager); hosts: who run it
+    together (default: this process alone)."""
     if config.device == "xla":
         try:
             from eagle3_xla.xla.spmd import SpmdBackend
@@ -12,7 +14,7 @@ def make_backend(config: XlaConfig):
             raise UserError(
                 f"xla.device is xla, but torch_xla is not usable here ({error}); or --xla.device=cpu"
             ) from None
-        return SpmdBackend(config)
+        return SpmdBackend(config, hosts)
     from eagle3_xla.xla.plain import PlainBackend
 
-    return PlainBackend(config)
+    return PlainBackend(config, hosts)

@@ -6,13 +6,17 @@ import resource
 import torch
 
 from eagle3_xla.config import UserError, XlaConfig
+from eagle3_xla.xla.hosts import Hosts
 from eagle3_xla.xla.memory import keep_freed_memory
 
 
 class PlainBackend:
     """One device, nothing compiled."""
 
-    def __init__(self, config: XlaConfig):
+    def __init__(self, config: XlaConfig, hosts: Hosts | None = None):
+        self.hosts, self.part = hosts or Hosts(), 0
+        if self.hosts.count > 1:
+            raise UserError(f"xla.device={config.device} runs in one process; {self.hosts.count} were started together")
         if config.dp * config.tp != 1:
             raise UserError(f"xla.device={config.device} runs on one device; set xla.dp and xla.tp to 1")
         if config.device == "cuda" and not torch.cuda.is_available():
@@ -20,8 +24,7 @@ class PlainBackend:
         if config.device == "cpu":
             keep_freed_memory()
         self.device = torch.device(config.device)
-        self.data_parallel = self.draft_groups = self.process_count = 1
-        self.process_index = 0
+        self.data_parallel = self.draft_groups = 1
         self.peak_flops = config.peak_tflops * 1e12
         self._autocast = config.autocast
 
@@ -70,14 +73,6 @@ class PlainBackend:
 
     def compilations(self) -> int:
         return 0
-
-    def agreed(self, value: int, what: str) -> int:
-        """`value`, the same on every host."""
-        return value
-
-    def agree_to_stop(self, step: int, wanted: bool) -> bool:
-        """Whether the run stops after micro-step `step`, on every host."""
-        return wanted
 
     def memory_bytes(self) -> int:
         """Most memory in use so far: the GPU's, or this process's."""

@@ -6,7 +6,6 @@ import re
 import resource
 from collections.abc import Iterable
 
-import numpy as np
 import torch
 import torch_xla
 import torch_xla.core.xla_model as xla_model
@@ -18,8 +17,10 @@ from eagle3_xla.config import UserError, XlaConfig
 from eagle3_xla.target.attention import GROUPED_EINSUM
 from eagle3_xla.target.experts import PARTED, RoutedExperts, route_experts
 from eagle3_xla.xla.dispatch import compiled
+from eagle3_xla.xla.hosts import Hosts
 from eagle3_xla.xla.loops import scanned
 from eagle3_xla.xla.memory import keep_freed_memory
+from eagle3_xla.xla.mesh import mesh_devices, part_of_host
 
 # The head, by parameter name: column-parallel ones over their output rows, row-parallel ones over their inputs.
 HEAD_COLUMNS = ("q_proj", "k_proj", "v_proj", "gate_proj", "up_proj", "lm_head", "fc")
@@ -32,10 +33,12 @@ PEAK_FLOPS = {"v4": 275e12, "v5e": 197e12, "v5p": 459e12, "v6e": 918e12}  # bf16
 class SpmdBackend:
     """A (dp, tp) mesh over all devices of the run.
 
-    On the CPU, dp * tp virtual devices are made, so that the step of a TPU slice can be run anywhere.
+    On the CPU, dp * tp virtual devices are made, so that the step of a TPU slice can be run anywhere. coordinates: of
+    each device by its number, None: the runtime's own. hosts: who this process runs with; part: which part of a batch
+    it reads.
     """
 
-    def __init__(self, config: XlaConfig):
+    def __init__(self, config: XlaConfig, hosts: Hosts | None = None, coordinates: list | None = None):
         wanted = config.dp * config.tp
         if runtime.device_type() == "CPU":
             os.environ.setdefault("CPU_NUM_DEVICES", str(wanted))
@@ -44,21 +47,19 @@ class SpmdBackend:
         found = runtime.global_runtime_device_count()
         if found != wanted:
             raise UserError(f"xla.dp * xla.tp = {config.dp} * {config.tp} = {wanted}, but there are {found} devices")
-        self.process_index, self.process_count = runtime.process_index(), runtime.process_count()
-        if config.dp % self.process_count or wanted // self.process_count % config.tp:
+        self.hosts = hosts or Hosts()
+        if self.hosts.count != runtime.process_count():
             raise UserError(
-                f"{self.process_count} hosts need a multiple of so many replicas, each within a host; xla.dp is "
-                f"{config.dp}, xla.tp is {config.tp}"
+                f"the devices belong to {runtime.process_count()} hosts, but {self.hosts.count} processes were started "
+                "together; start launch/train_torchrun.sh on each host, one process there"
             )
-        if self.process_count > 1:  # the runtime tells every host when one of them is to be preempted
-            torch_xla._XLAC._ensure_xla_coordinator_initialized(
-                self.process_index, self.process_count, runtime.get_master_ip()
-            )
-            torch_xla._XLAC._activate_preemption_sync_manager()
         self.peak_flops = wanted * (config.peak_tflops * 1e12 or _peak_flops())
         # The device must exist before the first backward: autograd sizes its queues then.
         self.device = torch_xla.device()
-        self.mesh = spmd.Mesh(np.arange(wanted), (config.dp, config.tp), ("dp", "tp"))
+        devices = mesh_devices(config.dp, config.tp, coordinates or _coordinates())
+        self.mesh = spmd.Mesh(devices.ravel(), devices.shape, ("dp", "tp"))
+        mine = [int(name.partition(":")[2]) for name in torch_xla._XLAC._xla_get_runtime_devices()]
+        self.part, self._local_replicas = part_of_host(devices, mine)
         spmd.set_global_mesh(self.mesh)
         self.data_parallel = config.dp
         self._split_draft = config.draft_data_parallel and config.tp > 1
@@ -176,7 +177,7 @@ class SpmdBackend:
     def to_host(self, tensor: torch.Tensor) -> torch.Tensor:
         """The whole tensor on the host, put together from its shards: `.cpu()` would compile a gather for each."""
         tensor = tensor.detach()
-        if self.process_count > 1:  # other hosts hold shards too
+        if self.hosts.count > 1:  # other hosts hold shards too
             tensor = self.gathered(tensor)
         xla_model.wait_device_ops()  # shards of a step that is still running can't be read
         whole = torch.empty(tensor.shape, dtype=tensor.dtype)
@@ -193,40 +194,31 @@ class SpmdBackend:
 
     def put(self, batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         """Host tensors [B, ...] to the devices, the batch dimension over dp; of several hosts, each gives its part."""
-        if self.process_count > 1:
-            specs = {
-                n: spmd.ShardingSpec(self.mesh, ("dp",) + (None,) * (v.ndim - 1), minibatch=True)
-                for n, v in batch.items()
-            }
-            return {n: xla_model.send_cpu_data_to_device([v], self.device, specs[n])[0] for n, v in batch.items()}
+        if self.hosts.count > 1:
+            return {name: self._from_parts(value) for name, value in batch.items()}
         placed = {}
         for name, value in batch.items():
             placed[name] = self._to_device(value)
             self._mark(placed[name], self.mesh.get_op_sharding(("dp",) + (None,) * (value.ndim - 1)))
         return placed
 
+    def _from_parts(self, part: torch.Tensor) -> torch.Tensor:
+        """The tensor over dp whose rows of this host are `part`. torch_xla's own way (`ShardingSpec(minibatch=True)`)
+        refuses every mesh whose batch isn't split over all devices, and parts with fewer rows than local devices.
+        """
+        rows = len(part) // len(set(self._local_replicas))
+        shards = [part[replica * rows : (replica + 1) * rows] for replica in self._local_replicas]
+        sharding = self.mesh.get_op_sharding(("dp",) + (None,) * (part.ndim - 1))
+        return torch_xla._XLAC._global_tensor_from_cpu_shards(shards, sharding, None)
+
     def autocast(self):
         return torch.autocast("xla", dtype=torch.bfloat16) if self._autocast else contextlib.nullcontext()
 
-    def agreed(self, value: int, what: str) -> int:
-        """`value`, the same on every host; raises UserError naming `what` when it isn't."""
-        if self.process_count > 1:
-            values = xla_model.mesh_reduce("agreed", value, list)
-            if len(set(values)) > 1:
-                raise UserError(f"the hosts don't see the same ({', '.join(map(str, values))}): {what}")
-        return value
-
-    def agree_to_stop(self, step: int, wanted: bool) -> bool:
-        """Whether the run stops after micro-step `step`: on all hosts at the same one, when any was told to."""
-        if self.process_count == 1:
-            return wanted
-        return torch_xla._XLAC._sync_point_reached(step)  # the runtime's own SIGTERM handler spreads the notice
-
-    def memory_bytes(self) -> int:
-        """Most memory in use so far: a TPU's, or on the CPU this process's."""
+    def memory_bytes(self) -> int | None:
+        """Most memory in use so far, on the CPU this process's. Of a TPU torch_xla can't tell it under SPMD."""
         if runtime.device_type() == "CPU":
             return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-        return xla_model.get_memory_info(f"xla:{self.process_index}")["peak_bytes_used"]
+        return None
 
     @contextlib.contextmanager
     def profiler(self, folder: str):
@@ -255,6 +247,14 @@ class SpmdBackend:
 def _annotate(tensor: torch.Tensor, sharding) -> None:
     """Give a tensor inside a graph its sharding."""
     torch_xla._XLAC._xla_annotate_custom_sharding(tensor, sharding)
+
+
+def _coordinates() -> list[tuple[int, ...]] | None:
+    """Of each device in the slice's torus, by its number; None on the CPU."""
+    if runtime.device_type() != "TPU":
+        return None
+    attributes = {int(a["name"].partition(":")[2]): a for a in runtime.global_runtime_device_attributes()}
+    return [tuple(attributes[number]["coords"]) for number in range(len(attributes))]
 
 
 def _peak_flops() -> float:
