@@ -129,6 +129,9 @@ def set_up(recipe: Recipe, stopping: list[str], hosts: Hosts) -> Run:
         lr_scale = _initialise(recipe, backend, data, target, head, lm_head_rows, states_of)
         if warm_head is not None:
             head.load_state_dict(warm_head.state_dict())
+        # Host 0's on all, so that not a bit differs, whatever processors and files they have.
+        weights, lr_scale = hosts.from_first((head.state_dict(), lr_scale))
+        head.load_state_dict(weights)
     head = backend.place_head(head)
     updates = data.total_steps // settings.gradient_accumulation
     state = saved.optimizer if saved else None
@@ -209,10 +212,7 @@ def _initialise(recipe: Recipe, backend, data: Data, target, head, lm_head_rows,
         embeds = backend.to_host(target.embed_tokens(batch["input_ids"].to(target.device)))
         moments.add(states.aux, embeds, states.hidden, norm_weight, batch["loss_mask"])
     initialise_head(head, settings.init, settings.seed, lm_head_rows, norm_weight, moments)
-    # Host 0's, so that not a bit differs whatever the hosts' processors are.
-    weights, lr_scale = backend.hosts.from_first((head.state_dict(), 1 / moments.aux_rms().clamp_min(1e-3)))
-    head.load_state_dict(weights)
-    return {"fc.weight": lr_scale}
+    return {"fc.weight": 1 / moments.aux_rms().clamp_min(1e-3)}
 
 
 def refuse_other_head(warm, wanted, path: str, layers: tuple | None, of_target: tuple) -> None:

@@ -1,0 +1,64 @@
+"""The mesh lies along the torus, and a host's rows reach its devices."""
+
+import os
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+
+from eagle3_xla.config import UserError
+from eagle3_xla.xla.mesh import mesh_devices, part_of_host
+from eagle3_xla.xla.tpu import TOPOLOGIES, find_topology
+
+
+@pytest.mark.parametrize("name", TOPOLOGIES)
+def test_tp_is_within_a_host_and_dp_goes_to_neighbours(name):
+    topology = find_topology(name)
+    coordinates = np.array(topology.coordinates())
+    mesh = mesh_devices(topology.chips // 4, 4, topology.coordinates())
+    assert sorted(mesh.ravel()) == list(range(topology.chips))
+    hosts = coordinates[mesh]  # [dp, tp, 2 or 3]
+    hosts[..., :2] //= 2
+    assert (hosts == hosts[:, :1]).all()
+    assert (np.abs(np.diff(hosts[:, 0], axis=0)).sum(1) == 1).all()
+
+
+def test_the_reference_slice_is_numbered_as_the_mesh_goes():
+    assert mesh_devices(4, 4, find_topology("v4-32").coordinates()).tolist() == np.arange(16).reshape(4, 4).tolist()
+    # On a v5e-16 the ids go row by row over all hosts.
+    assert mesh_devices(4, 4, find_topology("v5e-16").coordinates())[:2].tolist() == [[0, 1, 4, 5], [2, 3, 6, 7]]
+
+
+def test_a_host_reads_the_part_of_its_replicas():
+    mesh = mesh_devices(4, 4, find_topology("v5e-16").coordinates())
+    third = [10, 11, 14, 15]  # the host at the far corner: the ring goes round it before the fourth
+    assert part_of_host(mesh, third) == (2, [0, 0, 0, 0])
+    assert part_of_host(mesh_devices(8, 2), [4, 5, 6, 7]) == (1, [0, 0, 1, 1])
+    assert part_of_host(mesh_devices(1, 4), [0, 1, 2, 3]) == (0, [0, 0, 0, 0])
+    for mesh, mine in ((mesh_devices(4, 4), [2, 3, 4, 5]), (mesh_devices(2, 8), [0, 1, 2, 3])):
+        with pytest.raises(UserError, match="not whole replicas"):
+            part_of_host(mesh, mine)
+
+
+PARTS = """
+import os, torch, torch_xla
+from eagle3_xla.config import XlaConfig
+from eagle3_xla.xla.spmd import SpmdBackend
+from eagle3_xla.xla.tpu import find_topology
+backend = SpmdBackend(XlaConfig(dp=4, tp=4), coordinates=find_topology("v5e-16").coordinates())
+assert backend.part == 0
+for rows in (4, 16):  # as many as replicas: torch_xla's minibatch refuses a host's part of them
+    whole = torch.arange(rows * 6, dtype=torch.int32).view(rows, 6)
+    placed, as_before = backend._from_parts(whole), backend.put({"x": whole})["x"]
+    assert torch.equal(backend.to_host(placed), whole) and torch.equal(placed.cpu(), whole)
+    sharding = torch_xla._XLAC._get_xla_sharding_spec
+    assert sharding(placed) == sharding(as_before) and "devices=[4,1,4]0,1,4,5,2,3,6,7," in sharding(placed)
+os._exit(0)
+"""
+
+
+def test_the_parts_of_a_batch_reach_the_devices_of_their_replica():
+    environment = os.environ | {"PJRT_DEVICE": "CPU", "CPU_NUM_DEVICES": "16"}
+    done = subprocess.run([sys.executable, "-c", PARTS], env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
