@@ -68,7 +68,7 @@ def run(folder: Path, process: int, port: str) -> None:
     build.device_assignment = options.device_assignment = _jax.DeviceAssignment.create(
         np.array([[device.id for device in devices]])
     )
-    executable = devices[0].client.compile(
+    executable = devices[0].client.compile_and_load(
         _with_shardings(module, []), executable_devices=_jax.DeviceList(tuple(devices)), compile_options=options
     )
     text = executable.hlo_modules()[0].to_string()

@@ -1,5 +1,6 @@
 """A run that is killed again and again, while it writes checkpoints too, ends with an unbroken run's weights."""
 
+import json
 import os
 import random
 import signal
@@ -10,14 +11,17 @@ from pathlib import Path
 
 import pytest
 
+from eagle3_xla import storage
 from eagle3_xla.config import load_recipe
 from eagle3_xla.data.prepare import prepare
+from eagle3_xla.storage import Location
 
 KILLS = 20
 
 # Forks a run for each line on stdin (the folder it writes to), so that the runs needn't import everything anew.
 RUNS = """
 import os, signal, sys
+from eagle3_xla import storage
 from eagle3_xla.config import load_recipe
 from eagle3_xla.train.loop import train
 signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # nobody waits for them
@@ -37,10 +41,10 @@ def alive(process: int) -> bool:
     return Path(f"/proc/{process}").exists()
 
 
-def wait_until(condition, process: int) -> None:
+def wait_until(condition, process: int, pause: float) -> None:
     while not condition():
         assert alive(process), "the run ended before it was killed"
-        time.sleep(0.0005)
+        time.sleep(pause)
 
 
 def wait_for_end(process: int) -> None:
@@ -48,45 +52,56 @@ def wait_for_end(process: int) -> None:
         time.sleep(0.01)
 
 
-def newest(folder: Path) -> str:
-    return max((path.name for path in folder.glob("step-*")), default="")
+def newest(folder: Location) -> str:
+    return max(storage.whole_folders(folder, "SHA256SUMS", "step-"), default="")
 
 
-def last_state(out: Path) -> tuple[str, bytes]:
-    last = max((out / "checkpoints").glob("step-*"))
-    return last.name, (last / "state.safetensors").read_bytes()
+def unfinished(folder: Location) -> set[str]:
+    """What is being written or removed."""
+    return set(storage.entries(folder)) - set(storage.whole_folders(folder, "SHA256SUMS", "step-"))
+
+
+def last_state(out: Location) -> tuple[str, bytes]:
+    folder = storage.join(out, "checkpoints")
+    return newest(folder), storage.read(storage.join(folder, newest(folder), "state.safetensors"))
 
 
 @pytest.mark.slow
-def test_twenty_kills_change_nothing(small_run, tmp_path):
-    settings = [*small_run, "train.epochs=10", "train.save_every=1", "train.keep=2", "train.heldout_rows=0"]
+@pytest.mark.parametrize("where", ["folder", "bucket"])
+def test_twenty_kills_change_nothing(small_run, tmp_path, request, where):
+    place = tmp_path if where == "folder" else f"{request.getfixturevalue('gcs').url}/kills"
+    epochs = 10 if where == "folder" else 4  # steps go faster than saves here, and slower there
+    settings = [*small_run, f"train.epochs={epochs}", "train.save_every=1", "train.keep=2", "train.heldout_rows=0"]
     prepare(load_recipe(None, settings))
     command = [sys.executable, "-c", RUNS, *settings]
     server = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
 
-    def start(out: Path) -> int:
+    def start(out: Location) -> int:
         print(out, file=server.stdin, flush=True)
         return int(server.stdout.readline())
 
     wait_for_end(start(tmp_path / "whole"))
     whole = last_state(tmp_path / "whole")
     draw = random.Random(0)
-    folder, while_writing, reached = tmp_path / "killed" / "checkpoints", 0, set()
+    killed, pause = storage.join(place, "killed"), 0.0005 if where == "folder" else 0.005
+    folder, while_writing, reached = storage.join(killed, "checkpoints"), 0, set()
     for attempt in range(KILLS):
-        run = start(tmp_path / "killed")
-        wait_until(lambda: newest(folder) not in ("", *reached), run)  # it got further
+        run = start(killed)
+        wait_until(lambda: newest(folder) not in ("", *reached), run, pause)  # it got further
         if attempt % 2:  # in the middle of writing a checkpoint
-            wait_until(lambda: list(folder.glob(".partial-step-*")), run)
+            wait_until(lambda: unfinished(folder), run, pause)
         time.sleep(draw.uniform(0, 0.002 if attempt % 2 else 0.04))
         os.kill(run, signal.SIGKILL)
         wait_for_end(run)
-        while_writing += bool(list(folder.glob(".partial-*")))
+        while_writing += bool(unfinished(folder))
         reached.add(newest(folder))
     assert whole[0] not in reached and len(reached) >= KILLS // 2 and while_writing >= 3, (reached, while_writing)
-    wait_for_end(start(tmp_path / "killed"))
+    wait_for_end(start(killed))
     server.stdin.close()
     server.wait()
-    assert last_state(tmp_path / "killed") == whole
+    assert last_state(killed) == whole
+    steps = [json.loads(line)["step"] for line in storage.read(storage.join(killed, "metrics.jsonl")).splitlines()]
+    assert steps == sorted(set(steps)) and steps[-1] == int(whole[0].removeprefix("step-"))
 
 
 @pytest.mark.slow
