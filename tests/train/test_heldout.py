@@ -91,4 +91,7 @@ def test_figures_of_a_run_and_its_trace(small_run, cli, tmp_path):
     row = next(row for row in rows_of(tmp_path / "run") if row["step"] == 6 and "loss" in row)
     assert 0 < row["mfu"] < 1 and row["memory_gib"] > 0.1 and row["host_seconds_per_step"] > 0
     assert {"loss", "acc", "tokens_per_second", "compilations", "lr", "gradient_norm"} <= row.keys()
+    waits = [f"{what}_wait_seconds" for what in ("input", "save", "evaluation")]
+    assert all(row[name] >= 0 for name in waits)
+    assert all(sum(row.get(name, 0) for row in rows_of(tmp_path / "run")) > 0 for name in waits)
     assert json.loads(done.stdout)["ended"] == "done"
