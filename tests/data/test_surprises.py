@@ -14,6 +14,8 @@ from eagle3_xla.data.manifest import read_manifest
 from eagle3_xla.data.prepare import load_prepared, prepare
 from eagle3_xla.data.workfiles import read_work_file, write_work_file
 from eagle3_xla.outputs import write_run_file
+from eagle3_xla.quickstart import quickstart
+from eagle3_xla.regenerate.run import Options, regenerate
 
 
 def chats(count: int, start: int = 0, **more) -> list[dict]:
@@ -65,6 +67,19 @@ def test_another_verbs_folder_is_left_alone(small_target, tmp_path):
     with pytest.raises(UserError, match=r"run is not ours to write to: `prepare` did not make it \(`train` wrote it\)"):
         prepare(chosen)
     assert content(tmp_path / "run") == before
+
+
+def test_no_verb_takes_a_prepared_folder(copied):
+    folder, chosen = copied
+    before = content(folder)
+    starts = {
+        "quickstart": lambda: quickstart(folder, 1),
+        "regenerate": lambda: regenerate(chosen, folder, Options(["http://127.0.0.1:9"])),
+    }
+    for verb, start in starts.items():
+        with pytest.raises(UserError, match=rf"not ours to write to: `{verb}` did not make it \(`prepare` wrote it\)"):
+            start()
+    assert content(folder) == before
 
 
 def test_a_users_file_in_a_prepared_folder_stays(copied):

@@ -34,7 +34,9 @@ def read_prompts(path: Path) -> list[list[dict]]:
     """
     prompts = []
     for where, row in read_rows(path):
-        if "prompt" in row:
+        if isinstance(row.get("prompt"), list):
+            turns = row["prompt"]
+        elif "prompt" in row:
             turns = [{"role": "user", "content": row["prompt"]}]
         elif "turns" in row and isinstance(row["turns"], list):
             turns = [{"role": "user", "content": turn} for turn in row["turns"][:1]]

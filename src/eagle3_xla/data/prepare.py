@@ -16,6 +16,7 @@ from pathlib import Path
 
 import torch
 
+from eagle3_xla import storage
 from eagle3_xla.checks import listing, number, parse_json
 from eagle3_xla.config import DataConfig, Recipe, Source, UserError
 from eagle3_xla.data import sources
@@ -98,8 +99,8 @@ def prepare(recipe: Recipe, overwrite: bool = False) -> dict:
         shutil.rmtree(out / split, ignore_errors=True)
         (work / "rows" / split).rename(out / split)
     write_run_file(recipe, out, "prepare")
-    (out / "draft_ids.json").write_text(json.dumps(draft_ids.tolist()))
-    (out / MANIFEST).write_text(json.dumps(manifest, indent=1))  # last: without it nothing is reused
+    storage.write(out / "draft_ids.json", json.dumps(draft_ids.tolist()))
+    storage.write(out / MANIFEST, json.dumps(manifest, indent=1))  # last: without it nothing is reused
     shutil.rmtree(out / ".work")
     return manifest
 

@@ -1,6 +1,7 @@
 """Tokenised conversations -> a dataset of rows on disk, the same bytes for the same conversations."""
 
 import json
+import os
 import random
 import shutil
 from pathlib import Path
@@ -106,6 +107,8 @@ class _Writer:
     def close(self, fingerprint: str) -> None:
         self.writer.finalize()
         self.writer.stream.close() if self.writer.stream else None
+        with self.file.open("rb") as written:
+            os.fsync(written.fileno())
         files = [{"filename": self.file.name}]
         state = json.loads(self.state.read_text()) | {"_data_files": files, "_fingerprint": fingerprint[:16]}
         self.state.write_text(json.dumps(state, indent=2, sort_keys=True))

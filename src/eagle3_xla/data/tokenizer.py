@@ -87,14 +87,9 @@ def stop_token_ids(path: str, tokenizer) -> set[int]:
         ids = None  # a folder or repository without that file
     except UNREADABLE as error:
         raise UserError(f"target {path!r}: generation_config.json can't be read: {first_line(error)}") from None
-    where, ids = (
-        ("tokenizer_config.json: eos_token", tokenizer.eos_token_id)
-        if ids is None
-        else (
-            "generation_config.json: eos_token_id",
-            ids,
-        )
-    )
+    where = "generation_config.json: eos_token_id"
+    if ids is None:
+        where, ids = "tokenizer_config.json: eos_token", tokenizer.eos_token_id
     if ids is None or ids == []:
         raise UserError(
             f"target {path!r} names no token that ends an answer, neither eos_token_id in generation_config.json nor "

@@ -20,6 +20,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
+from eagle3_xla import storage
 from eagle3_xla.checks import read_json
 from eagle3_xla.config import DataConfig, Recipe, RunError, Source, UserError
 from eagle3_xla.data import sources
@@ -164,7 +165,10 @@ def _fingerprint(data: DataConfig) -> str:
 def _check_settings(path: Path, settings: dict) -> None:
     """Raises UserError when the folder was begun with others."""
     if path.exists():
-        begun = read_json(path)
+        try:
+            begun = read_json(path)
+        except UserError as error:
+            raise UserError(f"{error}; remove that file to go on with the settings of now") from None
         for name, value in settings.items():
             if begun.get(name) != value:
                 raise UserError(
@@ -173,6 +177,4 @@ def _check_settings(path: Path, settings: dict) -> None:
 
 
 def _write_json(path: Path, content: dict) -> None:
-    partial = path.with_name(f"partial-{path.name}")
-    partial.write_text(json.dumps(content, indent=1) + "\n")
-    partial.replace(path)
+    storage.write(path, json.dumps(content, indent=1) + "\n")
