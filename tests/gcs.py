@@ -1,5 +1,6 @@
 """The GCS API on this machine: fake-gcs-server, behind a relay that can refuse a bucket or break an upload."""
 
+import contextlib
 import http.client
 import http.server
 import json
@@ -55,7 +56,8 @@ class Bucket:
                     self.send_header(name, value)
                 self.send_header("Content-Length", str(len(content)))
                 self.end_headers()
-                self.wfile.write(content)
+                with contextlib.suppress(BrokenPipeError):  # a reader that has enough
+                    self.wfile.write(content)
 
             do_GET = do_POST = do_PUT = do_DELETE = do_PATCH = _relay
 

@@ -140,9 +140,7 @@ def _regenerate(options, overrides) -> dict:
     names = "target chats limit concurrency timeout device api_key_env".split()
     given = {name: getattr(options, name) for name in names}
     servers = [url for url in options.server.split(",") if url]
-    return regenerate(
-        load_recipe(options.config, overrides), Path(options.out), Options(servers, sampling=sampling, **given)
-    )
+    return regenerate(load_recipe(options.config, overrides), options.out, Options(servers, sampling=sampling, **given))
 
 
 def _train(options, overrides) -> dict:
@@ -164,7 +162,7 @@ def _plan(options, overrides) -> dict:
 def _export(options, overrides) -> dict:
     from eagle3_xla.export import export
 
-    return export(Path(options.checkpoint), Path(options.out), options.dtype)
+    return export(options.checkpoint, options.out, options.dtype)
 
 
 def _eval(options, overrides) -> dict:
@@ -178,7 +176,7 @@ def _eval(options, overrides) -> dict:
 def _doctor(options, overrides) -> dict:
     from eagle3_xla.doctor.run import doctor
 
-    return doctor(Path(options.head), options.target, options.fix)
+    return doctor(options.head, options.target, options.fix)
 
 
 def _patch(options, overrides) -> dict:
@@ -209,7 +207,7 @@ def _push(options, overrides) -> dict:
 
     names = "results run base_model license private dry_run overwrite".split()
     settings = PushOptions(**{name: getattr(options, name) for name in names})
-    return push(Path(options.head), options.target, options.repo, settings)
+    return push(options.head, options.target, options.repo, settings)
 
 
 VERBS = {

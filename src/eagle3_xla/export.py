@@ -8,23 +8,22 @@ The metadata of model.safetensors also holds what weights can't tell: how the he
 """
 
 import json
-import os
-from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from eagle3_xla import checkpoint as checkpoints
+from eagle3_xla import storage
 from eagle3_xla.config import UserError
 from eagle3_xla.draft.saved import ARCHITECTURE, EXPORTED, RECORD, TRAINED
 from eagle3_xla.outputs import claim_output
-from eagle3_xla.storage import PARTIAL
+from eagle3_xla.storage import Location
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 
 
-def export(checkpoint: Path, out: Path, dtype: str = "bfloat16") -> dict:
+def export(checkpoint: Location, out: Location, dtype: str = "bfloat16") -> dict:
     """Write the head of a checkpoint folder to `out`; of a run's folder: its best by held-out tau, else its newest.
 
     Aux layer ids are left out: the head reads the layers that every engine takes by default. `norm_output` is never
@@ -32,36 +31,31 @@ def export(checkpoint: Path, out: Path, dtype: str = "bfloat16") -> dict:
     """
     if dtype not in DTYPES:
         raise UserError(f"--dtype {dtype}: choose one of {', '.join(DTYPES)}")
-    checkpoint, out = Path(checkpoint), Path(out)
-    if (checkpoint / "checkpoints").is_dir():
-        saved = checkpoints.load_best(checkpoint / "checkpoints", warn=print)
+    run = storage.join(checkpoint, "checkpoints")
+    if storage.is_folder(run):
+        saved = checkpoints.load_best(run, warn=print)
         if saved is None:
             raise UserError(f"{checkpoint} has no whole checkpoint yet")
         why = "the newest, no tau is known" if saved.tau is None else f"the best, held-out tau {saved.tau:.3f}"
     else:
         saved, why = checkpoints.load(checkpoint), "as named"
-    claim_output(out, "export", ours=_holds_our_head)
+    out = claim_output(out, "export", ours=_holds_our_head)
     config = serving_config(saved.draft_config, len(saved.d2t), dtype)
     tensors = {name: value.to(DTYPES[dtype]).contiguous() for name, value in saved.head.items()}
     record = {key: config[key] for key in TRAINED} | {"aux_layers": "default"}
     metadata = {"format": "pt", RECORD: json.dumps(record)}
-    for name in (EXPORTED, "config.json"):  # whole before it takes the earlier one's place
-        partial = out / f"{PARTIAL}{Path(name).stem}"  # engines load every *.safetensors
-        try:
-            if name == EXPORTED:
-                save_file({**tensors, "d2t": saved.d2t, "t2d": saved.t2d}, partial, metadata=metadata)
-            else:
-                partial.write_text(json.dumps(config, indent=2) + "\n")
-            os.replace(partial, out / name)
-        finally:
-            partial.unlink(missing_ok=True)
+    with storage.whole_file(storage.join(out, EXPORTED)) as partial:
+        save_file({**tensors, "d2t": saved.d2t, "t2d": saved.t2d}, partial, metadata=metadata)
+    storage.write(storage.join(out, "config.json"), json.dumps(config, indent=2) + "\n")
     chosen = f"step {saved.micro_step} ({why})"
     return {"out": str(out), "micro_step": saved.micro_step, "tau": saved.tau, "chosen": chosen, "dtype": dtype}
 
 
-def _holds_our_head(out: Path) -> bool:
+def _holds_our_head(out: Location) -> bool:
+    if not storage.exists(storage.join(out, EXPORTED)):
+        return False
     try:
-        with safe_open(out / EXPORTED, framework="pt") as file:
+        with safe_open(storage.local_file(storage.join(out, EXPORTED)), framework="pt") as file:
             return RECORD in (file.metadata() or {})
     except (OSError, SafetensorError):
         return False

@@ -108,12 +108,27 @@ def write(location: Location, content: str | bytes) -> None:
             store, path = _store(location)
             store.pipe_file(path, content, **CHECKED.get(_protocol(location), {}))
         return
+    with whole_file(location) as partial:
+        partial.write_bytes(content)
+
+
+@contextlib.contextmanager
+def whole_file(location: Location) -> Iterator[Path]:
+    """A file of this machine to write; at the end of the block it becomes `location`, and not after an error."""
+    if is_url(location):
+        with scratch(location) as folder:
+            yield folder / base_name(location)
+            upload(folder / base_name(location), location)
+        return
     location = Path(location)
-    partial = location.with_name(f"{PARTIAL}{location.name}")
-    partial.write_bytes(content)
-    _fsync(partial)
-    os.replace(partial, location)
-    _fsync(location.parent)
+    partial = location.with_name(f"{PARTIAL}{location.stem}")  # without its ending: engines load every *.safetensors
+    try:
+        yield partial
+        _fsync(partial)
+        os.replace(partial, location)
+        _fsync(location.parent)
+    finally:
+        partial.unlink(missing_ok=True)
 
 
 def make_folder(folder: Location) -> None:
@@ -270,6 +285,13 @@ def local_folder(location: Location, without: str = "") -> Path:
     return folder
 
 
+def work_folder(location: Location) -> Path:
+    """The folder itself, or one of this machine for what belongs to a URL's and outlives the process."""
+    folder = cache_folder() / "work" / _hash(str(location)) if is_url(location) else Path(location)
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder
+
+
 class LocalFolder:
     """A folder of this machine for files that grow. path: `location` itself, or one in the cache whose changed files
     `upload` copies to the URL; it starts empty but for what `restore` fetches."""
@@ -292,7 +314,7 @@ class LocalFolder:
         if not is_url(self.location):
             return
         for name, version in files(self.path).items():
-            if self._sent.get(name) != version:
+            if self._sent.get(name) != version and not name.startswith("."):  # .work, .partial-*
                 upload(self.path / name, join(self.location, name))
                 self._sent[name] = version
 

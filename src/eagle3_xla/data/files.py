@@ -14,6 +14,7 @@ from collections.abc import Iterator
 from importlib import resources
 from pathlib import Path
 
+from eagle3_xla import storage
 from eagle3_xla.config import UserError
 
 PACKAGED = "package:"  # package:train.jsonl is a file shipped in eagle3_xla/data/chats
@@ -24,7 +25,15 @@ SPACE = re.compile(r"\s*")
 
 
 def data_file(name: str) -> Path:
-    """A path, or a file shipped with the package when it starts with `package:`."""
+    """A path, or a file shipped with the package when it starts with `package:`; of a URL, its copy in the cache.
+
+    Raises UserError when nothing is at the URL.
+    """
+    if storage.is_url(name):
+        try:
+            return storage.local_folder(name) if storage.is_folder(name) else storage.local_file(name)
+        except FileNotFoundError as error:
+            raise UserError(str(error)) from None
     if name.startswith(PACKAGED):
         return Path(str(resources.files("eagle3_xla.data") / "chats" / name.removeprefix(PACKAGED)))
     return Path(name)

@@ -27,6 +27,7 @@ from eagle3_xla.data.rows import SPLIT_FILES, write_rows
 from eagle3_xla.data.tokenizer import load_config, load_tokenizer, shows_reasoning, stop_token_ids
 from eagle3_xla.data.vocab import coverage, draft_vocabulary
 from eagle3_xla.outputs import RUN_FILE, claim_output, write_run_file
+from eagle3_xla.storage import Location
 
 SPLITS = ("train", "heldout")
 FREE = ("prepared", "workers")  # settings that shape no row
@@ -45,11 +46,12 @@ def prepare(recipe: Recipe, overwrite: bool = False) -> dict:
     number(max(stop_ids), f"target {recipe.target.path!r}: its end-of-turn token's id", 0, vocab_size - 1)
     always = stop_ids | {token for token in tokenizer.all_special_ids if token < vocab_size}
     _check(data, vocab_size, len(always))
-    out = Path(claim_output(data.prepared, "prepare", overwrite=overwrite))
+    place = claim_output(data.prepared, "prepare", overwrite=overwrite)
+    out = storage.work_folder(place)
     _refuse_foreign_files(out, overwrite)
     prints = {split: [sources.fingerprint(sources.resolve(s)) for s in getattr(data, split)] for split in SPLITS}
     inputs = _inputs_key(data, prints, tokenizer, stop_ids, vocab_size)
-    if current := _current(out, inputs):
+    if current := _current(place, inputs):
         return current
     if overwrite or not (out / RUN_FILE).exists():
         write_run_file(recipe, out, "prepare")
@@ -102,6 +104,11 @@ def prepare(recipe: Recipe, overwrite: bool = False) -> dict:
     storage.write(out / "draft_ids.json", json.dumps(draft_ids.tolist()))
     storage.write(out / MANIFEST, json.dumps(manifest, indent=1))  # last: without it nothing is reused
     shutil.rmtree(out / ".work")
+    if storage.is_url(place):
+        for name in (MANIFEST, *SPLITS):
+            storage.remove(storage.join(place, name))
+        storage.upload_folder(out, place, last=MANIFEST)
+        shutil.rmtree(out)
     return manifest
 
 
@@ -111,9 +118,9 @@ def load_prepared(folder: str, vocab_size: int | None = None):
     vocab_size: of the target that they are for, None if it is not known. Raises UserError when there is no such folder,
     it is damaged or was prepared for another target.
     """
-    path = Path(folder)
-    if not folder or not (path / MANIFEST).exists():
+    if not folder or not storage.exists(storage.join(folder, MANIFEST)):
         raise UserError(f"no prepared data at {folder!r} (setting data.prepared); run `eagle3-xla prepare` first")
+    path = storage.local_folder(folder)
     manifest = read_manifest(path)
     if vocab_size not in (None, manifest["vocab_size"]):
         raise UserError(
@@ -149,10 +156,11 @@ def _load_rows(path: Path, split: str, manifest: dict):
     return rows
 
 
-def _current(out: Path, inputs: str) -> dict | None:
+def _current(out: Location, inputs: str) -> dict | None:
     """The manifest, if the folder is whole and was made of the same."""
     try:
-        return read_manifest(out) if read_manifest(out)["inputs"] == inputs and load_prepared(str(out)) else None
+        manifest = load_prepared(str(out))[3]
+        return manifest if manifest["inputs"] == inputs else None
     except UserError:
         return None
 

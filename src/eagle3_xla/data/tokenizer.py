@@ -1,5 +1,6 @@
 """The target's tokenizer, its end-of-turn tokens and its vocabulary size, from a folder or a hub id."""
 
+from eagle3_xla import storage
 from eagle3_xla.checks import listing, mapping, number, text
 from eagle3_xla.config import UserError
 
@@ -9,6 +10,16 @@ ASKED = ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads"
 UNREADABLE = (OSError, ValueError, KeyError, TypeError, AttributeError)  # what transformers ends in on odd files
 
 
+def small_files(path: str) -> str:
+    """A folder or a hub id itself; of a URL, a folder of this machine with all but the weights. Raises UserError."""
+    if not storage.is_url(path):
+        return path
+    try:
+        return str(storage.local_folder(path, without=".safetensors"))
+    except FileNotFoundError as error:
+        raise UserError(f"no target at {path!r}: {error}") from None
+
+
 def written_config(path: str) -> dict:
     """config.json of a folder or a hub id as it is written. Raises UserError for none, or a field of another type."""
     from transformers import PretrainedConfig
@@ -16,7 +27,7 @@ def written_config(path: str) -> dict:
     if not path:
         raise UserError("setting target.path is empty; name a folder or a hub id")
     try:
-        written = PretrainedConfig.get_config_dict(path)[0]
+        written = PretrainedConfig.get_config_dict(small_files(path))[0]
     except UNREADABLE as error:
         raise UserError(f"no target at {path!r}: {first_line(error)}") from None
     where = f"target {path!r}: config.json:"
@@ -41,7 +52,7 @@ def load_config(path: str):
 
     written_config(path)
     try:
-        config = AutoConfig.from_pretrained(path, trust_remote_code=False)
+        config = AutoConfig.from_pretrained(small_files(path), trust_remote_code=False)
     except UNREADABLE as error:
         raise UserError(f"no target at {path!r}: {first_line(error)}") from None
     architectures = config.architectures or []
@@ -58,6 +69,7 @@ def load_tokenizer(path: str):
     from transformers.models.auto.tokenization_auto import get_tokenizer_config
 
     try:
+        path = small_files(path)
         # AutoTokenizer puts Qwen2's own splitter in the place of a generic tokenizer when it sees `model_type: qwen2`.
         generic = get_tokenizer_config(path).get("tokenizer_class") == "PreTrainedTokenizerFast"
         tokenizer = (PreTrainedTokenizerFast if generic else AutoTokenizer).from_pretrained(
@@ -80,7 +92,7 @@ def stop_token_ids(path: str, tokenizer) -> set[int]:
     from transformers import GenerationConfig
 
     try:
-        ids = GenerationConfig.from_pretrained(path).eos_token_id
+        ids = GenerationConfig.from_pretrained(small_files(path)).eos_token_id
     except OSError as error:
         if "not a valid JSON" in str(error):
             raise UserError(f"target {path!r}: {first_line(error)}") from None

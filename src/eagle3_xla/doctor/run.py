@@ -4,17 +4,22 @@ import json
 import os
 from pathlib import Path
 
+from eagle3_xla import storage
+from eagle3_xla.config import UserError
 from eagle3_xla.doctor import config_rules, weight_rules
 from eagle3_xla.doctor.files import Finding, Target, read_target
 from eagle3_xla.draft.saved import SavedHead, read_head
+from eagle3_xla.storage import Location
 
 
-def doctor(folder: Path, target_path: str, fix: bool = False) -> dict:
+def doctor(folder: Location, target_path: str, fix: bool = False) -> dict:
     """Check the head at `folder` against its target; with `fix`, mend config.json where that is safe and check again.
 
     Returns ok (no rule fails), rules (rule, status pass | warn | fail, message), fixed (field -> [before, after]).
     Weights are never written. Raises UserError when there is no head or no target.
     """
+    if fix and storage.is_url(folder):
+        raise UserError(f"--fix mends a folder of this machine; copy {folder} here first")
     head = read_head(folder)
     target = read_target(target_path)
     findings = examine(head, target)
@@ -43,7 +48,7 @@ def examine(head: SavedHead, target: Target) -> list[Finding]:
     return [*findings, weight_rules.tokenizer(head, target)]
 
 
-def first_failure(folder: Path, target_path: str) -> str | None:
+def first_failure(folder: Location, target_path: str) -> str | None:
     """The first rule that fails, in the words of `doctor`; None for a head that passes."""
     rules = doctor(folder, target_path)["rules"]
     return next((f"{rule['rule']}: {rule['message']}" for rule in rules if rule["status"] == "fail"), None)

@@ -1,7 +1,6 @@
 """`eval`: acceptance and acceptance length of a head from real decoding with its target."""
 
 from dataclasses import dataclass
-from pathlib import Path
 from typing import NamedTuple
 
 import torch
@@ -69,7 +68,7 @@ class Pair(NamedTuple):
 
 def evaluate(target_path: str, draft: str, prompts: str, options: EvalOptions) -> dict:
     """Decode every prompt with and without the head; see `summary` for what comes back."""
-    if not options.force and (problem := first_failure(Path(draft), target_path)):
+    if not options.force and (problem := first_failure(draft, target_path)):
         raise UserError(f"{draft} fails a rule of `doctor`, {problem}; --force measures it all the same")
     pair = load_pair(target_path, draft, options)
     tokenizer = load_tokenizer(target_path)
@@ -87,7 +86,7 @@ def evaluate(target_path: str, draft: str, prompts: str, options: EvalOptions) -
 
 def load_pair(target_path: str, draft: str | SavedHead, options: EvalOptions) -> Pair:
     """Load a target and an exported head. Raises UserError when the head was made for another target."""
-    saved = draft if isinstance(draft, SavedHead) else read_head(Path(draft))
+    saved = draft if isinstance(draft, SavedHead) else read_head(draft)
     head, d2t = load_head(saved, options.force)
     if options.topk > len(d2t):
         raise UserError(f"--topk {options.topk}: the draft vocabulary of {saved.folder} has {len(d2t)} tokens")

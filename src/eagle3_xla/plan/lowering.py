@@ -1,9 +1,8 @@
 """The step that `train` runs, lowered without data: the same modules, optimizer and TrainStep over placeholders."""
 
-from pathlib import Path
-
 import torch
 
+from eagle3_xla import storage
 from eagle3_xla.config import Recipe
 from eagle3_xla.data.prepare import load_prepared
 from eagle3_xla.draft.model import Eagle3Head, draft_config
@@ -55,7 +54,7 @@ def lower_step(recipe: Recipe, target_config, coordinates: list | None = None) -
 
 def _listed_positions(recipe: Recipe, backend) -> int | None:
     """How many positions a group of the prepared data lists (loss/rows.py), None when all are computed or unknown."""
-    if not recipe.data.prepared or not (Path(recipe.data.prepared) / "manifest.json").exists():
+    if not recipe.data.prepared or not storage.exists(storage.join(recipe.data.prepared, "manifest.json")):
         return None
     rows, _, _, manifest = load_prepared(recipe.data.prepared)
     if manifest["row_length"] != recipe.data.row_length:

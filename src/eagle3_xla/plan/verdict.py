@@ -3,8 +3,8 @@
 import json
 import os
 import time
-from pathlib import Path
 
+from eagle3_xla import storage
 from eagle3_xla.config import Recipe, UserError
 from eagle3_xla.plan.report import verdict_screen
 from eagle3_xla.target.known import plan_config
@@ -102,10 +102,10 @@ def _refuse_indivisible(recipe: Recipe, target) -> None:
 
 def _prepared_tokens(recipe: Recipe) -> int | None:
     """Positions of the whole run, from the prepared data."""
-    manifest = Path(recipe.data.prepared) / "manifest.json"
-    if not recipe.data.prepared or not manifest.exists():
+    manifest = storage.join(recipe.data.prepared, "manifest.json")
+    if not recipe.data.prepared or not storage.exists(manifest):
         return None
-    prepared = json.loads(manifest.read_text())
+    prepared = json.loads(storage.read(manifest))
     return prepared["train"]["rows"] * prepared["row_length"] * recipe.train.epochs
 
 

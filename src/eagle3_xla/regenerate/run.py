@@ -31,7 +31,9 @@ from eagle3_xla.outputs import claim_output, write_run_file
 from eagle3_xla.regenerate.conversation import Sampling, rewrite
 from eagle3_xla.regenerate.journal import Journal
 from eagle3_xla.regenerate.servers import GaveUp, Servers
+from eagle3_xla.storage import Location
 
+UPLOAD_SECONDS = 60
 NAMED = 10  # of the conversations without an answer
 
 
@@ -53,7 +55,7 @@ class Options:
     sampling: Sampling = field(default_factory=Sampling)
 
 
-def regenerate(recipe: Recipe, out: Path, options: Options) -> dict:
+def regenerate(recipe: Recipe, out: Location, options: Options) -> dict:
     """Write `out` (above), or what is missing in it; return counts. Raises UserError when it was begun with other
     settings, RunError when conversations are left without an answer: starting again goes on with those."""
     if bool(options.servers) == bool(options.target):
@@ -61,13 +63,37 @@ def regenerate(recipe: Recipe, out: Path, options: Options) -> dict:
     if options.concurrency < 1 or options.limit < 0 or not 0 < options.timeout < math.inf:
         raise UserError("--concurrency must be 1 or more, --limit 0 or more, --timeout positive and finite")
     recipe = replace(recipe, data=_chats_to_ask(recipe.data, options.chats))
-    claim_output(out, "regenerate")
+    place = storage.LocalFolder(claim_output(out, "regenerate"))
+    for name in ("chats.jsonl", "dropped.jsonl", "regenerate.json"):
+        place.restore(name)
     write_run_file(recipe, out, "regenerate")
-    journal = Journal(out)
+    journal = Journal(place.path)
     try:
-        return asyncio.run(_regenerate(recipe.data, out, options, journal))
+        counts = asyncio.run(_uploading(place, _regenerate(recipe.data, place.path, options, journal)))
     finally:
         journal.close()
+        place.upload()
+    return {"out": str(storage.join(out, "chats.jsonl"))} | counts
+
+
+async def _uploading(place: storage.LocalFolder, work) -> dict:
+    """The result of `work`; meanwhile what it has written goes to the URL now and then, if it is one."""
+
+    done = asyncio.Event()
+
+    async def upload() -> None:
+        while not done.is_set():
+            try:
+                await asyncio.wait_for(done.wait(), UPLOAD_SECONDS)
+            except TimeoutError:
+                await asyncio.to_thread(place.upload)
+
+    uploading = asyncio.ensure_future(upload())
+    try:
+        return await work
+    finally:
+        done.set()
+        await asyncio.gather(uploading, return_exceptions=True)  # what failed fails again at the end, and is told then
 
 
 async def _regenerate(data: DataConfig, out: Path, options: Options, journal: Journal) -> dict:
@@ -123,7 +149,7 @@ async def _regenerate(data: DataConfig, out: Path, options: Options, journal: Jo
     if not options.limit:
         shutil.rmtree(out / ".work", ignore_errors=True)
     speed = (journal.tokens - before) / seconds
-    return {"out": str(out / "chats.jsonl")} | counts | {"tokens_per_second": round(speed, 1)}
+    return counts | {"tokens_per_second": round(speed, 1)}
 
 
 def _api_key(name: str) -> str:

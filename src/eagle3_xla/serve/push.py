@@ -10,6 +10,7 @@ import re
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from eagle3_xla import storage
 from eagle3_xla.config import RunError, UserError
 from eagle3_xla.doctor.files import read_target
 from eagle3_xla.doctor.run import first_failure
@@ -40,13 +41,15 @@ class PushOptions:
     overwrite: bool = False
 
 
-def push(folder: Path, target: str, repo: str, options: PushOptions) -> dict:
+def push(folder: str | Path, target: str, repo: str, options: PushOptions) -> dict:
     """Write the card to `folder`/README.md and upload the head to `repo` (OWNER/NAME), unless `dry_run`.
 
     target: folder or hub id of the model it drafts for. `left_out` names what the card lacks for want of a file.
     Raises UserError for a head that fails a rule of `doctor`, for results that are none or another head's, for a
     README.md of someone else; RunError when the hub refuses.
     """
+    if storage.is_url(folder):
+        raise UserError(f"`push` writes its card into the head's folder; copy {folder} to this machine first")
     folder = Path(folder)
     base = options.base_model or (target if not Path(target).is_dir() else None)
     for name, value in (("--repo", repo), ("--base-model", base)):

@@ -6,27 +6,32 @@ from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
+from safetensors.torch import load
 
+from eagle3_xla import storage
 from eagle3_xla.config import UserError
 from eagle3_xla.data.tokenizer import first_line
+from eagle3_xla.storage import Location
 from eagle3_xla.target import quantised
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
+LARGEST_HEADER = 100 << 20  # bytes; the format's own limit
 
 
 class StoredWeights:
-    """The safetensors files of a target: a folder, or a hub id whose files are fetched. dtype: what `read` gives;
-    quantization: the config's quantization_config.
+    """The safetensors files of a target: a folder; a URL, read tensor by tensor without a copy on this machine; or a
+    hub id, whose files are fetched. dtype: what `read` gives; quantization: the config's quantization_config.
 
     Raises UserError when there are none.
     """
 
     def __init__(self, path: str, dtype: torch.dtype, quantization: dict | None = None):
         self.path, self.dtype = path, dtype
+        self._remote: dict[str, RemoteFile] = {}
         self._block = quantised.block_of(quantization or {})
         index, single = _file(path, INDEX), _file(path, SINGLE)
         if index:
-            names = json.loads(index.read_text())["weight_map"]
+            names = json.loads(storage.read(index))["weight_map"]
             files = {name: _file(path, name) for name in set(names.values())}
             self._files = {name: files[file] for name, file in names.items()}
         elif single:
@@ -60,7 +65,11 @@ class StoredWeights:
         return UserError(f"the weights of target {self.path!r} don't load: {why}")
 
     @contextlib.contextmanager
-    def _open(self, file: Path | None):
+    def _open(self, file: Location | None):
+        if file and storage.is_url(file):
+            self._remote[file] = self._remote.get(file) or RemoteFile(file)
+            yield self._remote[file]
+            return
         try:
             with safe_open(file or "", "pt") as opened:
                 yield opened
@@ -68,8 +77,32 @@ class StoredWeights:
             raise self._broken(first_line(error)) from None
 
 
-def _file(path: str, name: str) -> Path | None:
+class RemoteFile:
+    """A safetensors file at a URL; a tensor is one request for its bytes."""
+
+    def __init__(self, url: str):
+        self.url = url
+        length = int.from_bytes(storage.read_range(url, 0, 8), "little")
+        if length > LARGEST_HEADER:
+            raise UserError(f"{url} is no safetensors file")
+        self._start, self._header = 8 + length, json.loads(storage.read_range(url, 8, length))
+        self._header.pop("__metadata__", None)
+
+    def keys(self) -> list[str]:
+        return list(self._header)
+
+    def get_tensor(self, name: str) -> torch.Tensor:
+        entry = self._header[name]
+        first, end = entry["data_offsets"]
+        content = storage.read_range(self.url, self._start + first, end - first)
+        header = json.dumps({name: entry | {"data_offsets": [0, end - first]}}).encode()
+        return load(len(header).to_bytes(8, "little") + header + content)[name]
+
+
+def _file(path: str, name: str) -> Location | None:
     from transformers.utils import cached_file
 
+    if storage.is_url(path):
+        return storage.join(path, name) if storage.exists(storage.join(path, name)) else None
     found = cached_file(path, name, _raise_exceptions_for_missing_entries=False)
     return Path(found) if found else None

@@ -1,7 +1,6 @@
 """What a run is before its first step: the data, the frozen target, the head with its optimizer, the compiled step."""
 
 import dataclasses
-from pathlib import Path
 
 import torch
 
@@ -99,7 +98,7 @@ def set_up(recipe: Recipe, stopping: list[str], hosts: Hosts) -> Run:
     # The frozen target, and the run that is already there, which goes on if it is the same.
     warm_head = None
     if settings.warm_start:  # keeps the head's own vocabulary: its lm_head rows mean nothing under another
-        warm_saved = read_head(Path(settings.warm_start))
+        warm_saved = read_head(settings.warm_start)
         warm_head, d2t = load_head(warm_saved)
         data.draft_ids = draft_ids_of(d2t)
     target = open_target(recipe.target.path, getattr(torch, recipe.target.dtype), data.draft_ids)
@@ -199,7 +198,9 @@ def _keep_states(recipe: Recipe, backend, data: Data, data_key: str, states_of) 
     if len(data.batches.buckets) > 1:
         raise UserError("train.reuse_states needs rows of one length; set it to false")
     for split, loader in (("train", data.loader), ("heldout", data.heldout_loader)):
-        loader.store = StatesStore(Path(recipe.data.prepared) / "states" / split, loader.rows, data_key)
+        loader.store = StatesStore(
+            storage.work_folder(storage.join(recipe.data.prepared, "states", split)), loader.rows, data_key
+        )
         loader.store.fill(states_of, data.rows_per_step, backend)
 
 

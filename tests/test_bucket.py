@@ -1,0 +1,68 @@
+"""Every verb with everything in a bucket: data, target, run and head; the same bytes as on a disk."""
+
+import pytest
+
+from eagle3_xla import storage
+from eagle3_xla.config import UserError, load_recipe
+from eagle3_xla.data.prepare import prepare
+from eagle3_xla.draft.saved import read_head
+from eagle3_xla.export import export
+from eagle3_xla.target.weights import StoredWeights
+from eagle3_xla.train.loop import train
+
+
+def test_prepare_train_and_export_in_a_bucket(gcs, small_run, small_target, chat_file, tmp_path):
+    here = load_recipe(None, [*small_run, "train.epochs=1"])
+    prepare(here)
+    train(here, max_steps=2)
+    export(tmp_path / "run", tmp_path / "head", "float32")
+
+    url = f"{gcs.url}/everything"
+    storage.upload_folder(small_target, f"{url}/target")
+    storage.upload(chat_file, f"{url}/chats.jsonl")
+    places = {"target.path": "target", "data.prepared": "data", "train.out": "run"}
+    settings = [*small_run, "train.epochs=1", *(f"{name}={url}/{place}" for name, place in places.items())]
+    settings += [f"data.{split}=[{url}/chats.jsonl]" for split in ("train", "heldout")]
+    there = load_recipe(None, settings)
+    manifest = prepare(there)
+    requests = gcs.requests
+    assert prepare(there) == manifest and gcs.requests - requests < 60  # it is there: nothing is made or fetched again
+    train(there, max_steps=1)
+    assert train(there, max_steps=1)["micro_steps"] == 2
+    export(f"{url}/run", f"{url}/head", "float32")
+
+    def content(folder, *names) -> bytes:
+        return storage.read(storage.join(folder, *names))
+
+    step = ("checkpoints", "step-00000002", "state.safetensors")
+    assert content(f"{url}/run", *step) == content(tmp_path / "run", *step)
+    for name in ("config.json", "model.safetensors"):
+        assert content(f"{url}/head", name) == content(tmp_path / "head", name)
+    assert read_head(f"{url}/head").tensors.keys() == read_head(tmp_path / "head").tensors.keys()
+    assert len(content(f"{url}/run", "metrics.jsonl").splitlines()) >= 3 and "run.yaml" in storage.entries(f"{url}/run")
+    cached = (storage.cache_folder() / "files").rglob("*")
+    weights = (small_target / "model.safetensors").stat().st_size
+    assert weights not in [file.stat().st_size for file in cached]  # the target's were read tensor by tensor
+
+
+def test_weights_at_a_url_are_read_tensor_by_tensor(gcs, small_target):
+    import torch
+
+    storage.upload_folder(small_target, f"{gcs.url}/weights")
+    here, there = (StoredWeights(str(path), torch.float32) for path in (small_target, f"{gcs.url}/weights"))
+    for name in ("model.layers.0.self_attn.q_proj.weight", "model.norm.weight"):
+        assert torch.equal(here.read(name), there.read(name))
+    with pytest.raises(UserError, match="is missing"):
+        there.read("nothing")
+
+
+def test_what_is_missing_or_forbidden_is_one_line(cli, gcs, small_run):
+    for change, code, said in (
+        (f"data.train=[{gcs.url}/no-chats.jsonl]", 2, "no such file, folder or bucket"),
+        ("data.train=[gs://forbidden/chats.jsonl]", 1, "access is denied"),
+        (f"target.path={gcs.url}/no-target", 2, "no target at"),
+    ):
+        done = cli("prepare", *(f"--{setting}" for setting in [*small_run, change]), environment=gcs.environment)
+        lines = [line for line in done.stderr.splitlines() if "eagle3-xla prepare: " in line]
+        assert done.returncode == code and len(lines) == 1 and said in lines[0], done.stderr
+        assert "Traceback" not in done.stderr
