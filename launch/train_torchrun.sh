@@ -115,11 +115,12 @@ for ((attempt = 0; ; attempt++)); do
   code="$(grep -oE 'exitcode: -?[0-9]+' "$log/text" | tail -n 1 | grep -oE -- '-?[0-9]+$' || true)"
   if [ "${code:-0}" -lt 0 ]; then ended=$((128 - code)); elif [ -n "$code" ]; then ended=$code; fi
   [ -z "$stopping" ] || die "stopped before the training could save; start it again" "$ended"
-  if [ "$ended" -le 128 ]; then
+  if [ "$ended" -le 128 ] && [ "$ended" != 75 ]; then # 75: another host went away
     message="$(tr '\r' '\n' <"$log/text" | grep -oE 'eagle3-xla train: .*' | tail -n 1 || true)"
     die "the training failed (exit code $ended): ${message:-see above}" "$ended"
   fi
-  signal=$((ended - 128))
-  [ "$attempt" -lt "$restarts" ] || die "signal $signal ended the training, the last of $restarts restarts" "$ended"
-  echo "$(basename "$0"): signal $signal ended the training; restart $((attempt + 1)) of $restarts" >&2
+  why="signal $((ended - 128))"
+  [ "$ended" != 75 ] || why="the loss of another host"
+  [ "$attempt" -lt "$restarts" ] || die "$why ended the training, the last of $restarts restarts" "$ended"
+  echo "$(basename "$0"): $why ended the training; restart $((attempt + 1)) of $restarts" >&2
 done

@@ -13,7 +13,7 @@
 # For example, from a machine with gcloud:
 #   bash launch/train_xla_dist.sh --tpu=my-v4-32 --zone=us-central2-b -- \
 #     bash launch/train_torchrun.sh --slice --config RECIPE
-# Without --recreate a preempted slice is waited for. Checkpoints must outlive the hosts: train.out on a mounted disk.
+# Without --recreate a preempted slice is waited for. Checkpoints must outlive the hosts: train.out in a bucket (gs://).
 # SIGTERM and Ctrl-C stop the command on all hosts, so that it saves, and wait for it.
 set -euo pipefail
 here="$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)"
@@ -113,7 +113,7 @@ for ((attempt = 0; ; attempt++)); do
   ended=$status
   [ "$ended" != 0 ] && [ -z "$stopping" ] || exit "$ended"
   state="$("${describe[@]}")" || state=""
-  # 75 is the lock's, 255 a lost connection, 128 and above a signal; others are the command's own words.
+  # 75 is the lock's or tells that a host lost another, 255 a lost connection, 128 and above a signal; others are the command's own words.
   if [ "$state" = READY ] && [ "$ended" -lt 128 ] && [ "$ended" != 75 ]; then
     die "the command failed on a host (exit code $ended), see above" "$ended"
   fi

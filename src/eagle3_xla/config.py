@@ -25,7 +25,7 @@ class RunError(RuntimeError):
 
 @dataclass
 class TargetConfig:
-    path: str = ""  # folder or hub id of a Hugging Face causal LM
+    path: str = ""  # folder, gs:// URL or hub id of a Hugging Face causal LM
     dtype: str = "bfloat16"  # float32 | bfloat16
 
 
@@ -33,7 +33,7 @@ class TargetConfig:
 class Source:
     """Where conversations come from. A plain string in a recipe is a source with that path."""
 
-    path: str = ""  # a JSONL, JSON or Parquet file, a folder, a hub id, or sharegpt | ultrachat | perfectblend
+    path: str = ""  # a JSONL, JSON or Parquet file or folder, a URL, a hub id, sharegpt | ultrachat | perfectblend
     name: str = ""  # in manifest and held-out figures; default: each row's own `source`, else the file's name
     share: float = 0.0  # relative part of data.conversations; 0: everything
     cap: int = 0  # at most so many conversations of it; 0: no cap
@@ -48,7 +48,7 @@ class DataConfig:
     train: list[Source] = field(default_factory=list)
     heldout: list[Source] = field(default_factory=list)  # empty: heldout_share of the training conversations
     heldout_share: float = 0.02
-    prepared: str = ""  # folder that `prepare` writes and `train` reads
+    prepared: str = ""  # folder (or gs:// URL) that `prepare` writes and `train` reads
     conversations: int = 0  # size of the mix when the sources have shares
     deduplicate: str = "near"  # near: also near-duplicates (MinHash, Jaccard 0.8) | exact | none
     decontaminate: list[str] = field(default_factory=list)  # files of evaluation prompts, kept out of the training data
