@@ -5,6 +5,7 @@ import pytest
 from eagle3_xla import storage
 from eagle3_xla.config import UserError, load_recipe
 from eagle3_xla.data.prepare import prepare
+from eagle3_xla.doctor.run import doctor
 from eagle3_xla.draft.saved import read_head
 from eagle3_xla.export import export
 from eagle3_xla.target.weights import StoredWeights
@@ -38,11 +39,16 @@ def test_prepare_train_and_export_in_a_bucket(gcs, small_run, small_target, chat
     assert content(f"{url}/run", *step) == content(tmp_path / "run", *step)
     for name in ("config.json", "model.safetensors"):
         assert content(f"{url}/head", name) == content(tmp_path / "head", name)
-    assert read_head(f"{url}/head").tensors.keys() == read_head(tmp_path / "head").tensors.keys()
-    assert len(content(f"{url}/run", "metrics.jsonl").splitlines()) >= 3 and "run.yaml" in storage.entries(f"{url}/run")
     cached = (storage.cache_folder() / "files").rglob("*")
     weights = (small_target / "model.safetensors").stat().st_size
     assert weights not in [file.stat().st_size for file in cached]  # the target's were read tensor by tensor
+    assert read_head(f"{url}/head").tensors.keys() == read_head(tmp_path / "head").tensors.keys()
+
+    def verdict(head, target) -> list[tuple]:
+        return [(rule["rule"], rule["status"]) for rule in doctor(head, str(target))["rules"]]
+
+    assert verdict(f"{url}/head", f"{url}/target") == verdict(tmp_path / "head", small_target)
+    assert len(content(f"{url}/run", "metrics.jsonl").splitlines()) >= 3 and "run.yaml" in storage.entries(f"{url}/run")
 
 
 def test_weights_at_a_url_are_read_tensor_by_tensor(gcs, small_target):

@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 from pathlib import Path
 
+from eagle3_xla import storage
 from eagle3_xla.data.tokenizer import load_config
 
 
@@ -30,4 +31,5 @@ class Target:
 
 
 def read_target(path: str) -> Target:
-    return Target(path, load_config(path), Path(path) if Path(path).is_dir() else None)
+    config, here = load_config(path), storage.is_url(path) or Path(path).is_dir()
+    return Target(path, config, storage.local_folder(path) if here else None)

@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError, safe_open
 
-from eagle3_xla import __version__
+from eagle3_xla import __version__, storage
 from eagle3_xla.checks import read_json
 from eagle3_xla.config import UserError
 from eagle3_xla.data.files import data_file
@@ -84,8 +84,8 @@ def _rows(tensor) -> list[bytes]:
 
 
 def _folder(path: str) -> Path | None:
-    if Path(path).is_dir():
-        return Path(path)
+    if Path(path).is_dir() or storage.is_url(path) and storage.is_folder(path):
+        return storage.local_folder(path)
     from huggingface_hub import try_to_load_from_cache
     from huggingface_hub.errors import HFValidationError
 

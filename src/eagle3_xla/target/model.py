@@ -6,6 +6,7 @@ from typing import NamedTuple
 import torch
 from torch import nn
 
+from eagle3_xla import storage
 from eagle3_xla.config import UserError
 from eagle3_xla.data.tokenizer import UNREADABLE, first_line
 from eagle3_xla.target.experts import RoutedExperts
@@ -58,7 +59,10 @@ def load_target(path: str, dtype: torch.dtype):
         return model
     try:
         model, found = AutoModelForCausalLM.from_pretrained(
-            path, dtype=dtype, attn_implementation=plain_attention(config), output_loading_info=True
+            storage.local_folder(path) if storage.is_url(path) else path,
+            dtype=dtype,
+            attn_implementation=plain_attention(config),
+            output_loading_info=True,
         )
     except UNREADABLE as error:
         raise UserError(f"the weights of target {path!r} don't load: {first_line(error)}") from None
