@@ -24,7 +24,7 @@ from eagle3_xla.train.step import TrainStep
 from eagle3_xla.xla.spmd import SpmdBackend
 
 class Traced(SpmdBackend):
-    def compile(self, function):
+    def compile(self, function, state=()):
         return function
 
 recipe = load_recipe(None, sys.argv[1:])
