@@ -31,6 +31,7 @@ class Bucket:
 
         class Relay(http.server.BaseHTTPRequestHandler):
             protocol_version = "HTTP/1.1"
+            disable_nagle_algorithm = True  # else each answer waits 40 ms for an acknowledgement
 
             def _relay(self):
                 bucket.requests += 1
