@@ -61,8 +61,9 @@ def sglang_jax_command(target: Path, head: Path | None, port: int, steps: int) -
     return [str(part) for part in command]
 
 
-def vllm_command(target: Path, head: Path | None, port: int, steps: int) -> list[str]:
-    command = [engine_python("vllm"), "-m", "vllm.entrypoints.openai.api_server", "--model", target, "--port", port]
+def vllm_command(target: Path, head: Path | None, port: int, steps: int, sampled: bool) -> list[str]:
+    program = [HERE / "serve_vllm_cpu.py"] if sampled else ["-m", "vllm.entrypoints.openai.api_server"]
+    command = [engine_python("vllm"), *program, "--model", target, "--port", port]
     command += "--dtype float32 --max-model-len 4096 --max-num-seqs 8 --enforce-eager --no-enable-log-requests".split()
     if head:
         speculative = {"method": "eagle3", "model": str(head), "num_speculative_tokens": steps}
@@ -70,8 +71,10 @@ def vllm_command(target: Path, head: Path | None, port: int, steps: int) -> list
     return [str(part) for part in command]
 
 
-def engine_environment(engine: str) -> dict[str, str]:
+def engine_environment(engine: str, sampled: bool) -> dict[str, str]:
     own = {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false", "EAGLE3_ENGINES": str(ENVIRONMENTS)}
+    if engine == "sglang" and sampled:
+        own |= {"STAND_INS": f"{HERE / 'stand_ins'}:{HERE / 'stand_ins_sampled'}"}
     if engine == "vllm":
         own |= {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_CPU_OMP_THREADS_BIND": "nobind", "PYTHONPATH": ""}
         own |= {"VLLM_NO_USAGE_STATS": "1", "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", str(os.cpu_count()))}
@@ -88,17 +91,26 @@ def serve(
     draft_tokens: int | None = None,
     log: Path | None = None,
     port: int | None = None,
+    sampled: bool = False,
 ):
-    """Run a server until the block ends. Raises RuntimeError with the end of its log when it dies at the start."""
+    """Run a server until the block ends. sampled: with the sampling of checked drafts mended, where the CPU build has
+    it wrong (sampled.py). Raises RuntimeError with the end of its log when it dies at the start.
+    """
     port = port or free_port()
     if engine == "sglang":
         command = sglang_command(target, head, port, steps, topk, draft_tokens or steps + 1)
+    elif engine == "vllm":
+        command = vllm_command(target, head, port, steps, sampled)
     else:
-        command = (vllm_command if engine == "vllm" else sglang_jax_command)(target, head, port, steps)
+        command = sglang_jax_command(target, head, port, steps)
     log = log or Path(tempfile.mkdtemp()) / f"{engine}.log"
     with log.open("w") as file:
         process = subprocess.Popen(
-            command, stdout=file, stderr=subprocess.STDOUT, env=engine_environment(engine), start_new_session=True
+            command,
+            stdout=file,
+            stderr=subprocess.STDOUT,
+            env=engine_environment(engine, sampled),
+            start_new_session=True,
         )
     try:
         wait_until_healthy(f"http://127.0.0.1:{port}/health", process, log)
