@@ -4,7 +4,7 @@
 
 The CPU builds of both engines sample wrongly when they check drafts, each in its own way (serve_vllm_cpu.py,
 stand_ins_sampled/). Here both faults are mended, and what is left is the engines' own: they must agree with `eval`
-within the sampling error. Without the mending they must not: the day they do, these files can go.
+within the sampling error. The last two tests hold the faults: the day they fail, these files can go.
 """
 
 from dataclasses import replace
@@ -63,11 +63,11 @@ def test_sampled_acceptance(engine, trained, prompts, decoded):
         assert abs(acceptance_length - ours) < 3 * 2**0.5 * error  # both are samples
 
 
-def test_unmended_vllm_accepts_next_to_nothing(trained, prompts, decoded):
+def test_unmended_vllm_divides_by_what_its_memory_holds(trained, prompts, decoded, monkeypatch):
+    monkeypatch.setenv("MALLOC_PERTURB_", "165")  # glibc fills new memory: temperatures are then 1.5e16
     figures = served("vllm", trained, prompts, sampled=False)
     print(f"\nvllm as it is: {figures}")
-    for temperature, acceptance_length in figures.items():
-        assert acceptance_length < tau(decoded[temperature]) - 3 * 2**0.5 * standard_error(decoded[temperature])
+    assert all(acceptance_length < 1.02 for acceptance_length in figures.values())
 
 
 def test_unmended_sglang_samples_nothing(trained, prompts, decoded):

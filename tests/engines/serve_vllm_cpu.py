@@ -2,8 +2,8 @@
 
 In vLLM 0.32.0 `vllm/utils/cpu_triton_utils.py:_expand_kernel_impl`, which deals a request's temperature to the drafts
 that are checked, writes into an int64 copy of its output and drops the copy. The logits of sampled requests are then
-divided by whatever the memory held, and next to no draft is accepted. Greedy requests don't come there, GPUs have the
-kernel itself.
+divided by whatever the memory held: right by luck, or next to no draft is accepted. Greedy requests don't come there,
+GPUs have the kernel itself.
 """
 
 import runpy
