@@ -70,7 +70,8 @@ def test_unmended_vllm_divides_by_what_its_memory_holds(trained, prompts, decode
     assert all(acceptance_length < 1.02 for acceptance_length in figures.values())
 
 
-def test_unmended_sglang_samples_nothing(trained, prompts, decoded):
+def test_unmended_sglang_checks_drafts_greedily(trained, prompts, decoded):
     figures = served("sglang", trained, prompts, sampled=False)
     print(f"\nsglang as it is: {figures}, greedy eval {tau(decoded[0.0]):.4f}")
-    assert len(set(figures.values())) == 1  # the same answers at every temperature
+    error = 3 * 2**0.5 * standard_error(decoded[1.0])
+    assert figures[1.0] > tau(decoded[1.0]) + error  # a flat distribution accepts less than its likeliest tokens do
