@@ -43,6 +43,8 @@ FREE = (
     "plan.topology",
     "plan.tokens",
     "plan.price_per_chip_hour",
+    "plan.layers",
+    "plan.xla_flags",
 )
 
 

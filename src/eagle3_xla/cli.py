@@ -156,6 +156,7 @@ def _plan(options, overrides) -> dict:
     from eagle3_xla.plan.verdict import plan
 
     overrides += [f"plan.topology='{options.topology}'"] if options.topology else []
+    overrides += [f"plan.xla_flags='{options.xla_flags}'"] if options.xla_flags else []
     return (search if options.search else plan)(load_recipe(options.config, overrides))
 
 

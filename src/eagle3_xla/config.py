@@ -129,6 +129,8 @@ class PlanConfig:
     topology: str = "v4-32"  # the slice that `plan` compiles for (xla/tpu.py lists them)
     tokens: int = 0  # positions of the whole run, padding included; 0: what the prepared data and the epochs give
     price_per_chip_hour: float = 0.0  # dollars; 0: no price is printed
+    layers: int = 0  # compile so many of the target's layers, extend the figures to all (plan/compiled.py); 0: all
+    xla_flags: str = ""  # of the TPU compiler: "--xla_...=... --xla_...=..."; a run takes them as LIBTPU_INIT_ARGS
 
 
 @dataclass
@@ -190,6 +192,7 @@ RANGES = {
     "train.keep": "[1, inf)",
     "plan.tokens": "[0, inf)",
     "plan.price_per_chip_hour": "[0, inf)",
+    "plan.layers": "[0, inf)",
 }
 SOURCE_RANGES = {"share": "[0, inf)", "cap": "[0, inf)", "read": "[0, inf)"}
 STORABLE = 2**63  # whole numbers below it fit everywhere

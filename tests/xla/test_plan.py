@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 from importlib import resources
+from pathlib import Path
 
 import pytest
 
@@ -70,6 +71,8 @@ def test_what_cannot_fit_is_said_before_compiling(cli, tmp_path):
         (["--xla.dp=2", "--xla.tp=8"], "xla.tp is 8, which does not divide the target's num_key_value_heads 4"),
         (["--xla.device=cpu"], "xla.device is cpu"),
         (["--target.path=/nowhere"], "no target at '/nowhere'"),
+        (["--xla-flags=--xla_a=1 nonsense"], "setting plan.xla_flags: 'nonsense' is no flag; --xla_NAME=VALUE"),
+        (["--plan.layers=7"], "plan.layers is 7; the target has 28: give 0 for all of them, or from 8 to 24"),
     ],
 )
 def test_refused(cli, arguments, part):
@@ -108,3 +111,6 @@ def test_prepared_data_says_how_much_is_drafted(cli, small_run):
         verdicts.append(json.loads(done.stdout))
     assert verdicts[1]["flops_per_chip"] < 0.95 * verdicts[0]["flops_per_chip"]
     assert verdicts[0]["tokens"] is None and verdicts[1]["tokens"] > 0
+    folder = load_recipe(None, small_run).data.prepared
+    rows = sum(file.stat().st_size for file in Path(folder).glob("train/*.arrow"))
+    assert verdicts[1]["disk_bytes"]["prepared_rows"] == pytest.approx(rows, rel=0.1)

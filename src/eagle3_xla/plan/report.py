@@ -13,7 +13,7 @@ def verdict_screen(verdict: dict) -> str:
         lines = [f"does not fit {where}", f"  HBM per chip     {memory}, {(needed - limit) / GIB:.2f} GiB too much"]
         lines += ["  largest buffers"]
         lines += [f"    {b['bytes'] / GIB:6.2f} GiB  {b['shape']}  {b['name']}" for b in verdict["largest_buffers"]]
-        return "\n".join([*lines, f"  what helps       {verdict['advice']}"])
+        return "\n".join([*lines, f"  what helps       {verdict['advice']}", *_extrapolated(verdict)])
     parts, hbm = verdict["modelled_parts"], verdict["hbm"]
     share = {name: f"{hbm[name] / GIB:.2f}" for name in hbm}
     step = verdict["modelled_step_seconds"]
@@ -33,6 +33,8 @@ def verdict_screen(verdict: dict) -> str:
         f"  modelled step    {step * 1e3:.0f} ms: matmuls {matmul:.0f}, memory {traffic:.0f}, "
         f"collectives {exposed:.0f} (and {hidden:.0f} hidden)",
         f"                   a model, not yet compared with a chip; stated error {verdict['modelled_error']:.0%}",
+        f"  host per step    {verdict['host_step_seconds'] * 1e3:.0f} ms"
+        + (": more than the chips need, so the host is the limit; larger batches help" * verdict["host_is_the_limit"]),
         f"  modelled speed   {verdict['tokens_per_second']:,.0f} tokens/s, MFU {verdict['mfu']:.0%}",
     ]
     if verdict["modelled_hours"] is None:
@@ -43,4 +45,17 @@ def verdict_screen(verdict: dict) -> str:
             f"  modelled run     {verdict['tokens'] / 1e6:.0f}M tokens: {verdict['modelled_hours'] * 60:.0f} minutes, "
             f"{verdict['chip_hours']:.1f} chip-hours{price}"
         )
-    return "\n".join(lines)
+    parts = {kind.replace("_", " "): size for kind, size in verdict["disk_bytes"].items() if size != 0}
+    total = parts.pop("total")
+    sizes = ", ".join(f"{kind} {'unknown' if size is None else f'{size / 1e9:.1f}'}" for kind, size in parts.items())
+    lines.append(f"  disk             {'at least that:' if total is None else f'{total / 1e9:.1f} GB:'} {sizes}")
+    return "\n".join([*lines, *_extrapolated(verdict)])
+
+
+def _extrapolated(verdict: dict) -> list[str]:
+    if not verdict["extrapolated"]:
+        return []
+    compiled, layers = verdict["compiled_layers"], verdict["layers"]
+    return [
+        f"  extrapolated     {compiled} of the target's {layers} layers were compiled, and what a further one costs"
+    ]

@@ -24,7 +24,7 @@ def compile_verdict(recipe: Recipe) -> dict:
     """
     # The step is lowered for virtual CPU devices, one for each chip.
     os.environ.update(PJRT_DEVICE="CPU", CPU_NUM_DEVICES=str(recipe.xla.dp * recipe.xla.tp))
-    from eagle3_xla.xla.tpu import DoesNotFit, compile_for, find_topology
+    from eagle3_xla.xla.tpu import DoesNotFit, compiler_flags, find_topology
 
     topology = find_topology(recipe.plan.topology)
     if recipe.xla.dp * recipe.xla.tp != topology.chips:
@@ -34,42 +34,42 @@ def compile_verdict(recipe: Recipe) -> dict:
         )
     if recipe.xla.device != "xla":
         raise UserError(f"xla.device is {recipe.xla.device}; only device xla is compiled for a TPU")
+    compiler_flags(recipe.plan.xla_flags)
     target = plan_config(recipe.target.path)
     _refuse_indivisible(recipe, target)
 
-    from eagle3_xla.plan.lowering import lower_step
-    from eagle3_xla.xla.time_model import STATED_ERROR, model_time
+    from eagle3_xla.plan.compiled import compile_step
+    from eagle3_xla.plan.disk import disk_bytes
+    from eagle3_xla.xla.time_model import STATED_ERROR, host_seconds
 
     started = time.perf_counter()
-    lowered = lower_step(recipe, target, topology.coordinates())
     limit = topology.chip.hbm_bytes
     mesh = {"dp": recipe.xla.dp, "tp": recipe.xla.tp, "draft_data_parallel": recipe.xla.draft_data_parallel}
-    verdict = {"topology": topology.name, "chips": topology.chips, "mesh": mesh}
-    resident = sum(argument.bytes for argument in lowered.arguments)
+    layers = {"extrapolated": recipe.plan.layers not in (0, target.num_hidden_layers)}
+    layers |= {"layers": target.num_hidden_layers, "compiled_layers": recipe.plan.layers or target.num_hidden_layers}
+    total = recipe.plan.tokens or _prepared_tokens(recipe)
+    disk = disk_bytes(recipe, target, total)
+    verdict = {"topology": topology.name, "chips": topology.chips, "mesh": mesh, **layers, "disk_bytes": disk}
     try:
-        if resident > limit:  # weights and optimizer alone: nothing needs to be compiled
-            largest = sorted(lowered.arguments, key=lambda argument: -argument.bytes)[:10]
-            raise DoesNotFit(resident, [(a.bytes, a.shape, a.name) for a in largest])
-        executable = compile_for(topology, lowered.hlo, lowered.state)
+        compiled = compile_step(recipe, target, topology)
     except DoesNotFit as refusal:
         buffers = [{"bytes": size, "shape": shape, "name": name} for size, shape, name in refusal.largest]
         refused = {"fits": False, "hbm_bytes_per_chip": refusal.needed, "hbm_limit_bytes": limit}
-        return verdict | refused | {"largest_buffers": buffers, "advice": _advice(recipe, resident > limit)}
-    step = model_time(executable.text, topology)
+        return verdict | refused | {"largest_buffers": buffers, "advice": _advice(recipe, refusal.at_rest)}
+    step, memory = compiled.time, compiled.memory
     tokens = recipe.train.batch_size * recipe.xla.dp * recipe.data.row_length
     rate = tokens / step.total
-    total = recipe.plan.tokens or _prepared_tokens(recipe)
     hours = total / rate / 3600 if total else None
     model_flops = flops_per_token(target, recipe)
     price = recipe.plan.price_per_chip_hour
-    memory = executable.memory
+    host = host_seconds(compiled.arguments)
     return verdict | {
-        "fits": memory.total <= limit,
+        "fits": True,
         "hbm_bytes_per_chip": memory.total,
         "hbm_limit_bytes": limit,
         "hbm": memory._asdict(),
-        "state_donated": set(lowered.state) <= executable.donated,
-        "flops_per_chip": executable.flops,
+        "state_donated": compiled.donated,
+        "flops_per_chip": compiled.flops,
         "model_flops_per_chip": model_flops * tokens / topology.chips,
         "mfu": model_flops * rate / (topology.chips * topology.chip.peak_flops),
         "collectives": dict(step.counts),
@@ -82,6 +82,8 @@ def compile_verdict(recipe: Recipe) -> dict:
             "hidden_collectives": step.hidden_collectives,
         },
         "modelled_error": STATED_ERROR,
+        "host_step_seconds": host,
+        "host_is_the_limit": host > step.total,
         "tokens_per_step": tokens,
         "tokens_per_second": rate,
         "tokens": total,

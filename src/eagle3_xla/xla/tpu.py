@@ -83,11 +83,13 @@ def find_topology(name: str) -> Topology:
 
 
 class DoesNotFit(Exception):
-    """The compiler's refusal. needed: bytes of HBM per chip; largest: the biggest buffers, as (bytes, shape, kind)."""
+    """The compiler's refusal. needed: bytes of HBM per chip; largest: the biggest buffers, as (bytes, shape, kind);
+    at_rest: weights and optimizer alone are too large, before any activation.
+    """
 
-    def __init__(self, needed: int, largest: list[tuple[int, str, str]]):
+    def __init__(self, needed: int, largest: list[tuple[int, str, str]], at_rest: bool = False):
         super().__init__(f"{needed} bytes of HBM needed")
-        self.needed, self.largest = needed, largest
+        self.needed, self.largest, self.at_rest = needed, largest, at_rest
 
 
 class Memory(NamedTuple):
@@ -115,17 +117,32 @@ class Executable(NamedTuple):
     text: str
 
 
-def compile_for(topology: Topology, hlo: bytes, donated: list[int]) -> Executable:
-    """Compile an HloModuleProto for the slice's chips, one partition each; `donated`: argument numbers.
+def compiler_flags(text: str) -> list[tuple[str, str]]:
+    """`--xla_a=1 --xla_b` -> [("xla_a", "1"), ("xla_b", "true")]. Raises UserError for anything else."""
+    flags = []
+    for word in text.split():
+        name, equals, value = word.removeprefix("--").partition("=")
+        if not re.fullmatch(r"(--)?xla_\w+(=\S+)?", word):
+            raise UserError(f"setting plan.xla_flags: {word!r} is no flag; --xla_NAME=VALUE is expected")
+        flags.append((name, value if equals else "true"))
+    return flags
 
-    Raises UserError when the compiler isn't installed or doesn't start, DoesNotFit when the step needs more HBM.
+
+def compile_for(topology: Topology, hlo: bytes, donated: list[int], flags: str = "") -> Executable:
+    """Compile an HloModuleProto for the slice's chips, one partition each; `donated`: argument numbers; flags: of the
+    compiler (`compiler_flags`).
+
+    Raises UserError when the compiler isn't installed, doesn't start or doesn't know a flag, DoesNotFit when the step
+    needs more HBM.
     """
+    overrides = compiler_flags(flags)
     devices = topology_devices(topology)
     from jaxlib import _jax
 
     module = _with_shardings(_jax.mlir.xla_computation_to_mlir_module(_jax.XlaComputation(hlo)), donated)
     options = _jax.CompileOptions()
     options.num_replicas, options.num_partitions = 1, len(devices)
+    options.env_option_overrides = overrides
     build = options.executable_build_options
     build.num_replicas, build.num_partitions = 1, len(devices)
     build.use_spmd_partitioning, build.use_shardy_partitioner = True, False  # as torch_xla compiles
@@ -209,6 +226,8 @@ def _with_shardings(text: bytes | str, donated: list[int]) -> bytes:
 
 
 def _refusal(message: str) -> Exception:
+    if re.search(r"No such compile option|Failed to parse flag", message):
+        return UserError(f"setting plan.xla_flags: {message.strip().removeprefix('INVALID_ARGUMENT: ')}")
     used = re.search(r"Used ([\d.]+[KMG]?) of [\d.]+[KMG]? hbm", message)
     if not used:
         return RuntimeError(f"the TPU compiler refused the step: {message[:2000]}")

@@ -1,0 +1,96 @@
+"""The compiled step that a verdict is about: of all of the target's layers, or of a few, extended to all.
+
+Layers of a target are alike and only run forward, so what one more of them costs depends neither on how many there are
+nor on what follows. With `plan.layers` three small steps are compiled: the recipe's with so many layers, and two of one
+TTT step, with so many and with a few more, whose difference is the cost of a layer. Memory, FLOPs, times and
+collectives grow by it. benchmarks/README.md compares such figures with those of all layers.
+"""
+
+import dataclasses
+from typing import NamedTuple
+
+from eagle3_xla.config import Recipe, UserError
+from eagle3_xla.plan.depth import layer_period, with_layers
+from eagle3_xla.plan.lowering import lower_step
+from eagle3_xla.target.families import MIN_LAYERS
+from eagle3_xla.xla.aot import LoweredStep
+from eagle3_xla.xla.time_model import StepTime, model_time
+from eagle3_xla.xla.tpu import DoesNotFit, Memory, Topology, compile_for
+
+MORE = 4  # layers between the two steps that say what a layer costs, at least
+
+
+class CompiledStep(NamedTuple):
+    """memory, flops: of one chip; donated: whether every tensor of the state gives its buffer to its new value;
+    arguments: how many buffers a call takes.
+    """
+
+    memory: Memory
+    flops: float
+    time: StepTime
+    donated: bool
+    arguments: int
+
+
+def lowered_steps(recipe: Recipe, target, coordinates: list | None = None) -> list[LoweredStep]:
+    """What `compile_step` compiles: the step of all layers, or with plan.layers the three. Raises UserError for a
+    plan.layers that can't be extended. target: its Hugging Face config; coordinates: of the slice's chips.
+    """
+    few, every, more = recipe.plan.layers, target.num_hidden_layers, _more_layers(target)
+    if few in (0, every):
+        return [lower_step(recipe, target, coordinates)]
+    period = layer_period(target)
+    if few < MIN_LAYERS or few + more > every or (every - few) % period:
+        raise UserError(
+            f"plan.layers is {few}; the target has {every}: give 0 for all of them, or from {MIN_LAYERS} to "
+            f"{every - more}" + (f", {every} less a multiple of {period}" if period > 1 else "")
+        )
+    short = dataclasses.replace(recipe, loss=dataclasses.replace(recipe.loss, ttt_length=1))
+    pair = [lower_step(short, with_layers(target, layers), coordinates) for layers in (few, few + more)]
+    return [lower_step(recipe, with_layers(target, few), coordinates), *pair]
+
+
+def _more_layers(target) -> int:
+    period = layer_period(target)
+    return -(-MORE // period) * period
+
+
+def compile_step(recipe: Recipe, target, topology: Topology) -> CompiledStep:
+    """Raises DoesNotFit, and UserError as `lowered_steps` does."""
+    lowered, *pair = lowered_steps(recipe, target, topology.coordinates())
+    every = target.num_hidden_layers
+    if not pair:
+        _refuse_too_large(_resident(lowered), lowered, topology, at_rest=True)
+        return _compile(recipe, lowered, topology)
+    times = (every - recipe.plan.layers) / _more_layers(target)
+    resident = _resident(lowered) + round(times * (_resident(pair[1]) - _resident(pair[0])))
+    _refuse_too_large(resident, lowered, topology, at_rest=True)
+    step, low, high = (_compile(recipe, each, topology) for each in (lowered, *pair))
+
+    def extended(here, few, more):
+        return here + round(times * (more - few))
+
+    memory = Memory(*map(extended, step.memory, low.memory, high.memory))
+    _refuse_too_large(memory.total, lowered, topology, at_rest=False)
+    step.time.add(high.time, times)
+    step.time.add(low.time, -times)
+    flops = extended(step.flops, low.flops, high.flops)
+    return step._replace(memory=memory, flops=flops, arguments=extended(step.arguments, low.arguments, high.arguments))
+
+
+def _compile(recipe: Recipe, lowered: LoweredStep, topology: Topology) -> CompiledStep:
+    executable = compile_for(topology, lowered.hlo, lowered.state, recipe.plan.xla_flags)
+    time = model_time(executable.text, topology)
+    donated = set(lowered.state) <= executable.donated
+    return CompiledStep(executable.memory, executable.flops, time, donated, len(lowered.arguments))
+
+
+def _resident(lowered: LoweredStep) -> int:
+    return sum(argument.bytes for argument in lowered.arguments)
+
+
+def _refuse_too_large(needed: int, lowered: LoweredStep, topology: Topology, at_rest: bool) -> None:
+    """at_rest: what is needed are the arguments alone, so that nothing has to be compiled."""
+    if needed > topology.chip.hbm_bytes:
+        largest = sorted(lowered.arguments, key=lambda argument: -argument.bytes)[:10]
+        raise DoesNotFit(needed, [(a.bytes, a.shape, a.name) for a in largest], at_rest)

@@ -1,0 +1,65 @@
+"""What a run needs on disk, in bytes."""
+
+from pathlib import Path
+
+import torch
+
+from eagle3_xla.config import Recipe
+from eagle3_xla.draft.model import Eagle3Head, draft_config
+from eagle3_xla.plan.depth import layer_period, with_layers
+
+# Of a prepared row's position: id int32, mask one bit, document int16, position int32 (data/rows.py).
+POSITION = 4 + 1 / 8 + 2 + 4
+MXFP4 = 0.5 + 1 / 32  # of an element: 4 bits, and a byte for 32 of them
+
+
+def disk_bytes(recipe: Recipe, target, tokens: int | None) -> dict[str, int | None]:
+    """Kind -> bytes. target: its Hugging Face config; tokens: positions of the whole run, None when unknown.
+
+    target_download: 0 for a folder; checkpoints: those that `train.keep` leaves, the best one, and the one that is
+    being written; prepared_rows: the training rows (`prepare` holds them twice for a moment); target_states: with
+    train.reuse_states.
+    """
+    rows = tokens / recipe.train.epochs if tokens else None
+    states = 2 * 4 * target.hidden_size + 4 + 4  # aux and hidden in bfloat16, argmax, logsumexp (target/states.py)
+    needed = {
+        "target_download": 0 if Path(recipe.target.path).exists() else checkpoint_bytes(target),
+        "prepared_rows": rows and round(rows * POSITION),
+        "checkpoints": (recipe.train.keep + 2) * _training_state_bytes(recipe, target),
+        "target_states": (rows and round(rows * states)) if recipe.train.reuse_states else 0,
+    }
+    return needed | {"total": None if None in needed.values() else sum(needed.values())}
+
+
+def checkpoint_bytes(target) -> int:
+    """The target's weights as its checkpoint stores them. All layers of a kind are alike: few are built."""
+    every, period = target.num_hidden_layers, layer_period(target)
+    few = every % period + period
+    low, high = (_stored_bytes(with_layers(target, layers)) for layers in (few, few + period))
+    return round(low + (every - few) // period * (high - low))
+
+
+def _stored_bytes(config) -> float:
+    from transformers import AutoModelForCausalLM
+
+    dtype = config.dtype if isinstance(config.dtype, torch.dtype) else torch.bfloat16
+    method = (getattr(config, "quantization_config", None) or {}).get("quant_method")
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config, dtype=dtype)
+    size = 0.0
+    for name, parameter in model.named_parameters():
+        width = parameter.element_size()
+        if method == "mxfp4" and name.endswith(("experts.gate_up_proj", "experts.down_proj")):
+            width = MXFP4
+        elif method in ("fp8", "compressed-tensors") and name.endswith("proj.weight"):
+            width = 1
+        size += parameter.numel() * width
+    return size
+
+
+def _training_state_bytes(recipe: Recipe, target) -> int:
+    """A checkpoint: the head and its two moments in float32, the draft vocabulary's maps."""
+    draft_vocabulary = recipe.data.draft_vocab_size
+    with torch.device("meta"):
+        head = Eagle3Head(draft_config(target, draft_vocabulary))
+    return 3 * 4 * sum(p.numel() for p in head.parameters()) + 8 * draft_vocabulary + target.vocab_size

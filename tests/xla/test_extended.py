@@ -1,0 +1,89 @@
+"""A plan from few layers says what one of all layers says; the disk that a plan asks for is what a run writes."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from eagle3_xla import checkpoint
+from eagle3_xla.config import XlaConfig, load_recipe
+from eagle3_xla.draft.model import Eagle3Head, draft_config
+from eagle3_xla.plan.depth import layer_period, with_layers
+from eagle3_xla.plan.disk import checkpoint_bytes, disk_bytes
+from eagle3_xla.target.known import plan_config
+from eagle3_xla.train.optimizer import AdamW
+from eagle3_xla.xla import make_backend
+
+# Verdicts of all layers and of few of them, and what an unknown flag of the compiler gives.
+PLANS = """
+import json, os, sys
+from eagle3_xla.config import UserError, load_recipe
+from eagle3_xla.plan.verdict import compile_verdict
+for change in ("plan.layers=0", "plan.layers=8", "plan.xla_flags='--xla_nonsense=1'"):
+    try:
+        print(json.dumps(compile_verdict(load_recipe("qwen2.5-7b-v4-32", [*sys.argv[1:], change]))))
+    except UserError as error:
+        print(error)
+sys.stdout.flush()
+os._exit(0)
+"""
+
+
+def small_config(folder, **changes):
+    sizes = {"hidden_size": 256, "intermediate_size": 512, "num_attention_heads": 4, "num_key_value_heads": 2}
+    config = (
+        plan_config("Qwen/Qwen2.5-7B-Instruct").to_dict()
+        | sizes
+        | {"vocab_size": 1024, "num_hidden_layers": 20, "layer_types": ["full_attention"] * 20}
+    )
+    (folder / "config.json").write_text(json.dumps(config | changes))
+    return f"target.path={folder}"
+
+
+@pytest.mark.slow
+def test_few_layers_extended_are_all_layers(tmp_path):
+    settings = [small_config(tmp_path), "plan.topology=v4-8", "xla.dp=2", "xla.tp=2", "data.row_length=128"]
+    settings += ["data.draft_vocab_size=512", "train.batch_size=1", "loss.ttt_length=2"]
+    done = subprocess.run([sys.executable, "-c", PLANS, *settings], capture_output=True, text=True)
+    *verdicts, refused = done.stdout.splitlines()
+    every, few = map(json.loads, verdicts)
+    assert not every["extrapolated"] and few["extrapolated"] and (few["layers"], few["compiled_layers"]) == (20, 8)
+    for key in ("hbm_bytes_per_chip", "flops_per_chip", "modelled_step_seconds", "mfu", "host_step_seconds"):
+        assert few[key] == pytest.approx(every[key], rel=0.01), key
+    assert few["collectives"] == every["collectives"] and few["state_donated"]
+    assert every["host_is_the_limit"] and 0.005 < every["host_step_seconds"] < 0.02
+    assert refused == "setting plan.xla_flags: No such compile option: 'xla_nonsense'"
+
+
+def test_layers_of_several_kinds_are_cut_by_their_period():
+    windows, dense = plan_config("openai/gpt-oss-20b"), plan_config("Qwen/Qwen3-8B")
+    assert (layer_period(windows), layer_period(dense)) == (2, 1)
+    assert with_layers(windows, 4).layer_types == windows.layer_types[:4] and windows.num_hidden_layers == 24
+
+
+@pytest.mark.parametrize(
+    "target, size",
+    [("Qwen/Qwen2.5-7B-Instruct", 15_231_233_024), ("openai/gpt-oss-20b", 13_761_264_768)],  # total_size of the index
+)
+def test_a_target_is_as_large_as_its_checkpoint(target, size):
+    assert checkpoint_bytes(plan_config(target)) == pytest.approx(size, rel=1e-6)
+
+
+def test_checkpoints_are_as_large_as_planned(tmp_path):
+    recipe = load_recipe("qwen2.5-7b-v4-32", [small_config(tmp_path), "data.draft_vocab_size=256"])
+    target = plan_config(recipe.target.path)
+    head = Eagle3Head(draft_config(target, 256))
+    backend = make_backend(XlaConfig(device="cpu"))
+    optimizer = AdamW(dict(head.named_parameters()), recipe.train, 10, backend, {})
+    maps = {"d2t": torch.zeros(256, dtype=torch.int64), "t2d": torch.zeros(1024, dtype=torch.bool)}
+    rest = {"recipe": {}, "data_key": "", "draft_config": {}, "micro_step": 1}
+    written = checkpoint.save(
+        tmp_path / "run", checkpoint.Checkpoint(head=head.state_dict(), optimizer=optimizer.state(), **maps, **rest), 2
+    )
+    size = sum(file.stat().st_size for file in written.iterdir())
+    planned = disk_bytes(recipe, target, 3 * 1000)
+    assert planned["checkpoints"] == pytest.approx((recipe.train.keep + 2) * size, rel=0.01)
+    assert planned["target_download"] == 0 and planned["prepared_rows"] == 10_125
+    assert planned["total"] == planned["checkpoints"] + 10_125
