@@ -96,7 +96,9 @@ def parser() -> Parser:
     verb = verbs.add_parser("plan", parents=[recipe], help="what the TPU compiler says of a recipe; no TPU needed")
     verb.add_argument("--topology", help="v4-32, v5e-16, ... instead of the recipe's plan.topology")
     verb.add_argument("--search", action="store_true", help="compare meshes and batch shapes that keep the maths")
-    verb.add_argument("--xla-flags", default="", metavar="FLAGS", help="of the TPU compiler: xla_A=B, more of them in quotes")
+    verb.add_argument(
+        "--xla-flags", default="", metavar="FLAGS", help="of the TPU compiler: xla_A=B, several in quotes"
+    )
 
     verb = verbs.add_parser("export", parents=[common], help="a checkpoint -> the directory that engines load")
     verb.add_argument("--checkpoint", required=True, help="a checkpoint folder, or a run's folder (its best)")
