@@ -170,6 +170,7 @@ def test_a_card_of_the_run(small_run, small_target, chat_file, tmp_path, exporte
         "| batch | 2 rows of 64 tokens |",
         f"| held-out expected tau | {chosen['tau']:.3f} |",
         "| hardware | cpu, eager torch |",
+        "| hours of training | 0.00",
         "| precision | float32 |",
         "| chats | 32 | 100.0% |",
         "license: apache-2.0",
@@ -181,6 +182,11 @@ def test_a_card_of_the_run(small_run, small_target, chat_file, tmp_path, exporte
     (tmp_path / "run" / "metrics.jsonl").unlink()
     shutil.rmtree(tmp_path / "data")
     missing = push(tmp_path / "head", str(small_target), "me/head", options)["left_out"]
-    assert missing == ["held-out expected tau", "hardware", "the data mix (manifest.json of data.prepared)"]
+    assert missing == [
+        "held-out expected tau",
+        "hardware",
+        "hours of training",
+        "the data mix (manifest.json of data.prepared)",
+    ]
     with pytest.raises(UserError, match="none of its checkpoints holds the weights"):
         run_facts(tmp_path / "run", read_head(exported_head))

@@ -20,6 +20,8 @@ VOLATILE = ("_name_or_path", "transformers_version", "torch_dtype", "dtype", "us
 def measured(verb: str, head: str | None, target: str, prompts: str) -> dict:
     """What `eval` and `bench` write beside their figures, and `push` compares."""
     file = data_file(prompts)
+    if not file.is_file():
+        raise UserError(f"{file}: no such file")
     return {
         "verb": verb,
         "version": __version__,

@@ -46,6 +46,8 @@ class EvalOptions:
             number(getattr(self, name), f"--{name.replace('_', '-')}", least, whole=True)
         number(self.temperature, "--temperature", 0)
         number(self.top_p, "--top-p", 0, 1, above=True)
+        if self.device == "cuda" and not torch.cuda.is_available():
+            raise UserError("--device cuda: torch finds no GPU here")
         self.steps = self.steps or (self.draft_tokens if self.topk == 1 else min(5, self.draft_tokens))
         if self.topk == 1 and self.steps != self.draft_tokens:
             raise UserError(f"a chain of {self.draft_tokens} drafts takes as many steps, not --steps {self.steps}")
@@ -70,6 +72,7 @@ def evaluate(target_path: str, draft: str, prompts: str, options: EvalOptions) -
     """Decode every prompt with and without the head; see `summary` for what comes back."""
     if not options.force and (problem := first_failure(draft, target_path)):
         raise UserError(f"{draft} fails a rule of `doctor`, {problem}; --force measures it all the same")
+    about = measured("eval", draft, target_path, prompts)
     pair = load_pair(target_path, draft, options)
     tokenizer = load_tokenizer(target_path)
     ids = prompt_ids(tokenizer, prompts, options, pair.model.config.max_position_embeddings)
@@ -81,7 +84,7 @@ def evaluate(target_path: str, draft: str, prompts: str, options: EvalOptions) -
         if options.baseline:
             plain.append(decode_plain(target, prompt, options.max_new_tokens, stop_ids, _choice(options, i)))
         hits.append(teacher_forced_hits(target, head, pair.d2t, prompt + generation.tokens, options.steps))
-    return summary(with_head, plain, hits, options) | {"measured": measured("eval", draft, target_path, prompts)}
+    return summary(with_head, plain, hits, options) | {"measured": about}
 
 
 def load_pair(target_path: str, draft: str | SavedHead, options: EvalOptions) -> Pair:

@@ -44,6 +44,7 @@ def bench(url: str, prompts: str, options: BenchOptions, baseline_url: str = "")
     if baseline and baseline.steps:
         raise UserError(f"--baseline {baseline_url} drafts too; start it without its speculative settings")
     ids = server_prompts(server, prompts, options.target, options.limit, options.request)
+    about = measured("bench", options.draft or server.head, options.target or server.model, prompts)
     rows = []
     for concurrency in options.concurrency:
         answers, drafts, seconds = run_prompts(server, ids, options.request, concurrency)
@@ -64,7 +65,7 @@ def bench(url: str, prompts: str, options: BenchOptions, baseline_url: str = "")
         "temperature": options.request.temperature,
         **{key: value for key, value in rows[0].items() if key != "concurrency"},
         "concurrency": rows,
-        "measured": measured("bench", options.draft or server.head, options.target or server.model, prompts),
+        "measured": about,
     }
     return result | {"screen": screen(result)}
 

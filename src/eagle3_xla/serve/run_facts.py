@@ -21,7 +21,13 @@ def run_facts(run: Path, head: SavedHead) -> tuple[str, list[str]]:
     metrics = _metrics(run / "metrics.jsonl")
     taus = [row["heldout_tau"] for row in metrics if row.get("step") == step and "heldout_tau" in row]
     devices = {row["device"] for row in metrics if isinstance(row.get("device"), str)}
-    for name, value in (("held-out expected tau", f"{taus[-1]:.3f}" if taus else ""), ("hardware", ", ".join(devices))):
+    seconds = [row["seconds"] for row in metrics if row.get("step", 0) <= step and "seconds" in row]
+    known = {
+        "held-out expected tau": f"{taus[-1]:.3f}" if taus else "",
+        "hardware": ", ".join(devices),
+        "hours of training": f"{sum(seconds) / 3600:.2g}" if seconds else "",
+    }
+    for name, value in known.items():
         rows += [(name, value)] if value else []
         left_out += [] if value else [name]
     manifest = Path(recipe.data.prepared) / "manifest.json"

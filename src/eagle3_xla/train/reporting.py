@@ -99,6 +99,7 @@ class Reporter:
             "tokens_per_second": self._speed,
             "compilations": compilations,
             "device": self.backend.description,
+            "seconds": now - self._since,
             "lr": optimizer.lr_at(step),
             "gradient_norm": max(norms, default=None),
             "host_seconds_per_step": self._host_seconds / max(1, self._steps),
