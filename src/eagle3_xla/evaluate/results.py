@@ -43,6 +43,8 @@ class Figures:
 def read_results(file: Path) -> Figures:
     """Raises UserError, naming the field, for a file that is not what `eval` or `bench` wrote."""
     result = read_json(file)
+    if isinstance(result.get("eval"), dict):  # the quickstart's result.json
+        result = result["eval"]
 
     def where(name: str) -> str:
         return f"{file}: {name}"
