@@ -54,10 +54,12 @@ def plan_one(name: str, overrides: list[str], file: Path) -> None:
     recipe = planned(name, overrides)
     os.environ.update(PJRT_DEVICE="CPU", CPU_NUM_DEVICES=str(recipe.xla.dp * recipe.xla.tp))
     from eagle3_xla.plan.compiled import lowered_steps
+    from eagle3_xla.xla.tpu import find_topology
 
+    coordinates = find_topology(recipe.plan.topology).coordinates()
     key = hashlib.sha256(" ".join([recipe.plan.topology, recipe.plan.xla_flags]).encode())
     key.update(" ".join(f"{package} {metadata.version(package)}" for package in COMPILER).encode())
-    for lowered in lowered_steps(recipe, plan_config(recipe.target.path)):
+    for lowered in lowered_steps(recipe, plan_config(recipe.target.path), coordinates):
         key.update(lowered.hlo)
     if file.exists() and json.loads(file.read_text())["key"] == key.hexdigest():
         return print(f"{name}: planned before", file=sys.stderr)
@@ -84,9 +86,8 @@ def table(folder: Path) -> str:
 
 def _row(verdict: dict) -> list[str]:
     mesh, layers = verdict["mesh"], str(verdict["layers"])
-    layout = (
-        f"{mesh['dp']} x {mesh['tp']}" + ", draft over all" * mesh["draft_data_parallel"] + ", remat" * verdict["remat"]
-    )
+    layout = f"{mesh['dp']} x {mesh['tp']}"
+    layout += ", draft over all" * mesh["draft_data_parallel"] + ", remat" * verdict["remat"]
     memory = f"{verdict['hbm_bytes_per_chip'] / GIB:.2f} of {verdict['hbm_limit_bytes'] / GIB:.2f}"
     if verdict["extrapolated"]:
         layers = f"{verdict['layers']}, from {verdict['compiled_layers']}"

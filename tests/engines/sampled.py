@@ -46,6 +46,7 @@ def served(engine, trained, prompts, sampled) -> dict[float, float]:
     """Temperature -> acceptance length; sampled: with the CPU build's fault mended."""
     with serve(engine, trained.target, trained.head, steps=5, topk=1, sampled=sampled) as server:
         connected = connect(server.url)
+        assert connected.device == ("cpu" if engine == "sglang" else None)  # `bench` names the fault by it
         figures = {}
         for temperature in TEMPERATURES:
             _, drafts, _ = run_prompts(connected, prompts, Request(OPTIONS.max_new_tokens, temperature), 1)

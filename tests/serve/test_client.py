@@ -222,6 +222,10 @@ def test_bench_on_the_command_line(serving, exported_head, small_target, chat_fi
     assert cli.main([*arguments, "--concurrency", "1,2"]) == 0
     said = capsys.readouterr().out
     assert "sglang 0.5.21" in said and "3 prompts, greedy" in said and "2.000" in said and "push" not in said
+    assert cli.main([*arguments, "--temperature", "0.7"]) == 0 and "greedily at every" not in capsys.readouterr().out
+    on_cpu = serving({"/server_info": (200, info.replace("{", '{"device": "cpu", ', 1)), "/generate": (200, full)})
+    assert cli.main([*arguments, "--temperature", "0.7", "--server", on_cpu]) == 0
+    assert "checks drafts greedily at every temperature" in capsys.readouterr().out
     assert cli.main([*arguments, "--json"]) == 0
     about = json.loads(capsys.readouterr().out)["measured"]
     mine = measured("eval", str(exported_head), str(small_target), str(chat_file))

@@ -56,6 +56,7 @@ def bench(url: str, prompts: str, options: BenchOptions, baseline_url: str = "")
     result = {
         "engine": server.engine,
         "version": server.version,
+        "device": server.device,
         "server": server.url,
         "steps": server.steps,
         "topk": server.topk,
@@ -172,6 +173,15 @@ def _against(answers: list[Answer], speed: float, plain: list[Answer], plain_sec
     return row | {"speedup": None if "no_speedup" in row else ratio}
 
 
+def _sampled_on_a_cpu(result: dict) -> list[str]:
+    """What the CPU builds of the engines get wrong above temperature 0 (tests/engines/sampled.py shows it)."""
+    if result["engine"] == "sglang" and result["device"] == "cpu":
+        return ["SGLang on a CPU checks drafts greedily at every temperature: this acceptance is the greedy one"]
+    if result["engine"] == "vllm":
+        return ["if this vLLM runs on a CPU: 0.32.0 there takes the temperature of checked drafts from unset memory"]
+    return []
+
+
 def _tokens(answers: list[Answer]) -> int:
     return sum(len(answer.tokens) for answer in answers)
 
@@ -201,6 +211,8 @@ def screen(result: dict) -> str:
             lines.append(f"no speed-up at {row['concurrency']} in flight: {row['no_speedup']}")
         elif row.get("empty_answers"):
             lines.append(f"{row['empty_answers']} answers at {row['concurrency']} in flight have no token")
+    if result["temperature"] and result["steps"]:
+        lines += _sampled_on_a_cpu(result)
     missing = [name for name in ("head", "target") if result["measured"][name] is None]
     if result["steps"] and missing:
         options = " and ".join({"head": "--draft DIR", "target": "--target DIR"}[name] for name in missing)

@@ -73,13 +73,13 @@ def connect(url: str) -> "Server":
 
 
 class Server:
-    """engine, version; model: path or id of the target; dtype: what it computes in, None where the engine doesn't say;
-    head: path of the draft model, None without one or unknown; steps, topk, draft_tokens: the shape of its drafts
-    (draft_tokens without the root), None without a head. url: without user and password.
+    """engine, version; model: path or id of the target; dtype, device: what it computes in and on, None where the
+    engine doesn't say; head: path of the draft model, None without one or unknown; steps, topk, draft_tokens: the
+    shape of its drafts (draft_tokens without the root), None without a head. url: without user and password.
     """
 
     engine = version = model = name = ""
-    dtype = head = steps = topk = draft_tokens = None
+    dtype = device = head = steps = topk = draft_tokens = None
 
     def __init__(self, url: str, http: httpx.Client):
         self.url, self.http = url, http

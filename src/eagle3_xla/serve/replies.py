@@ -78,12 +78,13 @@ def count(value, where: str, least: int = 0) -> int:
 
 @dataclass
 class SGLangInfo:
-    """head, steps, topk, draft_tokens (without the root): None without a head; dtype: None where it isn't said."""
+    """head, steps, topk, draft_tokens (without the root): None without a head; dtype, device: None where not said."""
 
     version: str
     model: str
     name: str
     dtype: str | None
+    device: str | None
     head: str | None = None
     steps: int | None = None
     topk: int | None = None
@@ -98,6 +99,7 @@ def sglang_info(info: dict, where: str) -> SGLangInfo:
         model=model,
         name=text(info.get("served_model_name") or model, f"{where}: served_model_name"),
         dtype=None if info.get("dtype") in (None, "auto") else text(info["dtype"], f"{where}: dtype"),
+        device=None if info.get("device") is None else text(info["device"], f"{where}: device"),
     )
     if info.get("speculative_algorithm"):
         found.head = text(info.get("speculative_draft_model_path"), f"{where}: speculative_draft_model_path")
