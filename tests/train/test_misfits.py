@@ -7,11 +7,12 @@ import pytest
 import torch
 
 from eagle3_xla import checkpoint as checkpoints
-from eagle3_xla.config import UserError, load_recipe
+from eagle3_xla.config import UserError, XlaConfig, load_recipe
 from eagle3_xla.data.prepare import prepare
 from eagle3_xla.target.model import TargetStates
 from eagle3_xla.target.states import StatesStore
 from eagle3_xla.train.loop import train
+from eagle3_xla.xla import make_backend
 
 
 def test_without_held_out_rows(small_run, capsys, tmp_path):
@@ -68,7 +69,7 @@ def test_damaged_states_are_computed_again(tmp_path):
 
     def fill():
         asked.clear()
-        StatesStore(tmp_path, Rows(range(40)), "key").fill(states_of, 8)
+        StatesStore(tmp_path, Rows(range(40)), "key").fill(states_of, 8, make_backend(XlaConfig(device="cpu")))
         return sum(asked)
 
     assert (fill(), fill()) == (40, 0)
