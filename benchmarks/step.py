@@ -101,7 +101,8 @@ def eager_step(path: str, batch: dict[str, torch.Tensor]):
     head = Eagle3Head(draft_config(model.config, DRAFT_VOCABULARY))
     optimizer = torch.optim.AdamW(head.parameters(), lr=8e-4)
     ids, positions, answer = batch["input_ids"].long(), batch["position_ids"].long(), batch["loss_mask"]
-    mask = document_masks(model.config, batch["document_ids"])
+    masks = document_masks(model.config, batch["document_ids"])
+    mask = masks["full_attention"]
     groups = head.config.num_attention_heads // head.config.num_key_value_heads
     scale = head.config.head_dim**-0.5
 
@@ -110,7 +111,9 @@ def eager_step(path: str, batch: dict[str, torch.Tensor]):
 
     def step():
         with torch.no_grad():
-            output = model(ids, position_ids=positions, attention_mask=mask, output_hidden_states=True, use_cache=False)
+            output = model(
+                ids, position_ids=positions, attention_mask=masks, output_hidden_states=True, use_cache=False
+            )
             aux = torch.cat([output.hidden_states[i + 1] for i in aux_layers(model.config.num_hidden_layers)], -1)
             full = output.logits
             in_vocabulary = full.argmax(-1) < DRAFT_VOCABULARY
