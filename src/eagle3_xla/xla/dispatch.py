@@ -122,27 +122,29 @@ class Dispatched:
         xla_model.wait_device_ops()  # and there
         numbers = {handle: number for number, handle in enumerate(_handles([*self.state, *batch]))}
         assert len(numbers) == len(self.state) + len(batch), "two inputs share a buffer"
-        with _one_graph(self.function.__name__):
+        with _one_graph():
             form = self.function(*batches)
         results = list(form) if isinstance(form, tuple) else [form]
         results = [tensor for tensor in results if tensor is not None]
         pending = _XLAC._check_tensor_need_materialization(self.state)
         changed = [number for number, is_pending in enumerate(pending) if is_pending]
-        # An output may take the buffer of an input that is given up: the n-th of a size takes the n-th such input. So
-        # the new values come in the order in which the graph takes the old ones.
-        for ordered in (False, True):
+        # An output takes the buffer of an input that is given up: the n-th of a size that of the n-th such input. So
+        # the new values come in the order in which the graph takes the old ones, which in turn depends on theirs.
+        order: dict[int, int] = {}
+        for _ in range(8):
+            changed.sort(key=lambda number: order.get(number, 2**31))  # the last: overwritten unread
             outputs = [*results, *(self.state[number] for number in changed)]
             ids, inputs = _XLAC._get_tensors_xla_device_data_node(outputs)
             given = {i: numbers[h] for i, h in enumerate(_handles(inputs)) if h in numbers}
-            if not ordered:
-                order = {number: position for position, number in given.items()}
-                changed.sort(key=lambda number: order.get(number, len(inputs)))  # the last: overwritten unread
+            before, order = order, {number: position for position, number in given.items()}
+            if order == before:
+                break
         assert _XLAC._get_seed_info_id() not in ids, "random numbers would be the same in every call"
         assert len({_XLAC._unique_id_for_ir_and_data(tensor) for tensor in outputs}) == len(outputs)
         for position, number in given.items():
             if number in changed:
                 _XLAC._set_buffer_donation(inputs[position], True)
-        with alias_with_buffer_donor_config():
+        with alias_with_buffer_donor_config(), _named(self.function.__name__):
             graph_hash = _XLAC._get_graph_hash(outputs)
             _XLAC._xla_warm_up_cache(outputs, [])
         constants = [None if position in given else value for position, value in enumerate(inputs)]
@@ -160,13 +162,22 @@ def _handles(tensors: list[torch.Tensor]) -> list[int]:
 
 
 @contextlib.contextmanager
-def _one_graph(name: str):
-    """What is traced inside is one graph of this name: it raises when something has to be computed meanwhile."""
-    before, allowed = _XLAC._get_current_graph_name(), _XLAC._get_allow_execution()
-    _XLAC._set_current_graph_name(name)
+def _one_graph():
+    """What is traced inside is one graph: it raises when something has to be computed meanwhile."""
+    allowed = _XLAC._get_allow_execution()
     _XLAC._set_allow_execution(False)
     try:
         yield
     finally:
         _XLAC._set_allow_execution(allowed)
+
+
+@contextlib.contextmanager
+def _named(name: str):
+    """What is compiled inside has this name, in traces and dumps."""
+    before = _XLAC._get_current_graph_name()
+    _XLAC._set_current_graph_name(name)
+    try:
+        yield
+    finally:
         _XLAC._set_current_graph_name(before)
