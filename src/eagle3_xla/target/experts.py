@@ -22,6 +22,12 @@ def python_loop(function, weights, blocks):
     return torch.stack([function(weights, *block) for block in zip(*blocks)])
 
 
+def take_rows(rows: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
+    """rows [P, G, S, H], index [G, M] int32 -> [P, G, M, H]: of each group the rows that its index names."""
+    group = torch.arange(rows.shape[1], device=rows.device, dtype=torch.int32)[:, None]
+    return rows[:, group, index]
+
+
 class RoutedExperts(nn.Module):
     """The experts of one layer with their router, in place of transformers' module.
 
@@ -30,9 +36,9 @@ class RoutedExperts(nn.Module):
     checkpoint, beside this module's own, and what makes the parameter of their tensors).
     """
 
-    def __init__(self, block, parts: int, groups: int, loop=python_loop):
+    def __init__(self, block, parts: int, groups: int, loop=python_loop, take=take_rows):
         super().__init__()
-        self.parts, self.groups, self.loop = parts, groups, loop
+        self.parts, self.groups, self.loop, self.take = parts, groups, loop, take
         self.experts = block.num_experts if hasattr(block, "num_experts") else block.experts.num_experts
         self.top_k = block.top_k if hasattr(block, "top_k") else block.router.top_k
         self.gpt_oss = hasattr(block, "router")
@@ -86,8 +92,7 @@ class RoutedExperts(nn.Module):
         rows, experts, slots = self._dispatch(x, chosen)
         outputs = self.loop(self._block, self._expert_weights(), (rows, experts))  # [n, G, P, block, H]
         outputs = outputs.permute(2, 1, 0, 3, 4).flatten(2, 3)  # [P, G, n * block, H]
-        group = torch.arange(self.groups, device=x.device, dtype=torch.int32)[:, None]
-        outputs = outputs[:, group, slots].unflatten(2, (-1, self.top_k))  # [P, G, N, k, H]
+        outputs = self.take(outputs, slots).unflatten(2, (-1, self.top_k))  # [P, G, N, k, H]
         output = torch.einsum("pgnkh,gnk->pgnh", outputs, weights).sum(0)
         if self.gpt_oss:
             one_hot = (chosen[..., None] == torch.arange(self.experts, device=x.device)).to(x.dtype)
@@ -132,8 +137,7 @@ class RoutedExperts(nn.Module):
         # Blocks that no expert fills hold rows that nobody takes back.
         pair = (within[..., None] + numbers(block)).flatten(1).clamp(0, count - 1)
         token = order.gather(1, pair.long()) // self.top_k
-        group = torch.arange(self.groups, device=device, dtype=torch.int32)[:, None]
-        rows = x[group, token].view(self.groups, number, block, -1).transpose(0, 1)
+        rows = self.take(x[None], token)[0].view(self.groups, number, block, -1).transpose(0, 1)
         return rows, expert.T, slots
 
     def _expert_weights(self) -> tuple[torch.Tensor, ...]:
@@ -154,9 +158,10 @@ class RoutedExperts(nn.Module):
         return torch.einsum("gpbf,gphf->gpbh", inner, down)
 
 
-def route_experts(model, parts: int, groups: int, loop=python_loop) -> None:
-    """Put RoutedExperts in the place of every mixture-of-experts module of a transformers model."""
+def route_experts(model, parts: int, groups: int, *of_backend) -> None:
+    """Put RoutedExperts in the place of every mixture-of-experts module of a transformers model; of_backend: its loop
+    and take."""
     for layer in model.model.layers:
         for name, module in list(layer.named_children()):
             if hasattr(module, "experts"):
-                setattr(layer, name, RoutedExperts(module, parts, groups, loop))
+                setattr(layer, name, RoutedExperts(module, parts, groups, *of_backend))

@@ -18,9 +18,9 @@ from eagle3_xla.target.attention import GROUPED_EINSUM
 from eagle3_xla.target.experts import PARTED, RoutedExperts, route_experts
 from eagle3_xla.xla.dispatch import compiled
 from eagle3_xla.xla.hosts import Hosts
-from eagle3_xla.xla.loops import scanned
 from eagle3_xla.xla.memory import keep_freed_memory
 from eagle3_xla.xla.mesh import mesh_devices, part_of_host
+from eagle3_xla.xla.routing import local_take_rows, scanned
 
 # The head, by parameter name: column-parallel ones over their output rows, row-parallel ones over their inputs.
 HEAD_COLUMNS = ("q_proj", "k_proj", "v_proj", "gate_proj", "up_proj", "lm_head", "fc")
@@ -85,7 +85,7 @@ class SpmdBackend:
     def place_target(self, target):
         """Shard by the model's own `base_model_tp_plan`, experts by their parts; anything else is replicated."""
         target.model.config._attn_implementation = GROUPED_EINSUM
-        route_experts(target.model, self.mesh.shape()["tp"], self.data_parallel, scanned)
+        route_experts(target.model, self.mesh.shape()["tp"], self.data_parallel, scanned, local_take_rows(self.mesh))
         plan = {f"model.model.{name}": style for name, style in (target.model.config.base_model_tp_plan or {}).items()}
         plan |= {f"model.{name}": style for name, style in (type(target.model)._tp_plan or {}).items()}
 
