@@ -1,7 +1,7 @@
-"""Real tokenizers with the chat templates of four families: Qwen2.5, Qwen3, Llama-3 and SmolLM2 (ChatML).
+"""Real tokenizers with the published chat templates of nine families.
 
-Qwen2.5's tokenizer and template are the published ones. Qwen3's and Llama-3's templates are written here to render
-what the published ones render, over the same tokenizer with the special tokens that they need.
+Qwen2.5 and SmolLM2 (ChatML) have their own tokenizer; the others (templates/README.md) are over Qwen2.5's with the
+special tokens that they need.
 """
 
 import json
@@ -12,32 +12,17 @@ import pytest
 from transformers import PreTrainedTokenizerFast, Qwen2Config
 
 QWEN25 = Path(__file__).parent / "qwen25"
-# Thoughts of earlier turns are left out; an answer after the last question gets a thought, an empty one if it has none;
-# a generation prompt that forbids thinking holds the empty thought.
-QWEN3 = """{%- set ns = namespace(last=-1) -%}
-{%- for m in messages -%}{%- if m.role == 'user' -%}{%- set ns.last = loop.index0 -%}{%- endif -%}{%- endfor -%}
-{%- for m in messages -%}
-{%- set content = m.content -%}{%- set thought = '' -%}
-{%- if m.role == 'assistant' and '</think>' in content -%}
-{%- set thought = content.split('</think>')[0].rstrip('\\n').split('<think>')[-1].lstrip('\\n') -%}
-{%- set content = content.split('</think>')[-1].lstrip('\\n') -%}
-{%- endif -%}
-{{- '<|im_start|>' + m.role + '\\n' -}}
-{%- if m.role == 'assistant' and loop.index0 > ns.last and (loop.last or thought) -%}
-{{- '<think>\\n' + thought.strip('\\n') + '\\n</think>\\n\\n' + content.lstrip('\\n') -}}
-{%- else -%}{{- content -}}{%- endif -%}
-{{- '<|im_end|>\\n' -}}
-{%- endfor -%}
-{%- if add_generation_prompt -%}
-{{- '<|im_start|>assistant\\n' -}}
-{%- if enable_thinking is defined and enable_thinking is false -%}{{- '<think>\\n\\n</think>\\n\\n' -}}{%- endif -%}
-{%- endif -%}"""
-LLAMA3 = """{%- for m in messages -%}
-{{- bos_token if loop.first -}}
-{{- '<|start_header_id|>' + m.role + '<|end_header_id|>\\n\\n' + (m.content | trim) + '<|eot_id|>' -}}
-{%- endfor -%}
-{%- if add_generation_prompt -%}{{- '<|start_header_id|>assistant<|end_header_id|>\\n\\n' -}}{%- endif -%}"""
-LLAMA3_TOKENS = ["<|begin_of_text|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"]
+TEMPLATES = Path(__file__).parent / "templates"
+# Of each template there: the special tokens that it needs, and those that end an answer.
+SPECIAL = {
+    "qwen3": ([], ["<|im_end|>"]),
+    "llama-3": (["<|begin_of_text|>", "<|start_header_id|>", "<|end_header_id|>"], ["<|eot_id|>"]),
+    "llama-3.1": (["<|begin_of_text|>", "<|start_header_id|>", "<|end_header_id|>"], ["<|eot_id|>"]),
+    "llama-3.2": (["<|begin_of_text|>", "<|start_header_id|>", "<|end_header_id|>"], ["<|eot_id|>"]),
+    "gemma-3": (["<bos>", "<start_of_turn>"], ["<end_of_turn>"]),
+    "mistral": (["<s>", "[INST]", "[/INST]"], ["</s>"]),
+    "gpt-oss": (["<|startoftext|>", "<|start|>", "<|message|>", "<|channel|>", "<|end|>"], ["<|return|>", "<|call|>"]),
+}
 
 
 @pytest.fixture(scope="session")
@@ -56,22 +41,21 @@ def qwen25_target(tmp_path_factory) -> Path:
 def template_targets(qwen25_target, embedded_target, tmp_path_factory) -> dict[str, Path]:
     """Folders of targets by the name of their chat template's family."""
     folders = {"qwen2.5": qwen25_target, "smollm2": embedded_target}
-    for name, template, tokens, eos in (
-        ("qwen3", QWEN3, [], "<|im_end|>"),
-        ("llama-3", LLAMA3, LLAMA3_TOKENS, "<|eot_id|>"),
-    ):
+    for name, (tokens, stops) in SPECIAL.items():
         folders[name] = tmp_path_factory.mktemp(name)
         tokenizer = PreTrainedTokenizerFast(
             tokenizer_file=str(qwen25_target / "tokenizer.json"),
-            bos_token="<|begin_of_text|>" if tokens else None,
-            eos_token=eos,
+            bos_token=tokens[0] if tokens else None,
+            eos_token=stops[0],
             pad_token="<|endoftext|>",
-            additional_special_tokens=tokens,
+            additional_special_tokens=[*tokens, *stops],
         )
         if name == "qwen3":  # known to the tokenizer, but no special tokens: they survive `skip_special_tokens`
             tokenizer.add_tokens(["<think>", "</think>"])
-        tokenizer.chat_template = template
+        tokenizer.chat_template = (TEMPLATES / f"{name}.jinja").read_text()
         tokenizer.save_pretrained(folders[name])
         config = Qwen2Config(vocab_size=len(tokenizer), hidden_size=64, architectures=["Qwen2ForCausalLM"])
         config.save_pretrained(folders[name])
+        ends = json.dumps({"eos_token_id": tokenizer.convert_tokens_to_ids(stops)})
+        (folders[name] / "generation_config.json").write_text(ends)
     return folders

@@ -5,9 +5,10 @@ import random
 import unicodedata
 
 import pytest
+from data.conftest import SPECIAL
 
 from eagle3_xla.config import DataConfig
-from eagle3_xla.data.chat import ChatEncoder, read_prompts
+from eagle3_xla.data.chat import TODAY, ChatEncoder, read_prompts
 from eagle3_xla.data.clean import Chat, Unusable
 from eagle3_xla.data.tokenizer import load_tokenizer, stop_token_ids
 
@@ -15,7 +16,7 @@ WORDS = (
     "Hello world 12 3.14 naïve 你好 🙂👩‍🔬 <b>html</b> def\tf(x): `code` assistant user system -- ... \n \n\n     \r\n "
     "| end <|y|> e\u0301 \u200b ```python\nprint(1)\n``` {json: [1]} $x^2$"
 ).split(" ")
-END = {"qwen2.5": "<|im_end|>", "qwen3": "<|im_end|>", "smollm2": "<|im_end|>", "llama-3": "<|eot_id|>"}
+END = {"qwen2.5": "<|im_end|>", "smollm2": "<|im_end|>"} | {name: stops[0] for name, (_, stops) in SPECIAL.items()}
 
 
 def random_text(rng: random.Random) -> str:
@@ -49,12 +50,15 @@ def encoder(folder, **settings) -> ChatEncoder:
     return ChatEncoder(tokenizer, stop_token_ids(str(folder), tokenizer), DataConfig(row_length=2048, **settings))
 
 
-def shown(family: str, answer: str, last: bool) -> str:
-    """An answer as the family's template shows it."""
-    if family == "llama-3":
+def shown(family: str, answer: str, last: bool, ends: bool = True) -> str:
+    """An answer as the family's template shows it, with the end of its turn."""
+    if family.startswith(("llama-3", "gemma")):
         answer = answer.strip()
     if family == "qwen3" and last:
         answer = answer.lstrip("\n")
+    answer = {"gpt-oss": "<|channel|>final<|message|>", "mistral": " "}.get(family, "") + answer
+    if ends and (last or family != "gpt-oss"):  # gpt-oss ends earlier answers by <|end|>, which the model doesn't write
+        answer += END[family]
     return answer if family == "smollm2" else unicodedata.normalize("NFC", answer)  # the tokenizer's own normaliser
 
 
@@ -64,9 +68,9 @@ def test_mask_is_the_assistant_and_its_end_of_turn(family, template_targets):
     chats = [random_chat(rng) for _ in range(200)]
     for chat, encoded in zip(chats, coder.encode(chats), strict=True):
         answers = [m["content"] for m in chat.messages if m["role"] == "assistant"]
-        expected = [shown(family, a, a is answers[-1]) + END[family] for a in answers]
+        expected = [shown(family, a, a is answers[-1]) for a in answers]
         assert [coder.tokenizer.decode(span) for span in spans(encoded.ids, encoded.mask)] == expected
-        whole = coder.tokenizer.apply_chat_template(chat.messages, tokenize=False)
+        whole = coder.tokenizer.apply_chat_template(chat.messages, tokenize=False, strftime_now=TODAY.strftime)
         assert coder.tokenizer.decode(encoded.ids) == (
             whole if family == "smollm2" else unicodedata.normalize("NFC", whole)
         )
@@ -80,7 +84,8 @@ def test_ids_are_the_templates_own(family, template_targets):
     for chat in chats:
         chat.messages = [m | {"content": f"A {m['content']} z"} for m in chat.messages]
     for chat, encoded in zip(chats, coder.encode(chats), strict=True):
-        assert encoded.ids.tolist() == coder.tokenizer.apply_chat_template(chat.messages)
+        whole = coder.tokenizer.apply_chat_template(chat.messages, strftime_now=TODAY.strftime)
+        assert encoded.ids.tolist() == whole
 
 
 def test_qwen25_default_system_prompt_is_in_the_prompt(template_targets):
@@ -104,27 +109,28 @@ def test_last_turn_only(template_targets):
         coder = encoder(folder, last_turn_only=True)
         chat = random_chat(random.Random(2), turns=3)
         [encoded] = coder.encode([chat])
-        text = shown(family, chat.messages[-1]["content"], True) + END[family]
+        text = shown(family, chat.messages[-1]["content"], True)
         assert [coder.tokenizer.decode(s) for s in spans(encoded.ids, encoded.mask)] == [text]
 
 
 @pytest.mark.parametrize("family", sorted(END))
 def test_cutting_keeps_the_mask_right(family, template_targets):
+    length = 112 if family == "gpt-oss" else 48  # its system prompt alone is longer
     chats = [random_chat(random.Random(i), turns=4) for i in range(30)]
     whole = encoder(template_targets[family]).encode(chats)
     cut = encoder(template_targets[family])
-    cut.data.row_length = 48
+    cut.data.row_length = length
     for full, short in zip(whole, cut.encode(chats)):
         if isinstance(short, Unusable):
-            assert short.reason == "answer_after_row_length" and full.mask[:48].sum() < 2
+            assert short.reason == "answer_after_row_length" and full.mask[:length].sum() < 2
             continue
-        assert short.cut == (len(full.ids) > 48)
-        assert short.ids.tolist() == full.ids[:48].tolist() and short.mask.tolist() == full.mask[:48].tolist()
+        assert short.cut == (len(full.ids) > length)
+        assert short.ids.tolist() == full.ids[:length].tolist() and short.mask.tolist() == full.mask[:length].tolist()
     cut.data.too_long = "turn"
     ends = [END[family]]
     kept = [item for item in cut.encode(chats) if not isinstance(item, Unusable)]
-    assert 0 < len(kept) and all(len(item.ids) <= 48 for item in kept)
-    assert all(cut.tokenizer.decode(item.ids[-1:]) in ends for item in kept if item.cut)
+    assert 0 < len(kept) and all(len(item.ids) <= length for item in kept)
+    assert family == "gpt-oss" or all(cut.tokenizer.decode(item.ids[-1:]) in ends for item in kept if item.cut)
 
 
 def test_system_prompts_dropped_and_varied(template_targets):
@@ -138,7 +144,7 @@ def test_system_prompts_dropped_and_varied(template_targets):
         varied = sum(any(f"system\n{p}<|im_end|>" in text for p in coder.data.system_prompts) for text in texts)
         assert 0.2 < dropped / len(chats) < 0.4 and 0.2 < varied / len(chats) < 0.4
         for chat, item in zip(chats, coder.encode(chats)):
-            answer = shown(family, chat.messages[-1]["content"], True) + "<|im_end|>"
+            answer = shown(family, chat.messages[-1]["content"], True)
             assert [coder.tokenizer.decode(s) for s in spans(item.ids, item.mask)] == [answer]
     coder = encoder(template_targets["llama-3"], drop_system=1.0)  # no default system prompt: nothing to drop but it
     assert coder.tokenizer.decode(coder.encode(chats)[0].ids).startswith("<|begin_of_text|><|start_header_id|>user")
@@ -146,10 +152,11 @@ def test_system_prompts_dropped_and_varied(template_targets):
 
 def test_cut_answer_does_not_end_its_turn(template_targets):
     messages = [{"role": "user", "content": "Count."}, {"role": "assistant", "content": "1 2 🙂"}]
-    for folder in template_targets.values():
+    for family, folder in template_targets.items():
         coder = encoder(folder)
         [encoded] = coder.encode([Chat(messages, False, "test", "here:1")])
-        assert [coder.tokenizer.decode(s) for s in spans(encoded.ids, encoded.mask)] == ["1 2 🙂"]
+        expected = shown(family, "1 2 🙂", True, ends=False)
+        assert [coder.tokenizer.decode(s) for s in spans(encoded.ids, encoded.mask)] == [expected]
 
 
 def test_tool_turns_are_context(template_targets):

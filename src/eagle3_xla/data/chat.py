@@ -5,6 +5,7 @@ prompt that an engine would be given at that point (everything before it, plus t
 end-of-turn token; what the template writes after that token (often a newline) is not the assistant's.
 """
 
+import datetime
 import random
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +16,9 @@ from eagle3_xla.config import DataConfig, UserError
 from eagle3_xla.data.clean import ROLES, Chat, Unusable
 from eagle3_xla.data.files import read_rows
 
+# Llama 3.2, gpt-oss and newer Mistrals write the day into their system prompt: rows don't depend on the day they were
+# made on. The date is the one that Llama's templates have where no clock is.
+TODAY = datetime.date(2024, 7, 26)
 LONGEST_TOKEN = 40  # characters a token, on average over a whole row: no text has so many
 
 
@@ -138,10 +142,13 @@ class ChatEncoder:
         # Some templates strip the last answer alone; the same answer with more after it is then shown as it is.
         # With its thoughts left out it would be an answer that the target never gave.
         stripped = [answer["content"] + stop for stop in self.stops] if "reasoning_content" not in answer else []
-        for body in (turn[len(prompt) :], *stripped):
+        # Others end the last answer alone by a stop token (gpt-oss): what ends an earlier one is not the assistant's.
+        body = turn[len(prompt) :]
+        unended = [body.removesuffix(stop) for stop in self.stops if body.endswith(stop)]
+        for form in (body, *stripped, *unended):
             for shown in prompts:
-                if text.startswith(shown) and text.startswith(body, len(shown)):
-                    return len(shown), body
+                if text.startswith(shown) and text.startswith(form, len(shown)):
+                    return len(shown), form
         return None, ""
 
     def _encoded(self, text: str, spans: list, shortened: bool, encoding) -> Encoded | Unusable:
@@ -213,8 +220,9 @@ class ChatEncoder:
 
     def _render(self, conversations: list[list[dict]], chat: Chat | None, **options) -> list[str]:
         try:
+            tools = chat.tools if chat else None
             return self.tokenizer.apply_chat_template(
-                conversations, tools=chat.tools if chat else None, tokenize=False, **options
+                conversations, tools=tools, tokenize=False, strftime_now=TODAY.strftime, **options
             )
         except Exception as error:  # a template is foreign code: it raises as it likes
             raise Unusable("refused_by_template", f"the target's chat template refuses it ({error})") from None

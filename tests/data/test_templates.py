@@ -1,0 +1,80 @@
+"""What single published templates do: thoughts, channels, folded system turns, dates, tool calls."""
+
+import pytest
+from data.test_chat import encoder, spans
+
+from eagle3_xla.data.clean import Chat
+
+TOOL = {"type": "function", "function": {"name": "add", "description": "d", "parameters": {"type": "object"}}}
+
+
+def masked(coder, *turns, tools=None) -> tuple[str, list[str]]:
+    """The rendered chat and what its mask holds. turns: (role, content) or messages."""
+    messages = [turn if isinstance(turn, dict) else dict(zip(("role", "content"), turn)) for turn in turns]
+    [encoded] = coder.encode([Chat(messages, True, "test", "here:1", tools=tools)])
+    return coder.tokenizer.decode(encoded.ids), [coder.tokenizer.decode(s) for s in spans(encoded.ids, encoded.mask)]
+
+
+@pytest.mark.parametrize(
+    "answer, expected",
+    [
+        ("b", "b<|im_end|>"),  # the empty thought before it is the prompt's, which says not to think
+        ("<think>\n\n</think>\n\nb", "b<|im_end|>"),
+        ("<think>\nhm\n</think>\n\nb", "<think>\nhm\n</think>\n\nb<|im_end|>"),
+    ],
+    ids=["without", "empty", "with"],
+)
+def test_qwen3_thinking(answer, expected, template_targets):
+    text, answers = masked(encoder(template_targets["qwen3"]), ("user", "a"), ("assistant", answer))
+    assert answers == [expected] and text.startswith("<|im_start|>user\na<|im_end|>\n<|im_start|>assistant\n<think>\n")
+
+
+def test_gpt_oss_channels(template_targets):
+    """The thought of the last answer is the assistant's; an earlier one is left out, and its answer with it."""
+    coder = encoder(template_targets["gpt-oss"])
+    thinking = {"role": "assistant", "content": "b", "thinking": "hm"}
+    thought = "<|channel|>analysis<|message|>hm<|end|><|start|>assistant<|channel|>final<|message|>b<|return|>"
+    assert masked(coder, ("user", "a"), thinking)[1] == [thought]
+    assert masked(coder, ("user", "a"), thinking, ("user", "c"), thinking)[1] == [thought]
+
+
+def test_gemma_folds_the_system_turn(template_targets):
+    text, answers = masked(encoder(template_targets["gemma-3"]), ("system", "s"), ("user", "a"), ("assistant", " b "))
+    assert text == "<bos><start_of_turn>user\ns\n\na<end_of_turn>\n<start_of_turn>model\nb<end_of_turn>\n"
+    assert answers == ["b<end_of_turn>"]
+
+
+def test_mistral_has_no_generation_prompt(template_targets):
+    text, answers = masked(encoder(template_targets["mistral"]), ("user", "a"), ("assistant", "b"))
+    assert text == "<s> [INST] a [/INST] b</s>" and answers == [" b</s>"]
+
+
+@pytest.mark.parametrize("family, date", [("llama-3.1", "26 Jul 2024"), ("llama-3.2", "26 Jul 2024")])
+def test_llama_has_a_pinned_date(family, date, template_targets):
+    assert f"Today Date: {date}" in masked(encoder(template_targets[family]), ("user", "a"), ("assistant", "b"))[0]
+
+
+def test_gpt_oss_has_a_pinned_date(template_targets):
+    text, _ = masked(encoder(template_targets["gpt-oss"]), ("user", "a"), ("assistant", "b"))
+    assert "Current date: 2024-07-26" in text
+
+
+@pytest.mark.parametrize(
+    "family, first, second",
+    [
+        ("qwen3", '<tool_call>\n{"name": "add", "arguments": {"a": 1}}\n</tool_call><|im_end|>', "2<|im_end|>"),
+        ("llama-3.1", '{"name": "add", "parameters": {"a": 1}}<|eot_id|>', "2<|eot_id|>"),
+        ("llama-3.2", '{"name": "add", "parameters": {"a": 1}}<|eot_id|>', "2<|eot_id|>"),
+        (
+            "gpt-oss",
+            ' to=functions.add<|channel|>commentary json<|message|>{"a": 1}<|call|>',
+            "<|channel|>final<|message|>2<|return|>",
+        ),
+    ],
+)
+def test_tool_calls_are_the_assistants(family, first, second, template_targets):
+    call = {"type": "function", "function": {"name": "add", "arguments": {"a": 1}}}
+    turns = [("user", "1 + 1?"), {"role": "assistant", "content": "", "tool_calls": [call]}]
+    turns += [("tool", "2"), ("assistant", "2")]
+    coder = encoder(template_targets[family], tool_turns="keep")
+    assert masked(coder, *turns, tools=[TOOL])[1] == [first, second]
