@@ -32,7 +32,7 @@ def run(folder: Path) -> None:
     @backend.compile
     def states_and_teacher(batch):
         states = target.states(batch["input_ids"], batch["position_ids"], batch["document_ids"])
-        return [*states, *target.teacher(states.hidden, states.argmax, states.logsumexp)[:1]]
+        return (*states, target.teacher(states.hidden, states.argmax, states.logsumexp).logits)
 
     states = states_and_teacher(backend.put(inputs))
     torch.save([backend.to_host(x) for x in states], folder / f"{dp}x{tp}.pt")

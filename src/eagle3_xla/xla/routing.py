@@ -22,7 +22,7 @@ def scanned(function, weights, blocks):
 def local_take_rows(mesh):
     """experts.take_rows over a (dp, tp) mesh: each device takes its own groups' rows of its own part.
 
-    The partitioner doesn't see that the rows of a group lie on one device and moves all of them.
+    The partitioner does not see that the rows of a group lie on one device, and moves all of them over the mesh.
     """
 
     def local(tensor, spec):
