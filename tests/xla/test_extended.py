@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -55,6 +56,23 @@ def test_few_layers_extended_are_all_layers(tmp_path):
     assert few["collectives"] == every["collectives"] and few["state_donated"]
     assert every["host_is_the_limit"] and 0.005 < every["host_step_seconds"] < 0.02
     assert refused == "setting plan.xla_flags: No such compile option: 'xla_nonsense'"
+
+
+@pytest.mark.slow
+def test_recipes_are_planned_once(tmp_path):
+    """The command that plans the shipped recipes, on one of them with 8 layers, one TTT step, short rows."""
+    config = plan_config("Qwen/Qwen2.5-0.5B-Instruct").to_dict()
+    config |= {"num_hidden_layers": 8, "layer_types": ["full_attention"] * 8}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    name, script = "qwen2.5-0.5b-v5e-8", Path(__file__).parents[2] / "benchmarks" / "recipes_plan.py"
+    command = [sys.executable, str(script), name, "--out", str(tmp_path / "plans")]
+    command += [f"--target.path={tmp_path}", "--loss.ttt_length=1", "--data.row_length=128", "--train.batch_size=1"]
+    first, again = (subprocess.run(command, capture_output=True, text=True) for _ in range(2))
+    assert first.returncode == 0, first.stderr
+    verdict = json.loads((tmp_path / "plans" / f"{name}.json").read_text())
+    assert verdict["fits"] and verdict["topology"] == "v5e-8" and not verdict["extrapolated"]
+    assert f"| `{name}` | 8 x 1 | 8 |" in first.stdout and first.stdout == again.stdout
+    assert f"{name}: planned before" in again.stderr
 
 
 def test_layers_of_several_kinds_are_cut_by_their_period():
