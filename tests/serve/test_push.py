@@ -8,6 +8,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
 from huggingface_hub import ModelCard
+from huggingface_hub.utils import reset_sessions
 
 from eagle3_xla import cli
 from eagle3_xla.config import UserError, load_recipe
@@ -92,6 +93,7 @@ def online(hub, monkeypatch):
     """This process's client of the hub, set to the stand-in; HF_TOKEN as a user sets it."""
     for name, value in (("ENDPOINT", hub), ("HF_HUB_OFFLINE", False), ("HF_HUB_DISABLE_XET", True)):
         monkeypatch.setattr(f"huggingface_hub.constants.{name}", value)
+    reset_sessions()  # one that an earlier test opened is offline for good
     monkeypatch.setenv("HF_TOKEN", "hf_test")
     return hub
 

@@ -115,7 +115,7 @@ for folder in sys.argv[2:]:
     target = load(folder)
     spec = torch_xla._XLAC._get_xla_sharding_spec(target.model.model.layers[0].self_attn.k_proj.weight)
     assert "devices=[4,1]" in spec, spec
-    states_of = backend.compile(lambda batch: list(target.states(*batch.values())))
+    states_of = backend.compile(lambda batch: tuple(target.states(*batch.values())))
     states = states_of(backend.put(torch.load(f"{folder}/inputs.pt")))
     torch.save([backend.to_host(x) for x in states], f"{folder}/states.pt")
 print(json.dumps({"grown": grown}))
