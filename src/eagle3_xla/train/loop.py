@@ -164,6 +164,7 @@ class Loop:
 
     def _evaluate(self) -> float:
         data, evaluate = self.run.data, self.run.step.evaluate
+        self._log()  # the steps' speed, before evaluation takes its time
         with self.reporter.waiting("evaluation"):
             figures = data.heldout.measure(
                 data.heldout_loader, lambda batch: self.budget.run("evaluation", evaluate, batch)
