@@ -8,9 +8,9 @@ import pytest
 from data.conftest import SPECIAL
 
 from eagle3_xla.config import DataConfig
-from eagle3_xla.data.chat import TODAY, ChatEncoder, read_prompts
+from eagle3_xla.data.chat import ChatEncoder, read_prompts
 from eagle3_xla.data.clean import Chat, Unusable
-from eagle3_xla.data.tokenizer import load_tokenizer, stop_token_ids
+from eagle3_xla.data.tokenizer import TODAY, load_tokenizer, stop_token_ids
 
 WORDS = (
     "Hello world 12 3.14 naïve 你好 🙂👩‍🔬 <b>html</b> def\tf(x): `code` assistant user system -- ... \n \n\n     \r\n "

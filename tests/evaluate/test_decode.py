@@ -1,5 +1,6 @@
 """Draft-and-verify decoding: the target's own greedy output, and figures that count what happened."""
 
+import copy
 import json
 
 import pytest
@@ -12,7 +13,7 @@ from eagle3_xla.draft.attention import causal_attention
 from eagle3_xla.draft.model import Eagle3Head, draft_config
 from eagle3_xla.draft.saved import load_head
 from eagle3_xla.evaluate.decode import Generation, SpeculativeDecoder, decode_plain
-from eagle3_xla.evaluate.run import EvalOptions, acceptance_by_position, evaluate, summary
+from eagle3_xla.evaluate.run import EvalOptions, acceptance_by_position, evaluate, prompt_ids, summary
 from eagle3_xla.loss.rows import shift_left
 from eagle3_xla.target.model import Target, load_target
 
@@ -109,3 +110,13 @@ def test_untrained_head_decodes_to_the_same_output(small_target, small_run):
         SpeculativeDecoder(target, head, d2t, 5).decode(prompt, 20, set()).tokens
         == decode_plain(target, prompt, 20, set()).tokens
     )
+
+
+def test_prompts_do_not_depend_on_the_day(tokenizer, tmp_path):
+    """As the rows of training don't (tests/data/test_templates.py)."""
+    dated = copy.deepcopy(tokenizer)
+    dated.chat_template = "{{ strftime_now('%d %b %Y') }}: {{ messages[0]['content'] }}"
+    file = tmp_path / "prompts.jsonl"
+    file.write_text(json.dumps({"prompt": "hello"}))
+    (ids,) = prompt_ids(dated, str(file), EvalOptions(), 10**6)
+    assert dated.decode(ids) == "26 Jul 2024: hello"

@@ -5,7 +5,6 @@ prompt that an engine would be given at that point (everything before it, plus t
 end-of-turn token; what the template writes after that token (often a newline) is not the assistant's.
 """
 
-import datetime
 import random
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,10 +14,8 @@ import numpy as np
 from eagle3_xla.config import DataConfig, UserError
 from eagle3_xla.data.clean import ROLES, Chat, Unusable
 from eagle3_xla.data.files import read_rows
+from eagle3_xla.data.tokenizer import TemplateFailed, render_chat
 
-# Llama 3.2, gpt-oss and newer Mistrals write the day into their system prompt: rows don't depend on the day they were
-# made on. The date is the one that Llama's templates have where no clock is.
-TODAY = datetime.date(2024, 7, 26)
 LONGEST_TOKEN = 40  # characters a token, on average over a whole row: no text has so many
 
 
@@ -220,12 +217,9 @@ class ChatEncoder:
 
     def _render(self, conversations: list[list[dict]], chat: Chat | None, **options) -> list[str]:
         try:
-            tools = chat.tools if chat else None
-            return self.tokenizer.apply_chat_template(
-                conversations, tools=tools, tokenize=False, strftime_now=TODAY.strftime, **options
-            )
-        except Exception as error:  # a template is foreign code: it raises as it likes
-            raise Unusable("refused_by_template", f"the target's chat template refuses it ({error})") from None
+            return render_chat(self.tokenizer, conversations, tools=chat.tools if chat else None, **options)
+        except TemplateFailed as failure:
+            raise Unusable("refused_by_template", f"the target's chat template refuses it ({failure})") from None
 
 
 def _token_at(text: str, encoding, char: int) -> int | None:

@@ -1,5 +1,7 @@
 """The target's tokenizer, its end-of-turn tokens and its vocabulary size, from a folder or a hub id."""
 
+import datetime
+
 from eagle3_xla import storage
 from eagle3_xla.checks import listing, mapping, number, text
 from eagle3_xla.config import UserError
@@ -7,6 +9,9 @@ from eagle3_xla.config import UserError
 SIZES = """vocab_size hidden_size intermediate_size num_hidden_layers num_attention_heads num_key_value_heads head_dim
 max_position_embeddings""".split()
 ASKED = ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "max_position_embeddings")
+# Llama 3.2, gpt-oss and newer Mistrals write the day into their system prompt: rows, prompts and answers made
+# here don't depend on the day. The date is the one that Llama's templates have where no clock is.
+TODAY = datetime.date(2024, 7, 26)
 UNREADABLE = (OSError, ValueError, KeyError, TypeError, AttributeError)  # what transformers ends in on odd files
 
 
@@ -112,12 +117,24 @@ def stop_token_ids(path: str, tokenizer) -> set[int]:
     return {number(token, f"target {path!r}: {where}", 0, known - 1, whole=True) for token in ids}
 
 
+class TemplateFailed(ValueError):
+    """A chat template refuses a conversation, or does not parse; the message is one line."""
+
+
+def render_chat(tokenizer, messages: list, **options) -> str | list[str]:
+    """The text that the target's chat template makes of a conversation, or of each of several, on the day TODAY."""
+    try:
+        return tokenizer.apply_chat_template(messages, tokenize=False, strftime_now=TODAY.strftime, **options)
+    except Exception as error:  # a template is foreign code: it raises as it likes
+        raise TemplateFailed(f"{type(error).__name__}: {first_line(error)}") from None
+
+
 def shows_reasoning(tokenizer) -> bool:
     """Whether the chat template shows an answer's `reasoning_content`."""
     chat = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b", "reasoning_content": "sphinx"}]
     try:
-        return "sphinx" in tokenizer.apply_chat_template(chat, tokenize=False)
-    except Exception:  # a template is foreign code; whether it takes real chats is found out with them
+        return "sphinx" in render_chat(tokenizer, chat)
+    except TemplateFailed:  # whether it takes real chats is found out with them
         return False
 
 

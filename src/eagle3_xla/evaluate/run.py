@@ -10,7 +10,7 @@ from eagle3_xla.checks import number
 from eagle3_xla.config import LossConfig, UserError
 from eagle3_xla.data.chat import read_prompts
 from eagle3_xla.data.files import data_file
-from eagle3_xla.data.tokenizer import first_line, load_tokenizer, stop_token_ids
+from eagle3_xla.data.tokenizer import TemplateFailed, load_tokenizer, render_chat, stop_token_ids
 from eagle3_xla.data.vocab import draft_ids_of
 from eagle3_xla.doctor.run import first_failure
 from eagle3_xla.draft.model import Eagle3Head
@@ -112,11 +112,10 @@ def prompt_ids(tokenizer, prompts: str, options: EvalOptions, longest: int) -> l
     ids = []
     for i, chat in enumerate(messages, 1):
         try:
-            words = tokenizer.apply_chat_template(chat, add_generation_prompt=True, tokenize=False)
+            words = render_chat(tokenizer, chat, add_generation_prompt=True)
             words.encode()
-        except Exception as error:  # a template is a program of the target's maker: it may raise anything
-            reason = f"{type(error).__name__}: {first_line(error)}"
-            raise UserError(f"the target's chat template fails on prompt {i} of {prompts} ({reason})") from None
+        except (TemplateFailed, UnicodeEncodeError) as failure:
+            raise UserError(f"the target's chat template fails on prompt {i} of {prompts} ({failure})") from None
         ids.append(tokenizer(words, add_special_tokens=False)["input_ids"])
         if not ids[-1]:
             raise UserError(f"the target's chat template makes nothing of prompt {i} of {prompts}")

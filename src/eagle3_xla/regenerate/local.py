@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 import torch
 
 from eagle3_xla.config import RunError, UserError
-from eagle3_xla.data.tokenizer import first_line, load_tokenizer, stop_token_ids
+from eagle3_xla.data.tokenizer import TemplateFailed, first_line, load_tokenizer, render_chat, stop_token_ids
 from eagle3_xla.regenerate.conversation import Refused, Reply, Sampling
 from eagle3_xla.target.attention import GROUPED_EINSUM
 from eagle3_xla.target.families import attention_masks
@@ -58,9 +58,10 @@ class LocalTarget:
         if self.failure:
             raise self.failure
         try:
-            prompt = self.tokenizer.apply_chat_template(messages, add_generation_prompt=True)
-        except Exception as error:  # a template is foreign code: it raises as it likes
-            raise Refused(f"the target's chat template refuses it ({error})") from None
+            words = render_chat(self.tokenizer, messages, add_generation_prompt=True)
+        except TemplateFailed as failure:
+            raise Refused(f"the target's chat template refuses it ({failure})") from None
+        prompt = self.tokenizer(words, add_special_tokens=False)["input_ids"]
         if len(prompt) >= self.context:
             raise Refused(f"{len(prompt)} tokens; the target's context is {self.context}")
         generator = torch.Generator().manual_seed(seed)
