@@ -91,6 +91,36 @@ def test_values_state_and_changing_numbers():
     assert "has no _run_cached_graph" in said[7] and len(said) == 8
 
 
+# Batches come from a thread while another one syncs, as the first steps of a run do.
+THREADS = """
+import os
+os.environ.update(PJRT_DEVICE="CPU", CPU_NUM_DEVICES="2")
+from concurrent.futures import ThreadPoolExecutor
+import torch
+from eagle3_xla.config import XlaConfig
+from eagle3_xla.xla import make_backend
+
+backend = make_backend(XlaConfig(dp=2, tp=1))
+
+def load():
+    for _ in range(150):
+        backend.put({"aux": torch.ones(4, 256, 1728), "input_ids": torch.ones(4, 256, dtype=torch.long)})
+
+with ThreadPoolExecutor(1) as pool:
+    loading = pool.submit(load)
+    while not loading.done():
+        backend.settle()
+loading.result()
+print(backend.compilations())
+"""
+
+
+def test_a_sync_leaves_the_batches_of_another_thread_alone():
+    done = subprocess.run([sys.executable, "-c", THREADS], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert done.stdout.split() == ["0"]
+
+
 # Three runs in a process: one without the API that dispatch needs, then one in two parts.
 RUNS = """
 import sys

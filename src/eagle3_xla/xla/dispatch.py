@@ -8,6 +8,8 @@ once two traces gave the same graph, it is run on the live buffers.
 
 import contextlib
 import dataclasses
+import functools
+import threading
 import warnings
 from collections.abc import Callable
 
@@ -21,6 +23,10 @@ _XLAC = torch_xla._XLAC
 NEEDED = ("_get_tensors_xla_device_data_node", "_get_tensors_handle", "_get_graph_hash", "_xla_warm_up_cache")
 NEEDED += ("_run_cached_graph", "_check_tensor_need_materialization", "_clear_pending_irs")
 NEEDED += ("_set_buffer_donation", "_get_seed_info_id", "_unique_id_for_ir_and_data")
+# A sync takes every live tensor of the process. One that another thread has made but not yet sharded is then uploaded
+# whole, or the other thread ends in "Check failed: data()->tensor_data". So whoever makes tensors, traces or syncs
+# holds this; running a graph by its hash does neither.
+LAZY_TENSORS = threading.RLock()
 
 
 def compiled(function: Callable, state: list[torch.Tensor]) -> Callable:
@@ -39,7 +45,18 @@ def compiled(function: Callable, state: list[torch.Tensor]) -> Callable:
         "call, which may keep the devices waiting for the host",
         stacklevel=2,
     )
-    return torch_xla.compile(function, full_graph=True, name=function.__name__)
+    return alone(torch_xla.compile(function, full_graph=True, name=function.__name__))
+
+
+def alone(function: Callable) -> Callable:
+    """`function` with LAZY_TENSORS held."""
+
+    @functools.wraps(function)
+    def locked(*arguments):
+        with LAZY_TENSORS:
+            return function(*arguments)
+
+    return locked
 
 
 @dataclasses.dataclass
@@ -100,6 +117,11 @@ class Dispatched:
         graph = self._graphs.get(key)
         if graph and graph.confirmed:
             return graph.run(graph.with_inputs([*self.state, *batch]), self.state)
+        return self._traced_call(key, batches, batch)
+
+    @alone
+    def _traced_call(self, key: tuple, batches: tuple, batch: list[torch.Tensor]):
+        graph = self._graphs.get(key)
         traced, inputs = self._trace(batches, batch)
         if graph:
             difference = graph.differs(traced)

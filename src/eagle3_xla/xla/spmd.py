@@ -16,7 +16,7 @@ import torch_xla.runtime as runtime
 from eagle3_xla.config import UserError, XlaConfig
 from eagle3_xla.target.attention import GROUPED_EINSUM
 from eagle3_xla.target.experts import PARTED, RoutedExperts, route_experts
-from eagle3_xla.xla.dispatch import compiled
+from eagle3_xla.xla.dispatch import alone, compiled
 from eagle3_xla.xla.hosts import Hosts
 from eagle3_xla.xla.memory import keep_freed_memory
 from eagle3_xla.xla.mesh import mesh_devices, part_of_host
@@ -174,6 +174,7 @@ class SpmdBackend:
         self._mark(tensor, self.mesh.get_op_sharding((None,) * tensor.ndim))
         return tensor
 
+    @alone
     def to_host(self, tensor: torch.Tensor) -> torch.Tensor:
         """The whole tensor on the host, put together from its shards: `.cpu()` would compile a gather for each."""
         tensor = tensor.detach()
@@ -192,6 +193,7 @@ class SpmdBackend:
         torch_xla.sync()
         return whole
 
+    @alone
     def put(self, batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         """Host tensors [B, ...] to the devices, the batch dimension over dp; of several hosts, each gives its part."""
         if self.hosts.count > 1:
@@ -239,6 +241,7 @@ class SpmdBackend:
         data = xla_metrics.metric_data("CompileTime")
         return data[0] if data else 0
 
+    @alone
     def settle(self) -> None:
         """Materialise pending tensors, so that the step's graph starts from plain device buffers."""
         torch_xla.sync(wait=True)
