@@ -18,7 +18,8 @@ FORBIDDEN = "forbidden"  # a bucket that nobody may use: the emulator knows no p
 class Bucket:
     """url: gs://BUCKET of a running emulator; environment: what a process needs to find it.
 
-    break_uploads: uploads of objects whose names contain it lose their connection half-way.
+    break_uploads: uploads of objects whose names contain it lose their connection half-way; with `hold` set, an event,
+    not before it is set, and `held` is set meanwhile.
     """
 
     def __init__(self):
@@ -28,6 +29,7 @@ class Bucket:
             port = free.getsockname()[1]
         bucket = self
         bucket.break_uploads, bucket.requests = "", 0
+        bucket.hold, bucket.held = None, threading.Event()
 
         class Relay(http.server.BaseHTTPRequestHandler):
             protocol_version = "HTTP/1.1"
@@ -41,6 +43,9 @@ class Bucket:
                     return self._answer(403, {}, json.dumps({"error": {"code": 403, "message": message}}).encode())
                 named = bucket.break_uploads
                 if named and "/upload/" in self.path and (named in self.path or named.encode() in body[:1000]):
+                    if hold := bucket.hold:
+                        bucket.held.set()
+                        hold.wait()
                     self.connection.shutdown(socket.SHUT_RDWR)
                     self.close_connection = True
                     return
