@@ -1,8 +1,13 @@
-"""Bad input: one line on stderr, exit code 2, no traceback."""
+"""Bad input: one line on stderr, exit code 2, no traceback. What every verb prints."""
 
 import json
+import subprocess
 
 import pytest
+
+from eagle3_xla.cli import VERBS, main
+from eagle3_xla.config import load_recipe
+from eagle3_xla.guide import EXAMPLES
 
 
 def refused(done, *parts):
@@ -19,6 +24,12 @@ def refused(done, *parts):
         (["train", "--trian.lr=1"], "unknown setting trian; the nearest known one is train"),
         (["train", "--config", "nonsense"], "no recipe 'nonsense'"),
         (["train", "--oops"], "unknown argument --oops"),
+        (
+            ["eval", "--target", "t", "--draft", "d", "--promts", "p"],
+            "unknown argument --promts; did you mean --prompts?",
+        ),
+        (["prepare", "--overwirte"], "unknown argument --overwirte; did you mean --overwrite?"),
+        (["config", "--diff", "base", "base"], "--diff base base: two recipes are expected"),
         (["train"], "train.out is empty"),
         (["prepare", "--target.path=/nowhere/at/all"], "no target at '/nowhere/at/all'"),
         (["eval", "--target", "x", "--draft", "/nowhere", "--prompts", "p"], "no head at /nowhere"),
@@ -61,3 +72,42 @@ def test_json_is_one_object(cli, small_run):
     done = cli("prepare", "--json", *[f"--{setting}" for setting in small_run])
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout)["train"]["chats"] == 32
+
+
+def test_config_shows_recipes_that_load_again(tmp_path, capsys):
+    assert main(["config"]) == 0 and "smollm2-cpu" in capsys.readouterr().out
+    assert main(["config", "--show", "smollm2-cpu", "--train.lr=3e-4"]) == 0
+    shown = capsys.readouterr()
+    assert "  # of AdamW, at its highest; cosine decay to 0; in (0, 1000]; default: 0.0008\n  lr: 0.0003\n" in shown.out
+    (tmp_path / "again.yaml").write_text(shown.out)
+    assert load_recipe(str(tmp_path / "again.yaml"), []) == load_recipe("smollm2-cpu", ["train.lr=3e-4"])
+    assert shown.err == "next: eagle3-xla plan --config smollm2-cpu\n"
+    assert main(["config", "--diff", "qwen2.5-7b-v4-32", "qwen2.5-7b-v4-32-fast", "--json", "--quiet"]) == 0
+    printed = capsys.readouterr()
+    assert json.loads(printed.out)["differences"]["xla.dp"] == [4, 16] and not printed.err
+
+
+def test_quiet_and_the_next_step(small_run, capsys):
+    settings = [f"--{setting}" for setting in small_run]
+    assert main(["prepare", *settings]) == 0
+    loud = capsys.readouterr()
+    assert loud.err.splitlines()[-1].startswith("next: eagle3-xla train --target.path=")
+    assert "\033" not in loud.err  # no terminal, no colours
+    assert main(["prepare", "--quiet", *settings]) == 0
+    assert capsys.readouterr() == (loud.out, "")
+    assert main(["prepare", "--quiet", *settings, "--data.train=[none.jsonl]"]) == 2
+    assert capsys.readouterr().err == "eagle3-xla prepare: none.jsonl: no such file\n"
+
+
+def test_every_verb_teaches(capsys):
+    assert EXAMPLES.keys() == VERBS.keys()
+    for verb in VERBS:
+        with pytest.raises(SystemExit):
+            main([verb, "--help"])
+        assert f"examples:{EXAMPLES[verb]}" in capsys.readouterr().out
+    with pytest.raises(SystemExit):
+        main(["--print-completion", "bash"])
+    script = capsys.readouterr().out
+    asked = "COMP_WORDS=(eagle3-xla eval --pro) COMP_CWORD=2; _shtab_eagle3_xla; echo ${COMPREPLY[@]}"
+    done = subprocess.run(["bash", "-c", f"{script}\n{asked}"], capture_output=True, text=True)
+    assert done.stdout == "--prompts\n", done.stderr

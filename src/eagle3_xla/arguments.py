@@ -5,9 +5,12 @@ import difflib
 import math
 import re
 
+import shtab
+
 from eagle3_xla import __version__
 from eagle3_xla.checks import expected, number
 from eagle3_xla.config import UserError, recipe_names
+from eagle3_xla.guide import EXAMPLES
 
 
 class Usage(UserError):
@@ -17,11 +20,22 @@ class Usage(UserError):
 class Parser(argparse.ArgumentParser):
     """One line for what is wrong, instead of argparse's usage text and an exit."""
 
+    given: list[str] = []
+
+    def parse_known_args(self, args=None, namespace=None):
+        self.given = list(args or [])
+        return super().parse_known_args(args, namespace)
+
     def error(self, message: str):
         words = re.sub(r"^argument (\S+): ", r"\1 ", message)
         if match := re.match(r"VERB invalid choice: '(.*)' \(choose from (.*)\)", words, re.DOTALL):
             near = difflib.get_close_matches(match[1], match[2].replace("'", "").split(", "), n=1)
             words = f"no verb {match[1]!r}; " + (f"did you mean {near[0]}?" if near else f"one of {match[2]}")
+        elif "required" in words:  # perhaps it is there, but misspelt
+            for option in (word.partition("=")[0] for word in self.given if word.startswith("--")):
+                near = difflib.get_close_matches(option, self._option_string_actions, n=1)
+                if near and option not in self._option_string_actions:
+                    words = f"unknown argument {option}; did you mean {near[0]}?"
         raise Usage(f"{self.prog}: {words}")
 
 
@@ -48,19 +62,67 @@ DRAFTS, IN_FLIGHT, SECONDS = Number(int, 1, 1024), Number(int, 1, 10_000), Numbe
 TEMPERATURE, TOP_P = Number(float, 0, 100), Number(float, 0, 1, above=True)
 
 
+# What a shell completes: options that take a file or a folder, and recipes by name.
+FILES, FOLDERS = (
+    ("--prompts", "--results", "--chats"),
+    ("--target", "--draft", "--out", "--checkpoint", "--run", "--path"),
+)
+
+
 def parser() -> Parser:
     common = Parser(add_help=False)
     common.add_argument("--json", action="store_true", help="print one JSON object on stdout")
+    how_much = common.add_mutually_exclusive_group()
+    how_much.add_argument("--quiet", action="store_true", help="print the result and errors alone, no progress")
+    how_much.add_argument("--verbose", action="store_true", help="print what libraries log, and the trace of an error")
     recipe = Parser(add_help=False, parents=[common])
-    recipe.add_argument("--config", metavar="RECIPE", help=f"a YAML file or one of: {', '.join(recipe_names())}")
+    recipe.add_argument("--config", metavar="RECIPE", help="a YAML file or a shipped recipe (eagle3-xla config)")
     root = Parser(
         prog="eagle3-xla",
         description="EAGLE3 draft heads, trained with PyTorch/XLA and carried into the engines that serve them.",
-        epilog="Verbs that take a recipe also take --section.key=value for every setting in it.",
+        epilog="Verbs that take a recipe also take --section.key=value for every setting in it "
+        "(eagle3-xla config --show RECIPE). Examples: eagle3-xla VERB --help. "
+        'Completion: eval "$(eagle3-xla --print-completion bash)".',
     )
     root.add_argument("--version", action="version", version=f"eagle3-xla {__version__}")
+    recipes = " ".join(recipe_names())
+    completed = f'_eagle3_xla_recipes() {{ compgen -W "{recipes}" -- "$1"; compgen -f -- "$1"; }}'
+    shtab.add_argument_to(root, "--print-completion", preamble={"bash": completed}, help="of a shell, for its settings")
     verbs = root.add_subparsers(dest="verb", required=True, metavar="VERB")
+    _add_verbs(verbs, common, recipe)
+    for verb in verbs.choices.values():
+        for action in verb._actions:
+            if "--config" in action.option_strings:
+                action.complete = {"bash": "_eagle3_xla_recipes", "zsh": f"({recipes})"}
+            elif {*FILES} & {*action.option_strings}:
+                action.complete = shtab.FILE
+            elif {*FOLDERS} & {*action.option_strings} or action.metavar == "DIR":
+                action.complete = shtab.DIRECTORY
+    return root
 
+
+def option_names(verb: str) -> list[str]:
+    """The options of a verb, as they are written."""
+    found = next(action for action in parser()._actions if isinstance(action, argparse._SubParsersAction))
+    return [name for action in found.choices[verb]._actions for name in action.option_strings]
+
+
+class _Verbs:
+    """add_parser with the verb's examples below its options."""
+
+    def __init__(self, verbs):
+        self.verbs = verbs
+
+    def add_parser(self, name: str, parents: list, help: str) -> Parser:
+        layout = argparse.RawDescriptionHelpFormatter
+        description, epilog = help[0].upper() + help[1:] + ".", f"examples:{EXAMPLES[name]}"
+        return self.verbs.add_parser(
+            name, parents=parents, help=help, description=description, epilog=epilog, formatter_class=layout
+        )
+
+
+def _add_verbs(subparsers, common: Parser, recipe: Parser) -> None:
+    verbs = _Verbs(subparsers)
     verb = verbs.add_parser(
         "quickstart", parents=[common], help="the whole pipeline on this machine, with a small target"
     )
@@ -163,4 +225,9 @@ def parser() -> Parser:
     verb.add_argument("--overwrite", action="store_true", help="replace a README.md that `push` did not write")
     verb.add_argument("--private", action="store_true")
     verb.add_argument("--dry-run", action="store_true", help="write the card, upload nothing")
-    return root
+
+    verb = verbs.add_parser("config", parents=[common], help="recipes: which there are, what is in one, how two differ")
+    which = verb.add_mutually_exclusive_group()
+    which.add_argument("--show", metavar="RECIPE", help="every setting of it, resolved, with its meaning")
+    which.add_argument("--diff", nargs=2, metavar="RECIPE", help="settings in which two recipes differ")
+    verb.set_defaults(config=None)

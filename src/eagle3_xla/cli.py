@@ -4,7 +4,9 @@ Exit codes: 0 done; 1 a failure that the message explains; 2 bad usage or bad in
 """
 
 import contextlib
+import difflib
 import json
+import logging
 import os
 import platform
 import sys
@@ -15,9 +17,10 @@ from pathlib import Path
 from safetensors import SafetensorError
 
 from eagle3_xla import __version__
-from eagle3_xla.arguments import Usage, parser
+from eagle3_xla.arguments import Usage, option_names, parser
 from eagle3_xla.checks import printable, without_credentials
 from eagle3_xla.config import RunError, UserError, load_recipe
+from eagle3_xla.guide import next_step
 
 RAISE = "EAGLE3_XLA_RAISE"  # set: an unexpected error ends in its traceback; the tests run so
 
@@ -31,8 +34,7 @@ def main(arguments: list[str] | None = None) -> int:
         options, rest = parser().parse_known_args(arguments)
         program = f"eagle3-xla {options.verb}"
         overrides = _overrides(rest, options)
-        # Everything a library prints goes to stderr: stdout carries the result alone.
-        with contextlib.redirect_stdout(_Printable(sys.stderr)):
+        with _streams(options):
             result = VERBS[options.verb](options, overrides)
     except Usage as error:
         return _fail(str(error), 2)
@@ -50,7 +52,33 @@ def main(arguments: list[str] | None = None) -> int:
         print(json.dumps({key: value for key, value in result.items() if key not in ("screen", "coloured")}))
     else:  # `coloured` comes with colours of ours, and without anything else that a terminal obeys
         print(result.get("coloured") or printable(result["screen"] if "screen" in result else _table(result)))
+    if not options.quiet:
+        step = printable(without_credentials(next_step(options, overrides, result)))
+        print(f"{_bold('next:', sys.stderr)} {step}", file=sys.stderr)
     return 1 if result.get("ok") is False else 0
+
+
+@contextlib.contextmanager
+def _streams(options):
+    """Everything a library prints goes to stderr: stdout carries the result alone. --quiet: to nowhere."""
+    if options.verbose:
+        logging.basicConfig(level=logging.INFO, format="%(name)s: %(message)s")
+    with contextlib.ExitStack() as stack:
+        if options.quiet:
+            nowhere = stack.enter_context(open(os.devnull, "w"))
+            stack.enter_context(contextlib.redirect_stderr(nowhere))
+        stack.enter_context(contextlib.redirect_stdout(_Printable(sys.stderr)))
+        try:
+            yield
+        except Exception:
+            if options.verbose:
+                print(without_credentials(traceback.format_exc()), file=sys.stderr)
+            raise
+
+
+def _bold(words: str, stream) -> str:
+    """In bold where `stream` is a terminal and the user wants colours (no-color.org)."""
+    return f"\033[1m{words}\033[0m" if stream.isatty() and "NO_COLOR" not in os.environ else words
 
 
 def _fail(line: str, code: int) -> int:
@@ -93,8 +121,9 @@ def _overrides(rest: list[str], options) -> list[str]:
     for argument in rest:
         name, equals, value = argument.removeprefix("--").partition("=")
         if not (takes_recipe and argument.startswith("--") and "." in name and equals):
+            near = difflib.get_close_matches(argument.partition("=")[0], option_names(options.verb), n=1)
             form = "; settings are given as --section.key=value" if takes_recipe else ""
-            raise UserError(f"unknown argument {argument}{form}")
+            raise UserError(f"unknown argument {argument}" + (f"; did you mean {near[0]}?" if near else form))
         overrides.append(f"{name}={value}")
     return overrides
 
@@ -211,6 +240,14 @@ def _push(options, overrides) -> dict:
     return push(options.head, options.target, options.repo, settings)
 
 
+def _config(options, overrides) -> dict:
+    from eagle3_xla.explain import difference, list_recipes, show
+
+    if options.diff:
+        return difference(options.diff, overrides)
+    return show(options.show, overrides) if options.show else list_recipes()
+
+
 VERBS = {
     "quickstart": _quickstart,
     "prepare": _prepare,
@@ -224,4 +261,5 @@ VERBS = {
     "bench": _bench,
     "gap": _gap,
     "push": _push,
+    "config": _config,
 }

@@ -45,9 +45,9 @@ class Source:
 
 @dataclass
 class DataConfig:
-    train: list[Source] = field(default_factory=list)
+    train: list[Source] = field(default_factory=list)  # sources of the training conversations
     heldout: list[Source] = field(default_factory=list)  # empty: heldout_share of the training conversations
-    heldout_share: float = 0.02
+    heldout_share: float = 0.02  # of the training conversations, when there is no heldout source
     prepared: str = ""  # folder (or gs:// URL) that `prepare` writes and `train` reads
     conversations: int = 0  # size of the mix when the sources have shares
     deduplicate: str = "near"  # near: also near-duplicates (MinHash, Jaccard 0.8) | exact | none
@@ -58,7 +58,7 @@ class DataConfig:
     last_turn_only: bool = False  # train on the last answer of each conversation alone
     drop_system: float = 0.0  # share of conversations without the template's default system prompt
     vary_system: float = 0.0  # share of conversations with one of system_prompts instead of it
-    system_prompts: list[str] = field(
+    system_prompts: list[str] = field(  # what vary_system draws from
         default_factory=lambda: [
             "You are a helpful assistant.",
             "You are a knowledgeable assistant. Answer truthfully and to the point.",
@@ -72,15 +72,15 @@ class DataConfig:
     too_long: str = (
         "cut"  # cut: a conversation longer than a row ends within a turn | turn: after its last whole answer
     )
-    draft_vocab_size: int = 32000
+    draft_vocab_size: int = 32000  # tokens the head can draft: the commonest of the training answers
     max_tokens: int = 0  # stop after so many training tokens (in a seeded order of the chats); 0: all
-    seed: int = 0
+    seed: int = 0  # of the order of the chats, the mix and the held-out share
     workers: int = 0  # processes; 0: one per core. The result does not depend on it
 
 
 @dataclass
 class LossConfig:
-    ttt_length: int = 7
+    ttt_length: int = 7  # steps of the unroll: as many drafts as the head learns to write on its own states
     decay: float = 0.8  # step k weighs decay**k
     objective: str = "kl"  # kl | lk_alpha | lk_lambda
     rows: str = "serving"  # serving: the rows an engine drafts at | specforge: row t counts by the mask of token t
@@ -101,20 +101,20 @@ class XlaConfig:
 @dataclass
 class TrainConfig:
     out: str = ""  # folder (or gs:// URL) of checkpoints, metrics.jsonl, tracker logs
-    epochs: int = 3
+    epochs: int = 3  # passes over the prepared rows
     batch_size: int = 4  # rows per data-parallel replica in a micro-step
-    gradient_accumulation: int = 1
-    lr: float = 8e-4
+    gradient_accumulation: int = 1  # micro-steps of an optimizer step
+    lr: float = 8e-4  # of AdamW, at its highest; cosine decay to 0
     warmup: float = 0.03  # share of the optimizer steps
-    beta1: float = 0.9
-    beta2: float = 0.95
-    weight_decay: float = 0.0
-    max_grad_norm: float = 0.5
+    beta1: float = 0.9  # of AdamW
+    beta2: float = 0.95  # of AdamW
+    weight_decay: float = 0.0  # of AdamW
+    max_grad_norm: float = 0.5  # gradients are scaled down to this norm
     init: str = "target"  # random | target: lm_head and norm are the target's | least_squares (draft/initialise.py)
     init_rows: int = 64  # rows whose target states shape the start
     reuse_states: bool = False  # run the target once over the data and keep its states on disk
-    seed: int = 0
-    log_every: int = 10
+    seed: int = 0  # of the start and the order of the rows
+    log_every: int = 10  # micro-steps between rows of metrics.jsonl
     save_every: int = 500  # optimizer steps
     heldout_rows: int = 64  # rows of an evaluation, of all sources together; 0: none
     eval_every: int = 0  # optimizer steps between evaluations; 0: at the end of each epoch

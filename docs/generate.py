@@ -1,0 +1,108 @@
+"""Writes what the documentation takes from the code: python docs/generate.py
+
+settings.md and verbs.md as a whole; in other pages what stands between <!-- name --> and <!-- end of name -->.
+tests/test_docs.py compares.
+"""
+
+import argparse
+import os
+import re
+from pathlib import Path
+
+from eagle3_xla.arguments import parser
+from eagle3_xla.config import load_recipe
+from eagle3_xla.explain import Setting, recipes, settings, source_settings
+from eagle3_xla.target.families import FAMILIES
+
+FOLDER = Path(__file__).parent
+NOTE = "<!-- written by `python docs/generate.py`; change the code instead -->"
+MARK = "<!-- {} -->\n\n{}\n\n<!-- end of {} -->"
+
+
+def cell(words) -> str:
+    return str(words).replace("|", "\\|")
+
+
+def table(found: list[Setting]) -> str:
+    lines = ["| setting | default | allowed | meaning |", "|---|---|---|---|"]
+    for setting in found:
+        default = "" if setting.default in ("", []) else f"`{cell(setting.default)}`"
+        if isinstance(setting.default, list) and setting.default:
+            default = f"{len(setting.default)} prompts"
+        allowed = cell(setting.allowed or setting.kind)
+        lines.append(f"| `{setting.name}` | {default} | {allowed} | {cell(setting.meaning)} |")
+    return "\n".join(lines)
+
+
+def settings_page() -> str:
+    parts = [
+        NOTE,
+        "# Settings\n\nEvery setting, from `src/eagle3_xla/config.py`. Intervals as in mathematics: `[` and "
+        "`]` belong to them, `(` and `)` don't. Given as `--section.key=value`, or in a YAML file (`--config`).\n\n"
+        "`eagle3-xla config --show RECIPE` prints the values that a recipe gives them.",
+    ]
+    sections: dict[str, list[Setting]] = {}
+    for setting in settings():
+        sections.setdefault(setting.name.split(".")[0], []).append(setting)
+    for name, found in sections.items():
+        parts.append(f"## {name}\n\n{table(found)}")
+        if name == "data":
+            parts.append(
+                "### A source\n\nOf `data.train` and `data.heldout`; a plain string is a source with that path.\n\n"
+                + table(source_settings())
+            )
+    return "\n\n".join(parts) + "\n"
+
+
+def verbs_page() -> str:
+    os.environ["COLUMNS"] = "100"
+    parts = [
+        NOTE,
+        "# Verbs\n\n`eagle3-xla VERB [--config RECIPE] [--section.key=value ...]`, also `python -m eagle3_xla VERB`.",
+    ]
+    found = next(action for action in parser()._actions if isinstance(action, argparse._SubParsersAction))
+    for name, verb in found.choices.items():
+        usage = re.sub(r"(?s)^usage:.*?\n\n", "", verb.format_help())
+        parts.append(f"## {name}\n\n```\n{usage.rstrip()}\n```")
+    return "\n\n".join(parts) + "\n"
+
+
+def recipes_table() -> str:
+    lines = [
+        "| recipe | target | mesh | rows a replica x accumulation | row | what it is |",
+        "|---|---|---|---|---|---|",
+    ]
+    for name, meaning in recipes().items():
+        recipe = load_recipe(name, [])
+        if not recipe.target.path and name == "base":
+            continue
+        target = recipe.target.path or "the embedded one"
+        mesh = f"dp={recipe.xla.dp} x tp={recipe.xla.tp}" + (
+            ", draft over all" if recipe.xla.draft_data_parallel else ""
+        )
+        rows = f"{recipe.train.batch_size} x {recipe.train.gradient_accumulation}"
+        lines.append(f"| `{name}` | {target} | {mesh} | {rows} | {recipe.data.row_length} | {cell(meaning)} |")
+    return "\n".join(lines)
+
+
+def filled(page: str, name: str, content: str) -> str:
+    """The page with `content` at its mark."""
+    marked = re.compile(rf"<!-- {name} -->(.*?<!-- end of {name} -->)?", re.DOTALL)
+    assert marked.search(page), f"no mark {name}"
+    return marked.sub(lambda _: MARK.format(name, content, name), page)
+
+
+def pages() -> dict[str, str]:
+    """File -> what it should hold."""
+    targets, recipes_page = ((FOLDER / name).read_text() for name in ("targets.md", "recipes.md"))
+    return {
+        "settings.md": settings_page(),
+        "verbs.md": verbs_page(),
+        "targets.md": filled(targets, "families", ", ".join(f"`{name}`" for name in FAMILIES) + "."),
+        "recipes.md": filled(recipes_page, "recipes", recipes_table()),
+    }
+
+
+if __name__ == "__main__":
+    for name, content in pages().items():
+        (FOLDER / name).write_text(content)

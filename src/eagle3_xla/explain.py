@@ -1,0 +1,131 @@
+"""What every setting means: the comments beside config.py's fields, for `config --show` and the documentation."""
+
+import ast
+import dataclasses
+import inspect
+import io
+import tokenize
+from importlib import resources
+from typing import NamedTuple
+
+from eagle3_xla.config import CHOICES, RANGES, SOURCE_RANGES, Recipe, Source, UserError, load_recipe, recipe_names
+
+
+class Setting(NamedTuple):
+    """name: section.key; allowed: its choices or interval, "" for any; meaning: the comment beside it."""
+
+    name: str
+    kind: str
+    default: object
+    allowed: str
+    meaning: str
+
+
+def settings() -> list[Setting]:
+    """Every setting of a recipe, in the order of config.py."""
+    return [
+        setting
+        for section in dataclasses.fields(Recipe)
+        for setting in _settings_of(section.default_factory, f"{section.name}.", RANGES)
+    ]
+
+
+def source_settings() -> list[Setting]:
+    """The fields of a source in data.train or data.heldout."""
+    return _settings_of(Source, "", SOURCE_RANGES)
+
+
+def _settings_of(section: type, prefix: str, ranges: dict[str, str]) -> list[Setting]:
+    comments, found = _comments(section), []
+    for field in dataclasses.fields(section):
+        default = field.default if field.default is not dataclasses.MISSING else field.default_factory()
+        kind = field.type if isinstance(field.type, str) else getattr(field.type, "__name__", str(field.type))
+        kind = str(field.type).replace("eagle3_xla.config.", "") if "[" in str(field.type) else kind
+        name = prefix + field.name
+        allowed = " | ".join(CHOICES[name]) if name in CHOICES else ranges.get(name, "")
+        found.append(Setting(name, kind, default, allowed, comments.get(field.name, "")))
+    return found
+
+
+def _comments(section: type) -> dict[str, str]:
+    """Field -> the comment on its lines."""
+    source = inspect.getsource(section)
+    words = {
+        token.start[0]: token.string.lstrip("# ")
+        for token in tokenize.generate_tokens(io.StringIO(source).readline)
+        if token.type == tokenize.COMMENT
+    }
+    body = ast.parse(source).body[0].body
+    return {
+        node.target.id: " ".join(words[line] for line in range(node.lineno, node.end_lineno + 1) if line in words)
+        for node in body
+        if isinstance(node, ast.AnnAssign)
+    }
+
+
+def recipes() -> dict[str, str]:
+    """Shipped recipe -> the comment that its file begins with."""
+    folder = resources.files("eagle3_xla.recipes")
+    return {name: _heading((folder / f"{name}.yaml").read_text()) for name in recipe_names()}
+
+
+def _heading(text: str) -> str:
+    lines = []
+    for line in text.splitlines():
+        if not line.startswith("#"):
+            break
+        lines.append(line.lstrip("# "))
+    return " ".join(lines)
+
+
+def values(recipe: Recipe) -> dict[str, object]:
+    """section.key -> its resolved value; a source is a mapping of what differs from its defaults."""
+    flat = {}
+    for section, fields in dataclasses.asdict(recipe).items():
+        flat |= {f"{section}.{key}": value for key, value in fields.items()}
+    plain = dataclasses.asdict(Source())
+    for name in ("data.train", "data.heldout"):
+        flat[name] = [{key: x for key, x in source.items() if x != plain[key]} for source in flat[name]]
+    return flat
+
+
+def list_recipes() -> dict:
+    """`config` alone."""
+    found = recipes()
+    width = max(map(len, found))
+    lines = [f"{name:<{width}}  {meaning}" for name, meaning in found.items()]
+    return {"recipes": found, "screen": "\n".join(lines)}
+
+
+def show(name: str, overrides: list[str]) -> dict:
+    """`config --show`: the resolved settings, as YAML that `--config` reads, with what each means."""
+    from omegaconf import OmegaConf
+
+    flat = values(load_recipe(name, overrides))
+    lines, section = [], ""
+    for setting in settings():
+        here, key = setting.name.split(".")
+        lines += [f"{here}:"] if here != section else []
+        section = here
+        value = flat[setting.name]
+        text = OmegaConf.to_yaml(OmegaConf.create({key: value})).rstrip().replace("\n", "\n  ")
+        about = setting.meaning + (f"; in {setting.allowed}" if setting.name in RANGES else "")
+        if value != setting.default:
+            about += f"; default: {_short(setting.default)}"
+        lines += [f"  # {about}", f"  {text}"]
+    return {"recipe": name, "settings": flat, "screen": "\n".join(lines)}
+
+
+def difference(names: list[str], overrides: list[str]) -> dict:
+    """`config --diff A B`: every setting in which two recipes differ, as [A's, B's]."""
+    if names[0] == names[1]:
+        raise UserError(f"--diff {names[0]} {names[1]}: two recipes are expected")
+    first, second = (values(load_recipe(name, overrides)) for name in names)
+    differing = {name: [first[name], second[name]] for name in first if first[name] != second[name]}
+    width = max(map(len, differing), default=0)
+    lines = [f"{name:<{width}}  {_short(a)} -> {_short(b)}" for name, (a, b) in differing.items()]
+    return {"recipes": names, "differences": differing, "screen": "\n".join(lines) or "no difference"}
+
+
+def _short(value) -> str:
+    return repr(value) if isinstance(value, str) else str(value)

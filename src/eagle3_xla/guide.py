@@ -1,0 +1,115 @@
+"""What the command line teaches: examples in each verb's help, and the next step that each verb ends with."""
+
+import shlex
+
+OWN_DATA = "--data.prepared=work/data '--data.train=[my-chats.jsonl]'"
+EXAMPLES = {
+    "quickstart": """
+  eagle3-xla quickstart                      what fits the default budget
+  eagle3-xla quickstart --minutes 5          a smaller head, sooner
+  eagle3-xla quickstart --out /tmp/try       everything in another folder""",
+    "prepare": f"""
+  eagle3-xla prepare --config smollm2-cpu --target.path=quickstart/target {OWN_DATA}
+  eagle3-xla prepare --config qwen2.5-7b-v4-32 --data.prepared=gs://my-bucket/data
+  eagle3-xla prepare --config smollm2-cpu --data.prepared=work/data --show 3    and look at three rows""",
+    "regenerate": """
+  eagle3-xla regenerate --server http://127.0.0.1:30000 --config qwen2.5-7b-v4-32 --out work/chats
+  eagle3-xla regenerate --target quickstart/target --chats my-chats.jsonl --out work/chats""",
+    "train": """
+  eagle3-xla train --config smollm2-cpu --target.path=quickstart/target --data.prepared=work/data --train.out=work/run
+  eagle3-xla train --config smollm2-cpu --data.prepared=work/data --train.out=work/run --max-steps 20
+  torchrun --nproc-per-node=1 -m eagle3_xla train --config qwen2.5-7b-v4-32 --train.out=gs://my-bucket/run""",
+    "plan": """
+  eagle3-xla plan --config qwen2.5-7b-v4-32
+  eagle3-xla plan --config qwen2.5-7b-v4-32 --topology v5e-16 --xla.draft_data_parallel=true
+  eagle3-xla plan --config qwen2.5-7b-v4-32 --search --plan.price_per_chip_hour=3.22""",
+    "export": """
+  eagle3-xla export --checkpoint work/run --out work/head                        the run's best checkpoint
+  eagle3-xla export --checkpoint work/run/checkpoints/step-00000400 --out work/head --dtype float32""",
+    "doctor": """
+  eagle3-xla doctor work/head --target quickstart/target
+  eagle3-xla doctor some-head --target Qwen/Qwen2.5-7B-Instruct --fix""",
+    "eval": """
+  eagle3-xla eval --target quickstart/target --draft work/head --prompts prompts.jsonl --limit 20
+  eagle3-xla eval --target T --draft H --prompts prompts.jsonl --topk 4 --draft-tokens 8        a tree
+  eagle3-xla eval --target T --draft H --prompts prompts.jsonl --temperature 0.7 --json > eval.json""",
+    "patch": """
+  eagle3-xla patch check
+  eagle3-xla patch apply --engine sglang-jax --path /path/to/sglang-jax""",
+    "bench": """
+  eagle3-xla bench --server http://127.0.0.1:30000 --prompts prompts.jsonl --concurrency 1,4,16
+  eagle3-xla bench --server http://127.0.0.1:30000 --prompts prompts.jsonl --baseline http://127.0.0.1:30001""",
+    "gap": """
+  eagle3-xla gap --server http://127.0.0.1:30000 --prompts prompts.jsonl --target T --draft H --limit 20""",
+    "push": """
+  eagle3-xla push work/head --target T --repo me/my-head --results eval.json --run work/run --dry-run
+  eagle3-xla push work/head --target T --repo me/my-head --results eval.json --license apache-2.0""",
+    "config": """
+  eagle3-xla config                                              the recipes that ship
+  eagle3-xla config --show qwen2.5-7b-v4-32 --train.lr=4e-4      resolved settings, each with its meaning
+  eagle3-xla config --diff qwen2.5-7b-v4-32 qwen2.5-7b-v4-32-fast""",
+}
+
+
+def next_step(options, overrides: list[str], result: dict) -> str:
+    """The command, or the look at something, that follows on a verb's result."""
+    recipe = _recipe(options, overrides)
+    match options.verb:
+        case "quickstart":
+            own = f"--target.path={options.out}/target {OWN_DATA}"
+            return f"your own chats: eagle3-xla prepare --config smollm2-cpu {own}"
+        case "prepare":
+            return f"eagle3-xla train{recipe}{_unless(overrides, 'train.out', 'RUN')}"
+        case "regenerate":
+            chats = f"{options.out.rstrip('/')}/chats.jsonl"
+            given = f"{recipe}{_unless(overrides, 'data.prepared', 'DATA')} "
+            return f"eagle3-xla prepare{given}" + shlex.quote(f"--data.train=[{chats}]")
+        case "plan" if options.search or result.get("fits"):
+            return f"bash launch/train_torchrun.sh --slice{recipe}{_unless(overrides, 'train.out', 'gs://BUCKET/run')}"
+        case "plan":
+            return f"eagle3-xla plan{recipe} --search"
+        case "train" if result.get("ended") in ("SIGTERM", "max_steps"):
+            return f"the same command again, it continues: eagle3-xla train{recipe}"
+        case "train":
+            out = next((o.partition("=")[2] for o in overrides if o.startswith("train.out=")), "RUN")
+            return f"eagle3-xla export --checkpoint {shlex.quote(out)} --out HEAD"
+        case "export":
+            return f"eagle3-xla doctor {shlex.quote(options.out)} --target TARGET"
+        case "doctor" if result.get("ok"):
+            pair = f"--target {shlex.quote(options.target)} --draft {shlex.quote(options.head)}"
+            return f"eagle3-xla eval {pair} --prompts PROMPTS.jsonl"
+        case "doctor":
+            return f"eagle3-xla doctor {shlex.quote(options.head)} --target {shlex.quote(options.target)} --fix"
+        case "eval":
+            pair = f"--target {shlex.quote(options.target)} --head {shlex.quote(options.draft)}"
+            return f"bash launch/serve_sglang.sh {pair}, then eagle3-xla bench --server URL --prompts {options.prompts}"
+        case "patch" if result.get("status") == "needed":
+            return "eagle3-xla patch apply" + (f" --path {shlex.quote(options.path)}" if options.path else "")
+        case "patch":
+            return "bash launch/serve_sglang.sh --target TARGET --head HEAD"
+        case "bench":
+            pair = "--target TARGET --draft HEAD"
+            return f"eagle3-xla gap --server {options.server} --prompts {options.prompts} {pair}"
+        case "gap" if result.get("ok"):
+            return f"eagle3-xla push {shlex.quote(options.draft)} --target {options.target} --repo OWNER/NAME --dry-run"
+        case "gap":
+            return f"eagle3-xla doctor {shlex.quote(options.draft)} --target {shlex.quote(options.target)}"
+        case "push" if options.dry_run:
+            return f"read {result.get('card')}, then the same command without --dry-run"
+        case "push":
+            return f"look at {result.get('url')}"
+        case "config":
+            return f"eagle3-xla plan --config {shlex.quote((options.diff or [options.show or 'RECIPE'])[-1])}"
+    raise AssertionError(options.verb)
+
+
+def _recipe(options, overrides: list[str]) -> str:
+    """The recipe's part of a command, as a shell reads it back."""
+    config = getattr(options, "config", None)
+    words = ["--config", config] if config else []
+    words += [f"--{override}" for override in overrides]
+    return "".join(f" {shlex.quote(word)}" for word in words)
+
+
+def _unless(overrides: list[str], name: str, value: str) -> str:
+    return "" if any(override.startswith(f"{name}=") for override in overrides) else f" --{name}={value}"
