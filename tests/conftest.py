@@ -169,7 +169,9 @@ def small_run_in(small_target):
     return lambda folder: small_settings(small_target, write_chats(folder), folder)
 
 
-def run_cli(*arguments, environment: dict | None = None, timeout: float = 600) -> subprocess.CompletedProcess:
+def run_cli(
+    *arguments, environment: dict | None = None, timeout: float = 600, cwd: Path | None = None
+) -> subprocess.CompletedProcess:
     """`python -m eagle3_xla ...` as a user runs it, in a process of its own."""
     return subprocess.run(
         [sys.executable, "-m", "eagle3_xla", *map(str, arguments)],
@@ -177,6 +179,7 @@ def run_cli(*arguments, environment: dict | None = None, timeout: float = 600) -
         text=True,
         timeout=timeout,
         env=os.environ | (environment or {}),
+        cwd=cwd,
     )
 
 
@@ -205,7 +208,21 @@ def pytest_addoption(parser):
 
 
 @pytest.fixture(scope="session")
-def quickstart_run(tmp_path_factory) -> tuple[subprocess.CompletedProcess, Path]:
-    """The quickstart as a user gets it, with half a minute of training instead of ten: (process, its folder)."""
-    out = tmp_path_factory.mktemp("quickstart") / "out"
-    return run_cli("quickstart", "--out", out, "--minutes", "0.5", timeout=900), out
+def installed_wheel(tmp_path_factory) -> Path:
+    """A folder that the package's wheel was installed to, as `pip install dist/*.whl` does; for PYTHONPATH."""
+    folder = tmp_path_factory.mktemp("wheel")
+    pip = [sys.executable, "-m", "pip", "--disable-pip-version-check", "-qq"]
+    root = Path(__file__).parents[1]
+    subprocess.run([*pip, "wheel", "--no-deps", "--wheel-dir", folder / "dist", root], check=True)
+    (wheel,) = (folder / "dist").glob("eagle3_xla-*.whl")
+    subprocess.run([*pip, "install", "--no-deps", "--target", folder / "site", wheel], check=True)
+    return folder / "site"
+
+
+@pytest.fixture(scope="session")
+def quickstart_run(installed_wheel, tmp_path_factory) -> tuple[subprocess.CompletedProcess, Path]:
+    """The quickstart from an installed wheel and an empty folder, with half a minute of training: (process, folder)."""
+    folder = tmp_path_factory.mktemp("quickstart")
+    environment = {"PYTHONPATH": str(installed_wheel)}
+    done = run_cli("quickstart", "--minutes", "0.5", environment=environment, timeout=900, cwd=folder)
+    return done, folder / "quickstart"

@@ -23,7 +23,7 @@ ORDER = [
     "export",
     "doctor",
 ]
-ORDER += ["evaluate", "serve", "quickstart", "explain", "guide", "arguments", "cli"]
+ORDER += ["evaluate", "serve", "machine", "live", "quickstart", "explain", "guide", "arguments", "cli"]
 
 
 def imports_of(file: Path) -> set[str]:

@@ -1,21 +1,31 @@
 """The quickstart as a user gets it, on the embedded target."""
 
 import json
+import shlex
+import subprocess
+import sys
 
 import pytest
 from safetensors.torch import load_file
 
 from eagle3_xla import quickstart as module
 from eagle3_xla.config import UserError
+from eagle3_xla.evaluate.decode import Generation
+from eagle3_xla.machine import REFERENCE_GFLOPS, Machine, measure
+from eagle3_xla.quickstart import ALL_TOKENS, LEAST_TOKENS
 
 
 @pytest.mark.slow
-def test_quickstart(quickstart_run):
+def test_quickstart(quickstart_run, installed_wheel):
     done, out = quickstart_run
     assert done.returncode == 0, done.stderr[-3000:]
+    assert (installed_wheel / "eagle3_xla" / "recipes" / "smollm2-cpu.yaml").is_file()
+    assert (installed_wheel / "share" / "eagle3-xla" / "patches").is_dir()
     for part in ("acceptance length tau", "same tokens as the target alone: yes", "Serve it", "launch_server"):
         assert part in done.stdout
+    assert "1/5 target" in done.stderr and "this machine: " in done.stderr and "\033" not in done.stdout + done.stderr
     result = json.loads((out / "result.json").read_text())
+    assert any(words.strip() for words, _ in result["answer"]["pieces"]) and result["answer"]["prompt"] in done.stdout
     assert result["eval"]["identical"]
     assert result["training"]["tau"] > 1.05  # held-out rows; half a minute of training on 5,000 tokens
     assert load_file(out / "head" / "model.safetensors")["lm_head.weight"].shape == (8192, 576)
@@ -33,10 +43,58 @@ def test_minutes_that_are_none(minutes, tmp_path):
     assert not (tmp_path / "out").exists()
 
 
+REFERENCE = Machine(2, REFERENCE_GFLOPS, True, 16.0)
+
+
 def test_minutes_become_tokens_then_epochs():
-    assert module._budget(None) == []
-    tokens, epochs = module._budget(2)
-    assert 0 < int(tokens.removeprefix("data.max_tokens=")) < 100_000
-    everything, more_epochs = module._budget(300)
-    assert everything == "data.max_tokens=0"
-    assert int(more_epochs.removeprefix("train.epochs=")) > int(epochs.removeprefix("train.epochs="))
+    default, short, long = (module._budget(asked, REFERENCE) for asked in (None, 2, 300))
+    assert LEAST_TOKENS < short.tokens < default.tokens < ALL_TOKENS and short.epochs == default.epochs
+    assert long.tokens == 0 and long.epochs > short.epochs
+    assert default.train_seconds + module.BEGIN_SECONDS == pytest.approx(8 * 60, rel=0.01)
+    assert short.train_seconds == pytest.approx(120, rel=0.01)
+
+
+def test_a_slow_machine_gets_less_and_is_told(tmp_path):
+    slow = Machine(2, 70.0, False, 3.5)
+    assert slow.slowness > 3
+    budget = module._budget(None, slow)
+    assert budget.tokens == LEAST_TOKENS  # what is left of the eight minutes is not enough for more
+    heading = module._heading(slow, budget)
+    assert "4.0 times slower" in heading and "no AVX-512" in heading and "with 3.5 GiB free it may be killed" in heading
+    # Continued on the same machine, busier or not: the recipe stays; other minutes are another recipe.
+    (tmp_path / "budget.json").write_text(json.dumps(budget._asdict()))
+    assert module._earlier(tmp_path, None) == budget and module._earlier(tmp_path, 5.0) is None
+
+
+def test_this_machine_is_measured():
+    machine = measure()
+    assert machine.gflops > 0.1 and machine.cores > 0 and 0 < machine.free_gib < 100_000
+
+
+def test_pieces_of_an_answer(tokenizer):
+    ids = tokenizer("The capital of France is Paris.")["input_ids"]
+    stop = tokenizer.eos_token_id
+    # The prefill's token; a call with two accepted drafts; one with none; one that ends.
+    generation = Generation([*ids, stop], 1.0, [2, 0, len(ids)])
+    pieces = module.drafted_pieces(tokenizer, generation, {stop})
+    assert "".join(words for words, _ in pieces) == "The capital of France is Paris."
+    assert pieces[:3] == [["The", False], [" capital of", True], [" France is", False]]
+
+
+def test_the_screen_on_a_terminal(tmp_path):
+    """A pseudo-terminal shows stages, tau and the answer; what the stages print goes to the log."""
+    code = (
+        "from pathlib import Path; from eagle3_xla.live import Screen\n"
+        f"folder = Path({str(tmp_path)!r})\n"
+        "screen = Screen([('train', 4.0)], folder / 'metrics.jsonl', 'here', folder / 'log.txt')\n"
+        "screen.steps = 4\n"
+        "with screen.shown(), screen.stage(0):\n"
+        "    print('noise')\n"
+        '    (folder / \'metrics.jsonl\').write_text(\'{"step": 2, "heldout_tau": 1.25}\\n{"half a li\')\n'
+        "    screen.say('Paris', True)\n"
+    )
+    command = ["script", "-qec", f"{sys.executable} -c {shlex.quote(code)}", "/dev/null"]
+    done = subprocess.run(command, capture_output=True, text=True, stdin=subprocess.DEVNULL, timeout=120)
+    assert done.returncode == 0, done.stdout
+    assert "held-out expected tau  1.25" in done.stdout and "\033[1;32mParis" in done.stdout
+    assert "noise" not in done.stdout and (tmp_path / "log.txt").read_text() == "noise\n"

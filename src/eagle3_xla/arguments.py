@@ -4,6 +4,7 @@ import argparse
 import difflib
 import math
 import re
+from typing import Any, NoReturn
 
 import shtab
 
@@ -22,11 +23,11 @@ class Parser(argparse.ArgumentParser):
 
     given: list[str] = []
 
-    def parse_known_args(self, args=None, namespace=None):
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
         self.given = list(args or [])
         return super().parse_known_args(args, namespace)
 
-    def error(self, message: str):
+    def error(self, message: str) -> NoReturn:
         words = re.sub(r"^argument (\S+): ", r"\1 ", message)
         if match := re.match(r"VERB invalid choice: '(.*)' \(choose from (.*)\)", words, re.DOTALL):
             near = difflib.get_close_matches(match[1], match[2].replace("'", "").split(", "), n=1)
@@ -43,9 +44,10 @@ class Number:
     """An argument's type: a finite number in its range. argparse puts the option's name before the message."""
 
     def __init__(self, kind: type, least: float = -math.inf, most: float = math.inf, above: bool = False):
-        self.kind, self.bounds = kind, {"least": least, "most": most, "whole": kind is int, "above": above}
+        self.kind = kind
+        self.bounds: dict[str, Any] = {"least": least, "most": most, "whole": kind is int, "above": above}
 
-    def __call__(self, words: str):
+    def __call__(self, words: str) -> float:
         try:
             return number(self.kind(words), words, **self.bounds)
         except ValueError:  # a UserError is one
@@ -54,7 +56,7 @@ class Number:
 
 def numbers(words: str) -> list[int]:
     """Requests in flight: 1,4,16."""
-    return [IN_FLIGHT(part) for part in words.split(",")]
+    return [int(IN_FLIGHT(part)) for part in words.split(",")]
 
 
 COUNT, SIZE, SEED = Number(int, 0), Number(int, 1), Number(int, 0, 2**63 - 1)
@@ -64,7 +66,7 @@ TEMPERATURE, TOP_P = Number(float, 0, 100), Number(float, 0, 1, above=True)
 
 # What a shell completes: options that take a file or a folder, and recipes by name.
 FILES, FOLDERS = (
-    ("--prompts", "--results", "--chats"),
+    ("--prompts", "--results", "--chats", "--report"),
     ("--target", "--draft", "--out", "--checkpoint", "--run", "--path"),
 )
 
@@ -93,11 +95,11 @@ def parser() -> Parser:
     for verb in verbs.choices.values():
         for action in verb._actions:
             if "--config" in action.option_strings:
-                action.complete = {"bash": "_eagle3_xla_recipes", "zsh": f"({recipes})"}
+                setattr(action, "complete", {"bash": "_eagle3_xla_recipes", "zsh": f"({recipes})"})  # noqa: B010 -- shtab\'s own
             elif {*FILES} & {*action.option_strings}:
-                action.complete = shtab.FILE
+                setattr(action, "complete", shtab.FILE)  # noqa: B010 -- shtab\'s own
             elif {*FOLDERS} & {*action.option_strings} or action.metavar == "DIR":
-                action.complete = shtab.DIRECTORY
+                setattr(action, "complete", shtab.DIRECTORY)  # noqa: B010 -- shtab\'s own
     return root
 
 
@@ -110,7 +112,7 @@ def option_names(verb: str) -> list[str]:
 class _Verbs:
     """add_parser with the verb's examples below its options."""
 
-    def __init__(self, verbs):
+    def __init__(self, verbs: Any):
         self.verbs = verbs
 
     def add_parser(self, name: str, parents: list, help: str) -> Parser:
@@ -121,7 +123,7 @@ class _Verbs:
         )
 
 
-def _add_verbs(subparsers, common: Parser, recipe: Parser) -> None:
+def _add_verbs(subparsers: Any, common: Parser, recipe: Parser) -> None:
     verbs = _Verbs(subparsers)
     verb = verbs.add_parser(
         "quickstart", parents=[common], help="the whole pipeline on this machine, with a small target"
@@ -220,6 +222,7 @@ def _add_verbs(subparsers, common: Parser, recipe: Parser) -> None:
     verb.add_argument("--repo", required=True, metavar="OWNER/NAME")
     verb.add_argument("--results", action="append", default=[], metavar="FILE", help="of eval --json or bench --json")
     verb.add_argument("--run", default="", metavar="DIR", help="the run that the head comes from (train.out)")
+    verb.add_argument("--report", default="", metavar="FILE", help="the page of eval --report, uploaded with the head")
     verb.add_argument("--base-model", default="", metavar="OWNER/NAME", help="hub id of a target that is a folder")
     verb.add_argument("--license", default="", metavar="ID", help="of the head, such as apache-2.0")
     verb.add_argument("--overwrite", action="store_true", help="replace a README.md that `push` did not write")

@@ -5,6 +5,7 @@ import json
 import math
 import re
 from pathlib import Path
+from typing import Any
 
 from eagle3_xla.config import UserError
 
@@ -24,7 +25,7 @@ def read_json(file: Path) -> dict:
     return content
 
 
-def parse_json(text: str, where: str):
+def parse_json(text: str, where: str) -> Any:
     """Any JSON value. Raises UserError when the text is none."""
     try:
         return json.loads(text)
@@ -34,7 +35,9 @@ def parse_json(text: str, where: str):
         raise UserError(f"{where} is not readable JSON: {type(error).__name__}") from None
 
 
-def number(value, where: str, least: float = -math.inf, most: float = math.inf, whole=False, above=False):
+def number(
+    value: Any, where: str, least: float = -math.inf, most: float = math.inf, whole: bool = False, above: bool = False
+) -> Any:
     """`value` if it is a finite number from `least` (`above`: greater than it) to `most`; whole: an int.
 
     where: FILE: FIELD, or the option of the command line, as the message names it. Raises UserError.
@@ -55,25 +58,25 @@ def expected(least: float, most: float, whole: bool, above: bool) -> str:
     return words
 
 
-def text(value, where: str) -> str:
+def text(value: object, where: str) -> str:
     if isinstance(value, str):
         return value
     raise UserError(f"{where} is {shown(value)}; a text is expected")
 
 
-def mapping(value, where: str) -> dict:
+def mapping(value: object, where: str) -> dict:
     if isinstance(value, dict):
         return value
     raise UserError(f"{where} is {shown(value)}; a mapping is expected")
 
 
-def listing(value, where: str) -> list:
+def listing(value: object, where: str) -> list:
     if isinstance(value, list):
         return value
     raise UserError(f"{where} is {shown(value)}; a list is expected")
 
 
-def shown(value) -> str:
+def shown(value: object) -> str:
     """A foreign value in a message: short, on one line. None is JSON's null."""
     words = "null" if value is None else repr(value)
     return words if len(words) <= LONGEST_SHOWN else f"{words[:LONGEST_SHOWN]}..."

@@ -12,7 +12,10 @@ import platform
 import sys
 import tempfile
 import traceback
+from argparse import Namespace
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any, TextIO
 
 from safetensors import SafetensorError
 
@@ -59,7 +62,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 @contextlib.contextmanager
-def _streams(options):
+def _streams(options: Namespace) -> Iterator[None]:
     """Everything a library prints goes to stderr: stdout carries the result alone. --quiet: to nowhere."""
     if options.verbose:
         logging.basicConfig(level=logging.INFO, format="%(name)s: %(message)s")
@@ -76,7 +79,7 @@ def _streams(options):
             raise
 
 
-def _bold(words: str, stream) -> str:
+def _bold(words: str, stream: TextIO) -> str:
     """In bold where `stream` is a terminal and the user wants colours (no-color.org)."""
     return f"\033[1m{words}\033[0m" if stream.isatty() and "NO_COLOR" not in os.environ else words
 
@@ -104,17 +107,17 @@ def _unexpected(error: Exception, arguments: list[str]) -> str:
 class _Printable:
     """A stream whose lines can't drive the terminal, whatever file or server they come from."""
 
-    def __init__(self, stream):
+    def __init__(self, stream: TextIO):
         self._stream = stream
 
     def write(self, words: str) -> int:
         return self._stream.write("\r".join(map(printable, words.split("\r"))))
 
-    def __getattr__(self, name: str):
+    def __getattr__(self, name: str) -> Any:
         return getattr(self._stream, name)
 
 
-def _overrides(rest: list[str], options) -> list[str]:
+def _overrides(rest: list[str], options: Namespace) -> list[str]:
     """`--section.key=value` arguments as OmegaConf reads them. Anything else is bad usage."""
     takes_recipe = hasattr(options, "config")
     overrides = []
@@ -133,7 +136,7 @@ def _table(result: dict) -> str:
     return "\n".join(f"{key:<{width}}  {_show(value)}" for key, value in result.items())
 
 
-def _show(value) -> str:
+def _show(value: Any) -> str:
     if isinstance(value, float):
         return f"{value:.4g}"
     if isinstance(value, list):
@@ -142,13 +145,13 @@ def _show(value) -> str:
 
 
 # The modules are imported by the verb that needs them: `--help` and a typing error answer at once.
-def _quickstart(options, overrides) -> dict:
+def _quickstart(options: Namespace, overrides: list[str]) -> dict:
     from eagle3_xla.quickstart import quickstart
 
     return quickstart(Path(options.out), options.minutes)
 
 
-def _prepare(options, overrides) -> dict:
+def _prepare(options: Namespace, overrides: list[str]) -> dict:
     from eagle3_xla.data.prepare import prepare
     from eagle3_xla.target.families import load_target_config
 
@@ -162,8 +165,9 @@ def _prepare(options, overrides) -> dict:
     return manifest | {"coloured": show_rows(recipe, options.show)}
 
 
-def _regenerate(options, overrides) -> dict:
-    from eagle3_xla.regenerate.run import Options, Sampling, regenerate
+def _regenerate(options: Namespace, overrides: list[str]) -> dict:
+    from eagle3_xla.regenerate.conversation import Sampling
+    from eagle3_xla.regenerate.run import Options, regenerate
 
     sampling = Sampling(options.temperature, options.top_p, options.max_tokens, options.seed)
     names = "target chats limit concurrency timeout device api_key_env".split()
@@ -172,7 +176,7 @@ def _regenerate(options, overrides) -> dict:
     return regenerate(load_recipe(options.config, overrides), options.out, Options(servers, sampling=sampling, **given))
 
 
-def _train(options, overrides) -> dict:
+def _train(options: Namespace, overrides: list[str]) -> dict:
     overrides += [f"xla.device={options.device}"] if options.device else []
     recipe = load_recipe(options.config, overrides)
     from eagle3_xla.train.loop import train
@@ -180,7 +184,7 @@ def _train(options, overrides) -> dict:
     return train(recipe, options.max_steps, options.allow_recompile, options.profile)
 
 
-def _plan(options, overrides) -> dict:
+def _plan(options: Namespace, overrides: list[str]) -> dict:
     from eagle3_xla.plan.search import search
     from eagle3_xla.plan.verdict import plan
 
@@ -189,13 +193,13 @@ def _plan(options, overrides) -> dict:
     return (search if options.search else plan)(load_recipe(options.config, overrides))
 
 
-def _export(options, overrides) -> dict:
+def _export(options: Namespace, overrides: list[str]) -> dict:
     from eagle3_xla.export import export
 
     return export(options.checkpoint, options.out, options.dtype)
 
 
-def _eval(options, overrides) -> dict:
+def _eval(options: Namespace, overrides: list[str]) -> dict:
     from eagle3_xla.evaluate.run import EvalOptions, evaluate
 
     names = "limit max_new_tokens draft_tokens topk steps temperature top_p seed device force".split()
@@ -203,19 +207,19 @@ def _eval(options, overrides) -> dict:
     return evaluate(options.target, options.draft, options.prompts, settings)
 
 
-def _doctor(options, overrides) -> dict:
+def _doctor(options: Namespace, overrides: list[str]) -> dict:
     from eagle3_xla.doctor.run import doctor
 
     return doctor(options.head, options.target, options.fix)
 
 
-def _patch(options, overrides) -> dict:
+def _patch(options: Namespace, overrides: list[str]) -> dict:
     from eagle3_xla.serve.patch import patch
 
     return patch(options.action, options.engine, options.path)
 
 
-def _bench(options, overrides) -> dict:
+def _bench(options: Namespace, overrides: list[str]) -> dict:
     from eagle3_xla.serve.bench import BenchOptions, bench
     from eagle3_xla.serve.client import Request
 
@@ -224,7 +228,7 @@ def _bench(options, overrides) -> dict:
     return bench(options.server, options.prompts, settings, options.baseline)
 
 
-def _gap(options, overrides) -> dict:
+def _gap(options: Namespace, overrides: list[str]) -> dict:
     from eagle3_xla.evaluate.run import EvalOptions
     from eagle3_xla.serve.gap import gap
 
@@ -232,15 +236,15 @@ def _gap(options, overrides) -> dict:
     return gap(options.target, options.draft, options.prompts, options.server, settings)
 
 
-def _push(options, overrides) -> dict:
+def _push(options: Namespace, overrides: list[str]) -> dict:
     from eagle3_xla.serve.push import PushOptions, push
 
-    names = "results run base_model license private dry_run overwrite".split()
+    names = "results run report base_model license private dry_run overwrite".split()
     settings = PushOptions(**{name: getattr(options, name) for name in names})
     return push(options.head, options.target, options.repo, settings)
 
 
-def _config(options, overrides) -> dict:
+def _config(options: Namespace, overrides: list[str]) -> dict:
     from eagle3_xla.explain import difference, list_recipes, show
 
     if options.diff:

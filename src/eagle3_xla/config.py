@@ -7,9 +7,11 @@ names the nearest known one. `run.yaml` beside every output holds the resolved r
 import contextlib
 import difflib
 import math
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from importlib import resources
 from pathlib import Path
+from typing import Any
 
 from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
@@ -211,25 +213,27 @@ def load_recipe(name: str | None, overrides: list[str]) -> Recipe:
     """
     schema = OmegaConf.structured(Recipe)
     layers = _read(name) if name else []
-    changes = OmegaConf.create({})
+    changes: Any = OmegaConf.create({})
     for override in overrides:
         with _foreign(f"setting {override}"):
             changes = OmegaConf.merge(changes, OmegaConf.from_dotlist([override]))
-    merged = schema
+    merged: Any = schema
     for whose, layer in [*layers, ("command line", changes)]:
         with _foreign(whose):
             _check_keys(layer, schema, "")
             _sources_from_strings(layer)
             merged = OmegaConf.merge(merged, layer)
     with _foreign(name or "command line"):
-        recipe = OmegaConf.to_object(merged)
+        recipe: Any = OmegaConf.to_object(merged)
     _check_values(recipe)
     return recipe
 
 
 def _read(name: str) -> list[tuple[str, DictConfig]]:
     """The recipe and those that it builds on, as (name, settings), the last base first."""
-    layers, files, wanted = [], [], f"recipe {name!r}"
+    layers: list[tuple[str, DictConfig]] = []
+    files: list[Path] = []
+    wanted = f"recipe {name!r}"
     while name:
         with _foreign(f"recipe {name}"):
             file = _recipe_file(name, files[-1].parent if files else Path(), wanted)
@@ -258,7 +262,7 @@ def _recipe_file(name: str, folder: Path, wanted: str) -> Path:
 
 
 @contextlib.contextmanager
-def _foreign(what: str):
+def _foreign(what: str) -> Iterator[None]:
     """YAML and OmegaConf raise errors of many kinds on texts that are no settings: each becomes a UserError."""
     import yaml
 
@@ -275,13 +279,13 @@ def _foreign(what: str):
         raise UserError(f"{_one_line(what)}: not readable ({_one_line(error) or type(error).__name__})") from None
 
 
-def _one_line(words) -> str:
+def _one_line(words: object) -> str:
     return "".join(c if c.isprintable() else repr(c)[1:-1] for c in " ".join(str(words).split()))[:300]
 
 
 def _check_keys(given: DictConfig, schema: DictConfig, prefix: str) -> None:
     for key in given:
-        full = f"{prefix}{key}"
+        full = f"{prefix}{key!s}"
         if key not in schema:
             nearest = difflib.get_close_matches(str(key), list(map(str, schema)), n=1, cutoff=0.0)[0]
             raise UserError(f"unknown setting {_one_line(full)}; the nearest known one is {prefix}{nearest}")
@@ -301,7 +305,7 @@ def _sources_from_strings(given: DictConfig) -> None:
 
 
 def _check_values(recipe: Recipe) -> None:
-    def value(name: str):
+    def value(name: str) -> Any:
         section, key = name.split(".")
         return getattr(getattr(recipe, section), key)
 
@@ -319,7 +323,7 @@ def _check_values(recipe: Recipe) -> None:
         )
 
 
-def _check_storable(value, name: str) -> None:
+def _check_storable(value: object, name: str) -> None:
     """Every number is finite and fits 64 bits, no text holds NUL."""
     if isinstance(value, dict):
         for key, item in value.items():

@@ -6,7 +6,7 @@ import inspect
 import io
 import tokenize
 from importlib import resources
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from eagle3_xla.config import CHOICES, RANGES, SOURCE_RANGES, Recipe, Source, UserError, load_recipe, recipe_names
 
@@ -23,11 +23,8 @@ class Setting(NamedTuple):
 
 def settings() -> list[Setting]:
     """Every setting of a recipe, in the order of config.py."""
-    return [
-        setting
-        for section in dataclasses.fields(Recipe)
-        for setting in _settings_of(section.default_factory, f"{section.name}.", RANGES)
-    ]
+    sections = {section.name: type(getattr(Recipe(), section.name)) for section in dataclasses.fields(Recipe)}
+    return [found for name, kind in sections.items() for found in _settings_of(kind, f"{name}.", RANGES)]
 
 
 def source_settings() -> list[Setting]:
@@ -36,9 +33,9 @@ def source_settings() -> list[Setting]:
 
 
 def _settings_of(section: type, prefix: str, ranges: dict[str, str]) -> list[Setting]:
-    comments, found = _comments(section), []
+    comments, plain, found = _comments(section), section(), []
     for field in dataclasses.fields(section):
-        default = field.default if field.default is not dataclasses.MISSING else field.default_factory()
+        default = getattr(plain, field.name)
         kind = field.type if isinstance(field.type, str) else getattr(field.type, "__name__", str(field.type))
         kind = str(field.type).replace("eagle3_xla.config.", "") if "[" in str(field.type) else kind
         name = prefix + field.name
@@ -55,11 +52,12 @@ def _comments(section: type) -> dict[str, str]:
         for token in tokenize.generate_tokens(io.StringIO(source).readline)
         if token.type == tokenize.COMMENT
     }
-    body = ast.parse(source).body[0].body
+    fields = [node for node in ast.walk(ast.parse(source)) if isinstance(node, ast.AnnAssign)]
     return {
-        node.target.id: " ".join(words[line] for line in range(node.lineno, node.end_lineno + 1) if line in words)
-        for node in body
-        if isinstance(node, ast.AnnAssign)
+        ast.unparse(node.target): " ".join(
+            words[i] for i in range(node.lineno, (node.end_lineno or 0) + 1) if i in words
+        )
+        for node in fields
     }
 
 
@@ -78,9 +76,9 @@ def _heading(text: str) -> str:
     return " ".join(lines)
 
 
-def values(recipe: Recipe) -> dict[str, object]:
+def values(recipe: Recipe) -> dict[str, Any]:
     """section.key -> its resolved value; a source is a mapping of what differs from its defaults."""
-    flat = {}
+    flat: dict[str, Any] = {}
     for section, fields in dataclasses.asdict(recipe).items():
         flat |= {f"{section}.{key}": value for key, value in fields.items()}
     plain = dataclasses.asdict(Source())
@@ -127,5 +125,5 @@ def difference(names: list[str], overrides: list[str]) -> dict:
     return {"recipes": names, "differences": differing, "screen": "\n".join(lines) or "no difference"}
 
 
-def _short(value) -> str:
+def _short(value: Any) -> str:
     return repr(value) if isinstance(value, str) else str(value)

@@ -1,6 +1,7 @@
 """What the command line teaches: examples in each verb's help, and the next step that each verb ends with."""
 
 import shlex
+from argparse import Namespace
 
 OWN_DATA = "--data.prepared=work/data '--data.train=[my-chats.jsonl]'"
 EXAMPLES = {
@@ -51,7 +52,7 @@ EXAMPLES = {
 }
 
 
-def next_step(options, overrides: list[str], result: dict) -> str:
+def next_step(options: Namespace, overrides: list[str], result: dict) -> str:
     """The command, or the look at something, that follows on a verb's result."""
     recipe = _recipe(options, overrides)
     match options.verb:
@@ -103,7 +104,7 @@ def next_step(options, overrides: list[str], result: dict) -> str:
     raise AssertionError(options.verb)
 
 
-def _recipe(options, overrides: list[str]) -> str:
+def _recipe(options: Namespace, overrides: list[str]) -> str:
     """The recipe's part of a command, as a shell reads it back."""
     config = getattr(options, "config", None)
     words = ["--config", config] if config else []

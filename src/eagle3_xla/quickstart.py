@@ -1,96 +1,228 @@
-"""`quickstart`: a real target, its data, a head, its acceptance and the report, on this machine."""
+"""`quickstart`: a real target, its data, a head, its acceptance and the report, on this machine, in a given time.
+
+It measures the machine first and sizes data and epochs to the time; a second start keeps the first one's sizes.
+"""
 
 import json
+import os
+import sys
 import time
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any, NamedTuple
 
-from eagle3_xla.config import UserError, load_recipe
+from eagle3_xla.checks import read_json
+from eagle3_xla.config import Recipe, UserError, load_recipe
+from eagle3_xla.data.files import data_file
 from eagle3_xla.data.prepare import prepare
+from eagle3_xla.data.tokenizer import load_tokenizer, stop_token_ids
+from eagle3_xla.evaluate.decode import Generation, SpeculativeDecoder, Tree
 from eagle3_xla.evaluate.report import plot_report
-from eagle3_xla.evaluate.run import EvalOptions, evaluate
+from eagle3_xla.evaluate.run import EvalOptions, evaluate, load_pair, prompt_ids
 from eagle3_xla.export import export
+from eagle3_xla.live import Screen, minutes
+from eagle3_xla.machine import Machine, measure
 from eagle3_xla.outputs import claim_output, write_run_file
 from eagle3_xla.target.embedded import write_embedded_target
 from eagle3_xla.train.loop import train
 
 RECIPE = "smollm2-cpu"
 HELDOUT = "package:heldout.jsonl"
-# Measured on two cores of an AMD EPYC: the target's states and one epoch over them, per 1,000 tokens.
-STATES_SECONDS, EPOCH_SECONDS = 2.6, 2.0
+WORK_MINUTES = 8.0  # of everything after the installation, where --minutes says nothing
 LEAST_MINUTES, MOST_MINUTES = 0.1, 100_000  # of training
-EVALUATION = EvalOptions(limit=12, max_new_tokens=64)
+LEAST_TOKENS, ALL_TOKENS = 4_000, 520_000  # to train on: a few rows; what the shipped chats have
+LEAST_GIB = 5  # of free memory: what the training takes, 4 GB, and some air
+EVALUATION = EvalOptions(limit=8, max_new_tokens=48)
+GREEN, PLAIN = "\033[1;32m", "\033[0m"
+
+# Seconds on the machine that machine.py names as the reference; the tokens' are per 1,000.
+TARGET_SECONDS, PREPARE_SECONDS, COMPILE_SECONDS, EXPORT_SECONDS, EVALUATION_SECONDS = 12, 10, 45, 3, 95
+STATES_SECONDS, EPOCH_SECONDS = 2.6, 2.0
+BEGIN_SECONDS = TARGET_SECONDS + PREPARE_SECONDS + COMPILE_SECONDS + EXPORT_SECONDS + EVALUATION_SECONDS
+
+# Acceptance lengths that heads for real models reach, by their own pages.
+FIELD = """  1.8 to 2.2  Qwen3 1.7B to 32B, short chains   (angelslim.readthedocs.io, speculative decoding benchmarks)
+  3.0 to 3.5  Qwen3.5-397B-A17B, MT-Bench, GSM8K (huggingface.co/AQ-MedAI/Qwen3.5-397B-A17B-eagle3)
+  Those have hundreds of thousands of chats, a stronger target and hours on accelerators."""
 
 
-def quickstart(out: Path, minutes: float | None) -> dict:
-    """Run the whole pipeline into `out`; what is done already is reused. minutes: about how long to train."""
+class Budget(NamedTuple):
+    """tokens: of the training chats, 0 for all; train_seconds: what the training should take here."""
+
+    tokens: int
+    epochs: int
+    train_seconds: float
+    asked: float | None
+
+
+def quickstart(out: Path, asked: float | None) -> dict:
+    """Run the whole pipeline into `out`; what is done already is reused. asked: minutes of training, None for what fits
+    WORK_MINUTES in all."""
     started = time.perf_counter()
-    if minutes is not None and not LEAST_MINUTES <= minutes <= MOST_MINUTES:
-        raise UserError(f"--minutes {minutes:g}: a number from {LEAST_MINUTES:g} to {MOST_MINUTES:g} is expected")
-    target, head, untrained = out / "target", out / "head", out / "head-untrained"
-    overrides = [f"target.path={target}", f"data.prepared={out / 'data'}", f"train.out={out / 'run'}"]
-    overrides += _budget(minutes)
-    recipe = load_recipe(RECIPE, overrides)
+    if asked is not None and not LEAST_MINUTES <= asked <= MOST_MINUTES:
+        raise UserError(f"--minutes {asked:g}: a number from {LEAST_MINUTES:g} to {MOST_MINUTES:g} is expected")
+    machine = measure()
     claim_output(out, "quickstart")
+    budget = _earlier(out, asked) or _budget(asked, machine)
+    target, head, untrained = out / "target", out / "head", out / "head-untrained"
+    sizes = [f"data.max_tokens={budget.tokens}", f"train.epochs={budget.epochs}"]
+    places = [f"target.path={target}", f"data.prepared={out / 'data'}", f"train.out={out / 'run'}"]
+    recipe = load_recipe(RECIPE, [*places, *sizes])
     write_run_file(recipe, out, "quickstart")
+    (out / "budget.json").write_text(json.dumps(budget._asdict()) + "\n")
 
-    print(f"1/5 target: SmolLM2-135M-Instruct as a Qwen2 model -> {target}")
-    write_embedded_target(target)
-    print(f"2/5 data: chats that this target wrote -> {out / 'data'}")
-    manifest = prepare(recipe)
-    print(f"3/5 train -> {out / 'run'}")
-    training = train(recipe)
-    print(f"4/5 export -> {head}")
-    export(out / "run", head)
-    export(out / "run" / "initial" / "step-00000000", untrained)
-    # A head of a minute's training is not worth minutes of measuring.
-    options = EVALUATION if minutes is None or minutes >= 3 else replace(EVALUATION, limit=3)
-    print("5/5 evaluate on held-out chats: real decoding, with and without the head")
-    figures = {
-        "untrained": evaluate(str(target), str(untrained), HELDOUT, replace(options, baseline=False)),
-        "trained": evaluate(str(target), str(head), HELDOUT, options),
-    }
+    slow, heading = machine.slowness, _heading(machine, budget)
+    options = EVALUATION if asked is None or asked >= 3 else replace(EVALUATION, limit=3)
+    stages = [
+        (f"target: SmolLM2-135M-Instruct as a Qwen2 model -> {target}", TARGET_SECONDS * slow),
+        (f"data: chats that this target wrote -> {out / 'data'}", PREPARE_SECONDS * slow),
+        (f"train -> {out / 'run'}", COMPILE_SECONDS * slow + budget.train_seconds),
+        (f"export -> {head}", EXPORT_SECONDS * slow),
+        ("evaluate on held-out chats: real decoding, with and without the head", EVALUATION_SECONDS * slow),
+    ]
+    screen = Screen(stages, out / "run" / "metrics.jsonl", heading, out / "log.txt")
+    with screen.shown():
+        with screen.stage(0):
+            write_embedded_target(target)
+        with screen.stage(1):
+            manifest = prepare(recipe)
+        screen.steps = manifest["train"]["rows"] // recipe.train.batch_size * recipe.train.epochs
+        with screen.stage(2):
+            training = train(recipe)
+        with screen.stage(3):
+            export(out / "run", head)
+            export(out / "run" / "initial" / "step-00000000", untrained)
+        with screen.stage(4):
+            shown = _one_answer(target, head, screen)
+            figures = {
+                "untrained": evaluate(str(target), str(untrained), HELDOUT, replace(options, baseline=False)),
+                "trained": evaluate(str(target), str(head), HELDOUT, options),
+            }
     picture = out / "report.png"
     plot_report(out / "run", figures, picture)
-    minutes_taken = (time.perf_counter() - started) / 60
     result = {
         "target": str(target),
         "head": str(head),
         "report": str(picture),
+        "machine": machine._asdict(),
         "data": manifest,
         "training": training,
+        "heldout_taus": screen.taus(),
         "untrained": figures["untrained"],
         "eval": figures["trained"],
-        "minutes": round(minutes_taken, 1),
+        "answer": shown,
+        "minutes": round((time.perf_counter() - started) / 60, 1),
     }
     (out / "result.json").write_text(json.dumps(result, indent=1) + "\n")
-    return result | {"screen": screen(result, recipe)}
+    terminal = sys.__stdout__ is not None and sys.__stdout__.isatty() and "NO_COLOR" not in os.environ
+    colours = (GREEN, PLAIN) if terminal else ("[", "]")
+    last = last_screen(result, recipe, colours)
+    return result | {"coloured" if terminal else "screen": last}
 
 
-def _budget(minutes: float | None) -> list[str]:
-    """More minutes: first all of the chats, then more epochs over them."""
-    if minutes is None:
-        return []
-    recipe = load_recipe(RECIPE, [])
-    per_token = (STATES_SECONDS + EPOCH_SECONDS * recipe.train.epochs) / 1000
-    tokens = int(minutes * 60 / per_token)
-    everything = 520_000  # tokens in the shipped chats
-    epochs = recipe.train.epochs
-    if tokens > everything:
-        epochs = max(
-            epochs, int((minutes * 60 - everything / 1000 * STATES_SECONDS) / (everything / 1000 * EPOCH_SECONDS))
+def _budget(asked: float | None, machine: Machine) -> Budget:
+    """More time: first all of the chats, then more epochs over them."""
+    epochs, slow = load_recipe(RECIPE, []).train.epochs, machine.slowness
+    seconds = asked * 60 if asked is not None else WORK_MINUTES * 60 - BEGIN_SECONDS * slow
+    per_token = (STATES_SECONDS + EPOCH_SECONDS * epochs) / 1000 * slow
+    tokens = max(int(seconds / per_token), LEAST_TOKENS)
+    if tokens > ALL_TOKENS:
+        states, epoch = (cost * ALL_TOKENS / 1000 * slow for cost in (STATES_SECONDS, EPOCH_SECONDS))
+        epochs, tokens = max(epochs, int((seconds - states) / epoch)), 0
+    train_seconds = (STATES_SECONDS + EPOCH_SECONDS * epochs) / 1000 * slow * (tokens or ALL_TOKENS)
+    return Budget(tokens, epochs, train_seconds, asked)
+
+
+def _earlier(out: Path, asked: float | None) -> Budget | None:
+    """The budget of the run that is continued: the machine may be busier now, the recipe must stay."""
+    file = out / "budget.json"
+    earlier = read_json(file) if file.is_file() else {}
+    return Budget(**earlier) if earlier.keys() == {*Budget._fields} and earlier["asked"] == asked else None
+
+
+def _heading(machine: Machine, budget: Budget) -> str:
+    """What this machine is, and what its user gets."""
+    tokens = budget.tokens or ALL_TOKENS
+    lines = [f"this machine: {machine.words()}"]
+    if machine.slowness > 1.5:
+        lines.append(
+            f"  {machine.slowness:.1f} times slower than two cores with AVX-512: in the same time the head learns from "
+            "fewer chats, and its tau will be smaller; --minutes N gives it longer"
         )
-        tokens = 0
-    return [f"data.max_tokens={tokens}", f"train.epochs={epochs}"]
+    if machine.free_gib < LEAST_GIB:
+        lines.append(
+            f"  the training takes 4 GB; with {machine.free_gib:.1f} GiB free it may be killed: close something"
+        )
+    lines.append(
+        f"to train on: {tokens:,} tokens of chats, {budget.epochs} times, about {minutes(budget.train_seconds)}"
+    )
+    return "\n".join(lines)
 
 
-def screen(result: dict, recipe) -> str:
-    """The one screen that the quickstart ends with."""
+class _Told(SpeculativeDecoder):
+    """Says each piece as soon as it is decided."""
+
+    def tell(self, tokenizer: Any, say: Callable[[str, bool], None]) -> None:
+        self._tokenizer, self._say = tokenizer, say
+
+    def _accept(self, tree: Tree, logits: Any, position: int, choose: Any) -> tuple[list[int], list[int]]:
+        kept, new = super()._accept(tree, logits, position, choose)
+        for number, token in enumerate(new):
+            self._say(self._tokenizer.decode([token]), number < len(new) - 1)
+        return kept, new
+
+
+def _one_answer(target: Path, head: Path, screen: Screen) -> dict:
+    """The first held-out prompt, answered with the head while the screen shows it."""
+    options = replace(EVALUATION, limit=1)
+    pair = load_pair(str(target), str(head), options)
+    tokenizer = load_tokenizer(str(target))
+    prompt = prompt_ids(tokenizer, HELDOUT, options, pair.model.config.max_position_embeddings)[0]
+    model, trained = pair.on(options)
+    decoder = _Told(model, trained, pair.d2t, options.draft_tokens, options.topk, options.steps)
+    decoder.tell(tokenizer, screen.say)
+    stops = stop_token_ids(str(target), tokenizer)
+    generation = decoder.decode(prompt, options.max_new_tokens, stops)
+    with data_file(HELDOUT).open() as file:
+        asked = json.loads(next(file))["conversations"][0]["value"]
+    return {"prompt": asked, "pieces": drafted_pieces(tokenizer, generation, stops)}
+
+
+def drafted_pieces(tokenizer: Any, generation: Generation, stops: set[int]) -> list[list]:
+    """[text, whether the head drafted it] of an answer, in order; without its end-of-turn token.
+
+    The first token is the prefill's; each call then brings its accepted drafts and one token of the target's own.
+    """
+    drafted = [False]
+    for accepted in generation.accepted:
+        drafted += [True] * accepted + [False]
+    pieces: list[list] = []
+    for token, is_draft in zip(generation.tokens, drafted):
+        if token in stops:
+            break
+        if pieces and pieces[-1][1] == is_draft:
+            pieces[-1][0].append(token)
+        else:
+            pieces.append([[token], is_draft])
+    return [[tokenizer.decode(tokens), is_draft] for tokens, is_draft in pieces]
+
+
+def last_screen(result: dict, recipe: Recipe, colours: tuple[str, str]) -> str:
+    """The one screen that the quickstart ends with. colours: what stands before and after an accepted draft."""
     trained, untrained, data = result["eval"], result["untrained"], result["data"]
 
-    def row(figures):
+    def row(figures: dict) -> str:
         return "  ".join(f"{value:6.1%}" for value in figures["acceptance_conditional"])
 
+    def printable(words: str) -> str:
+        return "".join(c if c.isprintable() else " " for c in words)
+
+    answer = "".join(
+        f"{colours[0]}{printable(words)}{colours[1]}" if drafted else printable(words)
+        for words, drafted in result["answer"]["pieces"]
+    )
+    grown = " -> ".join(f"{tau:.2f}" for tau in result["heldout_taus"])
     return f"""
 A draft head for SmolLM2-135M-Instruct (as Qwen2), trained in {result["minutes"]:.1f} minutes in all
   data      {data["train"]["chats"]} chats written by this target, \
@@ -98,7 +230,7 @@ A draft head for SmolLM2-135M-Instruct (as Qwen2), trained in {result["minutes"]
             draft vocabulary {data["draft_vocab_size"]:,} of {data["vocab_size"]:,}: \
 {data["coverage_heldout"]:.1%} of the held-out answer tokens
   training  {result["training"]["micro_steps"]} steps, {recipe.loss.ttt_length} TTT steps each, \
-loss weights {recipe.loss.decay}^k
+loss weights {recipe.loss.decay}^k; held-out expected tau {grown}
 
 On {trained["prompts"]} held-out prompts, greedy, chain of {trained["draft_tokens"]} drafts
                        acceptance length tau   acceptance per position, if all before were accepted
@@ -106,8 +238,15 @@ On {trained["prompts"]} held-out prompts, greedy, chain of {trained["draft_token
   trained head         {trained["tau"]:.2f}                    {row(trained)}
   target calls per token  {trained["target_calls_per_token"]:.2f}
   tokens per second       {trained["tokens_per_second"]:.1f} with the head, \
-{trained["baseline_tokens_per_second"]:.1f} without
+{trained["baseline_tokens_per_second"]:.1f} without: with a target this small, on a CPU, drafts gain no time
   same tokens as the target alone: {"yes" if trained["identical"] else "NO"}
+
+One answer; what the head drafted and the target kept is {"green" if colours[0] == GREEN else "in brackets"}
+  {printable(result["answer"]["prompt"])}
+  {answer}
+
+What heads reach elsewhere (acceptance length)
+{FIELD}
 
 Where it lies
   head      {result["head"]}          (what an engine loads)
@@ -115,10 +254,12 @@ Where it lies
   run       {recipe.train.out}           (checkpoints, metrics.jsonl, tensorboard)
   picture   {result["report"]}
 
-Serve it (SGLang, on a GPU)
+Serve it (SGLang, on a GPU; on this CPU: bash launch/serve_sglang.sh --cpu)
   python -m sglang.launch_server --model-path {result["target"]} \\
     --speculative-algorithm EAGLE3 --speculative-draft-model-path {result["head"]} \\
     --speculative-num-steps 5 --speculative-eagle-topk 1 --speculative-num-draft-tokens 6
 or vLLM
   vllm serve {result["target"]} \\
-    --speculative-config '{{"method": "eagle3", "model": "{result["head"]}", "num_speculative_tokens": 5}}'"""
+    --speculative-config '{{"method": "eagle3", "model": "{result["head"]}", "num_speculative_tokens": 5}}'
+
+More: --minutes 60 trains on all of the chats; your own chats and target: docs/first-hour.md"""

@@ -130,3 +130,8 @@ def test_xla_dist_does_not_repeat_an_explained_failure(hosts):
     done = script(XLA_DIST, "--tpu=v", "--poll=0", "--", "bash", "-c", "echo run >>../runs; exit 2", **environment)
     assert done.returncode == 2 and "the command failed on a host (exit code 2)" in done.stderr
     assert (folder / "runs").read_text() == "run\n"
+
+
+def test_the_lock_file_is_that_of_setup_cfg():
+    done = subprocess.run([sys.executable, LAUNCH / "lock.py", "--check"], capture_output=True, text=True)
+    assert done.returncode == 0, f"run .venv/bin/python launch/lock.py: {done.stdout}"

@@ -114,6 +114,7 @@ def test_the_head_and_its_card_arrive(pushed, online, small_target, monkeypatch,
     assert planned["url"] is None and Hub.received == {}
     assert planned["left_out"] == [
         "training (--run DIR)",
+        "the page of `eval --report` (--report FILE)",
         "licence of the head (--license ID)",
         "the target's hub id (--base-model OWNER/NAME)",
     ]
@@ -121,9 +122,12 @@ def test_the_head_and_its_card_arrive(pushed, online, small_target, monkeypatch,
     Hub.refuses = True
     assert "the upload to me/head failed, start it again to finish" in refused()
     Hub.refuses, Hub.exists = False, True
-    assert cli.main(arguments) == 0
+    page = head.parent / "page.html"
+    page.write_text("<!doctype html><html>tau by category</html>")
+    assert cli.main([*arguments, "--report", str(page)]) == 0
     assert json.loads(capsys.readouterr().out)["url"] == f"{online}/me/head"
-    assert sorted(Hub.received) == ["README.md", "config.json", "model.safetensors"]
+    assert sorted(Hub.received) == ["README.md", "config.json", "model.safetensors", "report.html"]
+    assert Hub.received["report.html"] == page.read_bytes()
     assert Hub.received["model.safetensors"] == (head / "model.safetensors").read_bytes()
     card = ModelCard(Hub.received["README.md"].decode())
     assert [result.metric_value for result in card.data.eval_results] == [2.345, 2.3]
@@ -131,6 +135,7 @@ def test_the_head_and_its_card_arrive(pushed, online, small_target, monkeypatch,
     assert "| 30.0 | 1.50x |" in card.text and "chain of 5 drafts: 50.0% / 40.0%" in card.text
     assert "sglang 0.5.21, 80 prompts of chats.jsonl, temperature 0.7, tree of 8 drafts | 2.30" in card.text
     assert "layers [1, 3, 4], 0-based; indices [2, 4, 5]" in card.text and "| parameters | 65,792 |" in card.text
+    assert "drafted answers: [report.html](report.html)." in card.text
     assert "arXiv preprint arXiv:2503.01840" in card.text and "TPU" not in card.text.replace("on a TPU", "")
 
     monkeypatch.delenv("HF_TOKEN")
@@ -148,6 +153,8 @@ def test_what_is_not_uploaded(pushed, online, small_target, capsys):
         return capsys.readouterr().err
 
     assert "no results" in refused()
+    assert "no HTML page" in refused("--results", evaluated, "--report", evaluated)
+    assert "No such file" in refused("--results", evaluated, "--report", "nowhere.html")
     (head.parent / "half.json").write_text('{"tau": 1.5}')
     assert "half.json: measured is missing" in refused("--results", head.parent / "half.json")
     config = json.loads((head / "config.json").read_text())
@@ -164,7 +171,9 @@ def test_a_card_of_the_run(small_run, small_target, chat_file, tmp_path, exporte
     about = measured("eval", str(tmp_path / "head"), str(small_target), str(chat_file))
     (tmp_path / "eval.json").write_text(json.dumps(EVAL | {"measured": about}))
     options = PushOptions([str(tmp_path / "eval.json")], str(tmp_path / "run"), "org/model", "apache-2.0", dry_run=True)
-    assert push(tmp_path / "head", str(small_target), "me/head", options)["left_out"] == []
+    assert push(tmp_path / "head", str(small_target), "me/head", options)["left_out"] == [
+        "the page of `eval --report` (--report FILE)"
+    ]
     card = (tmp_path / "head" / "README.md").read_text()
     for part in (
         "| framework | eagle3-xla, PyTorch on cpu |",
@@ -189,6 +198,7 @@ def test_a_card_of_the_run(small_run, small_target, chat_file, tmp_path, exporte
         "hardware",
         "hours of training",
         "the data mix (manifest.json of data.prepared)",
+        "the page of `eval --report` (--report FILE)",
     ]
     with pytest.raises(UserError, match="none of its checkpoints holds the weights"):
         run_facts(tmp_path / "run", read_head(exported_head))

@@ -48,7 +48,7 @@ def row_arrays(rows: list[list[tuple]], row_length: int, pad_id: int) -> dict[st
     [R, T] int32, from 0 in each document.
     """
     shape = (len(rows), row_length)
-    arrays = {
+    arrays: dict[str, np.ndarray] = {
         "input_ids": np.full(shape, pad_id, np.int32),
         "loss_mask": np.zeros(shape, bool),
         "document_ids": np.full(shape, PADDING, np.int16),

@@ -10,7 +10,7 @@ def draft_vocabulary(counts: np.ndarray, size: int, always: set[int]) -> np.ndar
     counts [vocab_size]: how often the assistant wrote each token in the training split; always: ids that are in
     whatever their count (special and end-of-turn tokens). Ties and unseen tokens are filled by the lowest id.
     """
-    priority = counts.astype(np.float64)
+    priority: np.ndarray = counts.astype(np.float64)
     priority[sorted(always)] = np.inf
     order = np.argsort(-priority, kind="stable")
     return np.sort(order[:size]).astype(np.int64)

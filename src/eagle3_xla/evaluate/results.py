@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from eagle3_xla.checks import listing, mapping, number, read_json, shown, text
 from eagle3_xla.config import UserError
@@ -49,7 +50,7 @@ def read_results(file: Path) -> Figures:
     def where(name: str) -> str:
         return f"{file}: {name}"
 
-    def field(name: str):
+    def field(name: str) -> Any:
         if name not in result:
             raise UserError(f"{file}: {name} is missing; the output of `eval --json` or `bench --json` is expected")
         return result[name]

@@ -1,6 +1,7 @@
 """The model card of a head: every figure in it comes from a file, and names of foreign files can't write into it."""
 
 from pathlib import Path
+from typing import Any
 
 from eagle3_xla.checks import escaped
 from eagle3_xla.draft.saved import SavedHead, layers_of
@@ -12,9 +13,17 @@ text and over all positions, the user's turns included. That is no acceptance. F
 
 
 def card(
-    head: SavedHead, target, base: str | None, repo: str, results: list[Figures], training: str, licence: str
+    head: SavedHead,
+    target: Any,
+    base: str | None,
+    repo: str,
+    results: list[Figures],
+    training: str,
+    licence: str,
+    report: str = "",
 ) -> str:
-    """target: doctor's Target; base: its hub id, None for a folder that has none; training: what `run_facts` says."""
+    """target: doctor's Target; base: its hub id, None for a folder that has none; training: what `run_facts` says;
+    report: name of the page that lies beside the card, "" for none."""
     name = base.rsplit("/", 1)[-1] if base else Path(target.name).name
     served, config, shown = base or "TARGET", head.config, f"`{base}`" if base else f"the target {escaped(name)}"
     parameters = sum(value.numel() for name, value in head.tensors.items() if name not in ("d2t", "t2d"))
@@ -48,7 +57,7 @@ output stays the target's own.
 Acceptance length is 1 + the mean number of accepted drafts per target call; the share at a draft position is of all
 target calls. Tokens/s and speed-up are those of the machine that they were measured on, against the same without a
 head; "-" where there is none, or where the answers were not the same.
-{all_positions}
+{f"Figures by category and drafted answers: [{report}]({report})." + chr(10) if report else ""}{all_positions}
 ## Serve
 
 SGLang:

@@ -21,6 +21,7 @@ from eagle3_xla.serve.card import card
 from eagle3_xla.serve.run_facts import run_facts
 
 UPLOADED = ["config.json", EXPORTED, "README.md"]
+REPORT = "report.html"
 MARK = "<!-- written by eagle3-xla push, sha256 {} -->\n"
 
 NO_TOKEN = "the hub asks who you are: `hf auth login`, or set HF_TOKEN; the card is written"
@@ -29,7 +30,8 @@ NO_TOKEN = "the hub asks who you are: `hf auth login`, or set HF_TOKEN; the card
 @dataclass
 class PushOptions:
     """results: files of `eval --json` or `bench --json`; run: folder that the head was trained in, "" for none;
-    base_model: hub id of a target that is a folder; overwrite: a README.md that `push` did not write.
+    base_model: hub id of a target that is a folder; overwrite: a README.md that `push` did not write; report: the HTML
+    page of `eval --report`, "" for none.
     """
 
     results: list[str] = field(default_factory=list)
@@ -39,6 +41,7 @@ class PushOptions:
     private: bool = False
     dry_run: bool = False
     overwrite: bool = False
+    report: str = ""
 
 
 def push(folder: str | Path, target: str, repo: str, options: PushOptions) -> dict:
@@ -66,14 +69,30 @@ def push(folder: str | Path, target: str, repo: str, options: PushOptions) -> di
     head, of_target = read_head(folder), read_target(target)
     figures = [_of_this_head(read_results(Path(file)), folder, target) for file in options.results]
     training, left_out = run_facts(Path(options.run), head) if options.run else ("", ["training (--run DIR)"])
+    left_out += [] if options.report else ["the page of `eval --report` (--report FILE)"]
     left_out += [] if options.license else ["licence of the head (--license ID)"]
     left_out += [] if base else ["the target's hub id (--base-model OWNER/NAME)"]
-    content = card(head, of_target, base, repo, figures, training, options.license)
+    if options.report:
+        _place_report(Path(options.report), folder / REPORT)
+    content = card(head, of_target, base, repo, figures, training, options.license, REPORT if options.report else "")
     partial = folder / ".partial-README"
     partial.write_text(content + MARK.format(hashlib.sha256(content.encode()).hexdigest()))
     os.replace(partial, readme)
-    summary = {"repo": repo, "card": str(readme), "files": UPLOADED, "left_out": left_out, "url": None}
-    return summary if options.dry_run else summary | {"url": _upload(folder, repo, options.private)}
+    files = [*UPLOADED, REPORT] if options.report else UPLOADED
+    summary = {"repo": repo, "card": str(readme), "files": files, "left_out": left_out, "url": None}
+    return summary if options.dry_run else summary | {"url": _upload(folder, files, repo, options.private)}
+
+
+def _place_report(page: Path, place: Path) -> None:
+    """Copy the page beside the head. Raises UserError when it is none."""
+    try:
+        content = page.read_bytes()
+    except OSError as error:
+        raise UserError(f"--report {page}: {error.strerror}; the HTML file of `eval --report` is expected") from None
+    if b"<html" not in content[:1000].lower():
+        raise UserError(f"--report {page}: no HTML page; the file of `eval --report` is expected")
+    if not place.exists() or not place.samefile(page):
+        place.write_bytes(content)
 
 
 def _check_id(option: str, value: str | None) -> None:
@@ -102,19 +121,19 @@ def _of_this_head(figures: Figures, folder: Path, target: str) -> Figures:
         if getattr(figures, name) != here[name]:
             raise UserError(
                 f"--results {figures.file}: measured on another {name} ({getattr(figures, name)[:12]}; {path} is "
-                f"{here[name][:12]}); measure this one"
+                f"{(here[name] or '')[:12]}); measure this one"
             )
     return figures
 
 
-def _upload(head: Path, repo: str, private: bool) -> str:
+def _upload(head: Path, files: list[str], repo: str, private: bool) -> str:
     from huggingface_hub import HfApi, get_token
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalTokenNotFoundError
 
     api = HfApi()
     try:
         url = api.create_repo(repo, private=private, exist_ok=True)
-        api.upload_folder(repo_id=repo, folder_path=head, allow_patterns=UPLOADED, commit_message="Upload EAGLE3 head")
+        api.upload_folder(repo_id=repo, folder_path=head, allow_patterns=files, commit_message="Upload EAGLE3 head")
     except HFValidationError as error:
         raise UserError(f"--repo {repo}: {str(error).splitlines()[0]}") from None
     except LocalTokenNotFoundError:

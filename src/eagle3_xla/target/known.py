@@ -2,11 +2,12 @@
 
 from importlib import resources
 from pathlib import Path
+from typing import Any
 
 from eagle3_xla.target.families import load_target_config
 
 
-def plan_config(path: str):
+def plan_config(path: str) -> Any:
     """The Hugging Face config of a folder (config.json is enough) or of a hub id; raises UserError when there is none.
 
     Hub ids whose config ships in target/configs/ are read from there.

@@ -1,10 +1,12 @@
 """The arithmetic that a step's maths needs, whatever a compiler makes of it: the numerator of MFU."""
 
+from typing import Any
+
 from eagle3_xla.config import Recipe
 from eagle3_xla.target.families import inner_widths
 
 
-def flops_per_token(target, recipe: Recipe) -> float:
+def flops_per_token(target: Any, recipe: Recipe) -> float:
     """FLOPs of one position of a micro-step; target: its Hugging Face config.
 
     A matmul with an [m, n] weight is 2 m n. The target runs forward: its layers, the full vocabulary's logits; I is

@@ -1,0 +1,48 @@
+"""launch/notebook.ipynb, every cell of it, on the CPU: a small target, settings by the environment."""
+
+import os
+import re
+from pathlib import Path
+
+import nbformat
+import yaml
+from nbclient import NotebookClient
+
+NOTEBOOK = Path(__file__).parents[2] / "launch" / "notebook.ipynb"
+# The small target on eight modelled chips; a plan needs no device.
+PLAN = "--topology=v5e-8 --xla.device=xla --xla.dp=8 --train.batch_size=1 --loss.ttt_length=1"
+
+
+def run(environment: dict[str, str], monkeypatch) -> str:
+    """What the cells print, with their tracebacks."""
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    notebook = nbformat.read(NOTEBOOK, as_version=4)
+    NotebookClient(notebook, timeout=600, kernel_name="python3").execute()
+    outputs = [output for cell in notebook.cells if cell.cell_type == "code" for output in cell.outputs]
+    return "".join(output.get("text", "") for output in outputs)
+
+
+def test_every_cell(small_target, small_run, chat_file, tmp_path, monkeypatch):
+    recipe = {}
+    for setting in small_run:
+        name, _, value = setting.partition("=")
+        section, key = name.split(".")
+        recipe.setdefault(section, {})[key] = yaml.safe_load(value)
+    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(recipe))
+    environment = {
+        "EAGLE3_RECIPE": str(tmp_path / "recipe.yaml"),
+        "EAGLE3_WORK": str(tmp_path / "work"),
+        "EAGLE3_TARGET": str(small_target),
+        "EAGLE3_HELDOUT": str(chat_file),
+        "EAGLE3_MORE": "train.save_every=4",
+        "EAGLE3_PLAN": PLAN,
+        "EAGLE3_EVAL": "--limit 1 --max-new-tokens 8",
+        "PJRT_DEVICE": "CPU",
+        "PYTHONPATH": os.pathsep.join([str(NOTEBOOK.parents[1] / "src"), os.environ.get("PYTHONPATH", "")]),
+    }
+    printed = run(environment | {"EAGLE3_TRAIN": "--max-steps=8"}, monkeypatch)
+    assert re.search(r"^ended +max_steps$", printed, re.MULTILINE), printed[-6000:]
+    for part in ("fits v5e-8: 8 chips, dp=8 x tp=1", "\ntau "):
+        assert part in printed, printed[-6000:]
+    assert (tmp_path / "work" / "head" / "model.safetensors").is_file()
