@@ -183,6 +183,8 @@ def test_a_card_of_the_run(small_run, small_target, chat_file, tmp_path, exporte
         "| hardware | cpu, eager torch |",
         "| hours of training | 0.00",
         "| precision | float32 |",
+        "| longest context trained on | 64 tokens |",
+        "## Method",
         "| chats | 32 | 100.0% |",
         "license: apache-2.0",
         "base_model: org/model",

@@ -99,6 +99,11 @@ if __name__ == "__main__":
     )
     print(engine.generate("The capital of France is", {{"temperature": 0, "max_new_tokens": 32}})["text"])
 ```
+## Method
+
+EAGLE-3 (training-time test): the head reads hidden states of three of the target's layers at its first step and its own
+hidden state at the steps after it, as an engine drafts, and learns the target's distribution over a vocabulary of the
+commonest tokens. The target stays frozen.
 {training}
 ## Architecture
 

@@ -59,6 +59,8 @@ def _rows(recipe: Recipe, step: int) -> list[tuple[str, object]]:
         ("optimizer", f"AdamW, lr {train.lr:g}, betas {train.beta1:g} and {train.beta2:g}, cosine decay"),
         ("warm-up", f"{train.warmup:.0%} of the steps"),
         ("TTT", f"{loss.ttt_length} steps, step k weighs {loss.decay:g}^k, loss {loss.objective}"),
+        ("longest context trained on", f"{recipe.data.row_length} tokens"),
+        ("languages", ", ".join(recipe.data.languages) or "those of the data, none was left out"),
         ("precision", "bfloat16 over float32 weights" if xla.autocast else "float32"),
     ]
 
