@@ -43,10 +43,12 @@ def free_port() -> int:
         return probe.getsockname()[1]
 
 
-def sglang_command(target: Path, head: Path | None, port: int, steps: int, topk: int, draft_tokens: int) -> list[str]:
+def sglang_command(
+    target: Path, head: Path | None, port: int, steps: int, topk: int, draft_tokens: int, context: int | None
+) -> list[str]:
     """The launch script's settings for the CPU: float32, else the engine's own defaults for a small machine."""
     command = ["bash", ROOT / "launch" / "serve_sglang.sh", "--cpu", "--target", target, "--port", port]
-    command += ["--log-level", "warning"]
+    command += ["--log-level", "warning", *(["--context-length", context] if context else [])]
     if head:
         command += ["--head", head, "--speculative-num-steps", steps, "--speculative-eagle-topk", topk]
         command += ["--speculative-num-draft-tokens", draft_tokens]
@@ -61,10 +63,13 @@ def sglang_jax_command(target: Path, head: Path | None, port: int, steps: int) -
     return [str(part) for part in command]
 
 
-def vllm_command(target: Path, head: Path | None, port: int, steps: int, sampled: bool) -> list[str]:
+def vllm_command(
+    target: Path, head: Path | None, port: int, steps: int, sampled: bool, context: int | None
+) -> list[str]:
     program = [HERE / "serve_vllm_cpu.py"] if sampled else ["-m", "vllm.entrypoints.openai.api_server"]
     command = [engine_python("vllm"), *program, "--model", target, "--port", port]
-    command += "--dtype float32 --max-model-len 4096 --max-num-seqs 8 --enforce-eager --no-enable-log-requests".split()
+    command += "--dtype float32 --max-num-seqs 8 --enforce-eager --no-enable-log-requests".split()
+    command += ["--max-model-len", context or 4096]
     if head:
         speculative = {"method": "eagle3", "model": str(head), "num_speculative_tokens": steps}
         command += ["--speculative-config", json.dumps(speculative)]
@@ -92,15 +97,17 @@ def serve(
     log: Path | None = None,
     port: int | None = None,
     sampled: bool = False,
+    context: int | None = None,
 ):
     """Run a server until the block ends. sampled: with the sampling of checked drafts mended, where the CPU build has
-    it wrong (sampled.py). Raises RuntimeError with the end of its log when it dies at the start.
+    it wrong (sampled.py); context: positions of a request, where the target has more. Raises RuntimeError with the end
+    of its log when it dies at the start.
     """
     port = port or free_port()
     if engine == "sglang":
-        command = sglang_command(target, head, port, steps, topk, draft_tokens or steps + 1)
+        command = sglang_command(target, head, port, steps, topk, draft_tokens or steps + 1, context)
     elif engine == "vllm":
-        command = vllm_command(target, head, port, steps, sampled)
+        command = vllm_command(target, head, port, steps, sampled, context)
     else:
         command = sglang_jax_command(target, head, port, steps)
     log = log or Path(tempfile.mkdtemp()) / f"{engine}.log"

@@ -18,7 +18,10 @@ from transformers import (
     SmolLM3Config,
 )
 
+from eagle3_xla.plan.depth import with_layers
+
 VOCABULARY, WINDOW = 256, 7
+SHALLOW, SHALLOW_AUX = 4, (0, 1, 2)  # layers where compiling them is what a test costs: every kind of each family
 SIZES = dict(
     hidden_size=64,
     intermediate_size=128,
@@ -61,12 +64,20 @@ CONFIGS = {
     "mistral, window": MistralConfig(**SIZES, sliding_window=WINDOW),
     "mixtral": MixtralConfig(**SIZES, num_local_experts=4, num_experts_per_tok=2, sliding_window=WINDOW),
     "phi3": Phi3Config(**SIZES, sliding_window=WINDOW, partial_rotary_factor=0.5),
+    "phi3, longrope": Phi3Config(
+        **SIZES,
+        sliding_window=None,
+        partial_rotary_factor=0.5,
+        original_max_position_embeddings=64,
+        rope_scaling={"type": "longrope", "short_factor": [1.5, 2.5], "long_factor": [9.0, 11.0]},
+    ),
     "gemma2": Gemma2Config(**SIZES | {"tie_word_embeddings": True}, **GEMMA, attn_logit_softcapping=2.0),
     "gemma3": Gemma3TextConfig(
         **SIZES | {"tie_word_embeddings": True},
         **GEMMA,
         rope_scaling={"rope_type": "linear", "factor": 8.0},
         rope_local_base_freq=500.0,
+        sliding_window_pattern=3,
     ),
     "gpt_oss": GptOssConfig(
         **SIZES,
@@ -93,9 +104,9 @@ CONFIGS = {
 }
 
 
-def small_model(name: str, layers: int | None = None):
+def small_model(name: str, layers: int = SIZES["num_hidden_layers"]):
     """Weights that matter, biases, sinks and norms included: the usual initialisation leaves most of the model flat."""
-    config = CONFIGS[name].__class__(**CONFIGS[name].to_dict() | ({"num_hidden_layers": layers} if layers else {}))
+    config = with_layers(CONFIGS[name], layers)
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(config, attn_implementation="eager").eval().float().requires_grad_(False)
     for parameter in model.parameters():

@@ -1,6 +1,6 @@
-"""Small family models over a mesh, all in one process: python spmd_families.py DP TP STEPS FOLDER...
+"""Small family models over meshes of four devices, all in one process: python spmd_families.py FOLDER...
 
-Writes each one's states and teacher to FOLDER/DPxTP.pt, and makes STEPS training steps.
+Writes each one's states and teacher to FOLDER/DPxTP.pt for both meshes, and makes training steps on the first.
 """
 
 import sys
@@ -8,25 +8,27 @@ import time
 from pathlib import Path
 
 import torch
+from target.family_models import SHALLOW_AUX
 
 from eagle3_xla.config import XlaConfig, load_recipe
+from eagle3_xla.data.tokenizer import load_config
 from eagle3_xla.data.vocab import d2t_t2d
 from eagle3_xla.draft.model import Eagle3Head, draft_config
-from eagle3_xla.target.model import open_target
+from eagle3_xla.target.model import Target, _empty
 from eagle3_xla.train.optimizer import AdamW
 from eagle3_xla.train.step import TrainStep
 from eagle3_xla.xla import make_backend
 
-dp, tp, steps = map(int, sys.argv[1:4])
-backend = make_backend(XlaConfig(dp=dp, tp=tp))
-recipe = load_recipe(None, ["loss.ttt_length=1", "xla.device=xla", f"xla.dp={dp}", f"xla.tp={tp}"])
+MESHES, STEPS = ((2, 2), (1, 4)), 3
+BACKENDS = {mesh: make_backend(XlaConfig(dp=mesh[0], tp=mesh[1])) for mesh in MESHES}
 
 
-def run(folder: Path) -> None:
-    inputs = torch.load(folder / "inputs.pt")
+def run(folder: Path, dp: int, tp: int) -> None:
+    backend, inputs = BACKENDS[dp, tp], torch.load(folder / "inputs.pt")
     draft_ids = inputs.pop("draft_ids")
-    target = backend.place_target(open_target(str(folder), torch.float32, draft_ids))
-    config = target.model.config
+    # open_target, for as few layers as a real target never has
+    model, weights = _empty(str(folder), load_config(str(folder)), torch.float32)
+    target = backend.place_target(Target(model, draft_ids, SHALLOW_AUX, weights))
     backend.settle()
 
     @backend.compile
@@ -36,14 +38,16 @@ def run(folder: Path) -> None:
 
     states = states_and_teacher(backend.put(inputs))
     torch.save([backend.to_host(x) for x in states], folder / f"{dp}x{tp}.pt")
-    if not steps:
+    if (dp, tp) != MESHES[0]:
         return
-    head = backend.place_head(Eagle3Head(draft_config(config, len(draft_ids))))
+    recipe = load_recipe(None, ["loss.ttt_length=1", "xla.device=xla", f"xla.dp={dp}", f"xla.tp={tp}"])
+    head = backend.place_head(Eagle3Head(draft_config(model.config, len(draft_ids))))
     optimizer = AdamW(dict(head.named_parameters()), recipe.train, 10, backend, {})
-    step = TrainStep(recipe, backend, target, head, *d2t_t2d(draft_ids, config.vocab_size), optimizer)
+    d2t_and_t2d = d2t_t2d(draft_ids, model.config.vocab_size)
+    step = TrainStep(recipe, backend, target, head, *d2t_and_t2d, optimizer)
     backend.settle()
     counts = []
-    for _ in range(steps):
+    for _ in range(STEPS):
         batch = backend.put(inputs | {"loss_mask": inputs["document_ids"] > 0})
         metrics, _ = step.run(0, batch)
         assert metrics.cpu().isfinite().all()
@@ -51,7 +55,8 @@ def run(folder: Path) -> None:
     assert len(set(counts)) == 1, f"{folder} compiles again: {counts}"
 
 
-for name in sys.argv[4:]:
-    started = time.process_time()
-    run(Path(name))
-    print(f"{name} {time.process_time() - started:.1f} s of CPU", flush=True)
+for name in sys.argv[1:]:
+    for mesh in MESHES:
+        started = time.process_time()
+        run(Path(name), *mesh)
+        print(f"{name} {mesh} {time.process_time() - started:.1f} s of CPU", flush=True)

@@ -9,14 +9,15 @@ from pathlib import Path
 
 import pytest
 import torch
-from target.family_models import CONFIGS, VOCABULARY, WINDOW, small_model
+from target.family_models import CONFIGS, SHALLOW, SHALLOW_AUX, VOCABULARY, WINDOW, small_model
 from transformers import CONFIG_MAPPING
 
 from eagle3_xla.cli import main
 from eagle3_xla.config import UserError
 from eagle3_xla.draft.model import Eagle3Head, draft_config
 from eagle3_xla.evaluate.decode import SpeculativeDecoder, decode_plain
-from eagle3_xla.target.families import FAMILIES, ONLY, SHAPE, WITHOUT_EFFECT, aux_layers, check, load_target_config
+from eagle3_xla.plan.depth import layer_kinds, with_layers
+from eagle3_xla.target.families import FAMILIES, ONLY, SHAPE, WITHOUT_EFFECT, check, load_target_config
 from eagle3_xla.target.model import Target, TargetStates, Teacher, load_target
 
 LENGTHS = (19, 25, 12)  # documents of a row, then 4 of padding
@@ -36,10 +37,10 @@ def packed_rows() -> dict[str, torch.Tensor]:
 
 
 @torch.no_grad()
-def golden(model, batch) -> list[torch.Tensor]:
+def golden(model, batch, layers=(1, 3, 4)) -> list[torch.Tensor]:
     """aux, argmax, logsumexp, draft-vocabulary probabilities by transformers' forward of each document alone, [n, ..]
     over all documents."""
-    layers, found = aux_layers(model.config.num_hidden_layers), []
+    found = []
     for ids, documents in zip(batch["input_ids"], batch["document_ids"]):
         for document in range(1, len(LENGTHS) + 1):
             output = model(input_ids=ids[documents == document][None], output_hidden_states=True, use_cache=False)
@@ -97,28 +98,36 @@ def saved_models(tmp_path_factory) -> dict[str, Path]:
     folders = {}
     for name in CONFIGS:
         folders[name] = tmp_path_factory.mktemp("family")
-        small_model(name).save_pretrained(folders[name])
+        small_model(name, SHALLOW).save_pretrained(folders[name])
         torch.save(packed_rows() | {"draft_ids": DRAFT_IDS}, folders[name] / "inputs.pt")
     return folders
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("dp, tp, steps", [(2, 2, 3), (1, 4, 0)])
-def test_through_spmd_they_are_the_same(saved_models, dp, tp, steps):
-    """And three training steps are compiled once."""
-    script = Path(__file__).parent / "spmd_families.py"
-    command = [sys.executable, script, dp, tp, steps, *saved_models.values()]
-    done = subprocess.run([*map(str, command)], capture_output=True, text=True, env=dict(os.environ))
+def test_through_spmd_they_are_the_same(saved_models):
+    """On 2x2 and on 1x4; three training steps are compiled once."""
+    command = [sys.executable, Path(__file__).parent / "spmd_families.py", *saved_models.values()]
+    tests = Path(__file__).parents[1]
+    path = os.pathsep.join([str(tests), os.environ.get("PYTHONPATH", "")])
+    environment = os.environ | {"CPU_NUM_DEVICES": "4", "PYTHONPATH": path}
+    done = subprocess.run([*map(str, command)], capture_output=True, text=True, env=environment)
     assert done.returncode == 0, done.stderr[-3000:]
     for name, folder in saved_models.items():
-        *states, logits = torch.load(folder / f"{dp}x{tp}.pt")
-        states, teacher = TargetStates(*states), Teacher(logits, states[3], states[2])
-        assert_equal(of_documents(states, teacher, packed_rows()), golden(small_model(name), packed_rows()))
+        expected = golden(small_model(name, SHALLOW), packed_rows(), SHALLOW_AUX)
+        for mesh in ("2x2", "1x4"):
+            *states, logits = torch.load(folder / f"{mesh}.pt")
+            states, teacher = TargetStates(*states), Teacher(logits, states[3], states[2])
+            assert_equal(of_documents(states, teacher, packed_rows()), expected)
 
 
 def test_every_family_is_here():
     assert {config.model_type for config in CONFIGS.values()} == set(FAMILIES)
     assert WINDOW < min(LENGTHS)
+
+
+def test_a_shallow_model_has_every_kind_of_layer():
+    for name, config in CONFIGS.items():
+        assert {*layer_kinds(with_layers(config, SHALLOW))} == {*layer_kinds(config)}, name
 
 
 QWEN2 = {"architectures": ["Qwen2ForCausalLM"], "model_type": "qwen2", "num_hidden_layers": 8, "vocab_size": 64}
@@ -144,7 +153,8 @@ REFUSED = [
     ({"model_type": "gemma3_text", "attn_logit_softcapping": 30.0}, "transformers' Gemma-3 leaves out"),
     ({"model_type": "gpt_oss", "swiglu_limit": 5.0}, "swiglu_limit is 5.0 in config.json; only 7.0"),
     ({"rope_scaling": {"rope_type": "dynamic", "factor": 2.0}}, "rope_scaling 'dynamic': transformers changes"),
-    ({"rope_scaling": {"type": "longrope", "short_factor": [1.0]}}, "rope_scaling 'longrope': transformers switches"),
+    ({"rope_scaling": {"type": "longrope", "short_factor": [1.0]}}, "rope_scaling 'longrope' without long_factor"),
+    ({"rope_scaling": {"type": "longrope", "short_factor": [1], "long_factor": [1]}}, "of phi3 alone, not of qwen2"),
     ({"rope_scaling": {"rope_type": "yarn", "factor": 4.0}}, "without original_max_position_embeddings"),
     ({"rope_scaling": {"rope_type": "linear", "factor": 4.0, "attention_factor": 2.0}}, "has attention_factor"),
     ({"rope_parameters": {"rope_theta": 1e6}}, "as transformers 5 writes it"),

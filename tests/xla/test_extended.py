@@ -51,8 +51,10 @@ def test_few_layers_extended_are_all_layers(tmp_path):
     *verdicts, refused = done.stdout.splitlines()
     every, few = map(json.loads, verdicts)
     assert not every["extrapolated"] and few["extrapolated"] and (few["layers"], few["compiled_layers"]) == (20, 8)
-    for key in ("hbm_bytes_per_chip", "flops_per_chip", "modelled_step_seconds", "mfu", "host_step_seconds"):
+    for key in ("flops_per_chip", "modelled_step_seconds", "mfu", "host_step_seconds"):
         assert few[key] == pytest.approx(every[key], rel=0.01), key
+    for part in ("arguments", "outputs", "aliased", "code"):  # temporaries: such small weights move onto the chip
+        assert few["hbm"][part] == pytest.approx(every["hbm"][part], rel=0.01), part
     assert few["collectives"] == every["collectives"] and few["state_donated"]
     assert every["host_is_the_limit"] and 0.005 < every["host_step_seconds"] < 0.02
     assert refused == "setting plan.xla_flags: No such compile option: 'xla_nonsense'"

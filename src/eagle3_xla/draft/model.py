@@ -11,10 +11,14 @@ from transformers.models.llama.modeling_llama import (
 )
 
 from eagle3_xla.draft.attention import merge_own_rows
+from eagle3_xla.target.families import is_longrope
 
 
 def draft_config(target_config, draft_vocab_size: int) -> LlamaConfig:
-    """A one-layer Llama config with the target's sizes, RoPE and context length."""
+    """A one-layer Llama config with the target's sizes, RoPE and context length.
+
+    Of a longrope target, which is used within its original context, the head has the base alone.
+    """
     heads = target_config.num_attention_heads
     return LlamaConfig(
         hidden_size=target_config.hidden_size,
@@ -28,7 +32,7 @@ def draft_config(target_config, draft_vocab_size: int) -> LlamaConfig:
         max_position_embeddings=target_config.max_position_embeddings,
         rms_norm_eps=target_config.rms_norm_eps,
         rope_theta=target_config.rope_theta,
-        rope_scaling=getattr(target_config, "rope_scaling", None),
+        rope_scaling=None if is_longrope(target_config) else getattr(target_config, "rope_scaling", None),
         bos_token_id=target_config.bos_token_id,
         eos_token_id=target_config.eos_token_id,
         tie_word_embeddings=False,

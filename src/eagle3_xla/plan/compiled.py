@@ -1,23 +1,22 @@
 """The compiled step that a verdict is about: of all of the target's layers, or of a few, extended to all.
 
 Layers of a target are alike and only run forward, so what one more of them costs depends neither on how many there are
-nor on what follows. With `plan.layers` three small steps are compiled: the recipe's with so many layers, and two of one
-TTT step, with so many and with a few more, whose difference is the cost of a layer. Memory, FLOPs, times and
-collectives grow by it. benchmarks/README.md compares such figures with those of all layers.
+nor on what follows. With `plan.layers` the recipe's step with so many layers is compiled, and the target's layers
+alone, with so many and with a few more, whose difference is the cost of a layer. Memory, FLOPs, times and collectives
+grow by it. benchmarks/README.md compares such figures with those of all layers.
 """
 
-import dataclasses
 from typing import NamedTuple
 
 from eagle3_xla.config import Recipe, UserError
 from eagle3_xla.plan.depth import layer_period, with_layers
-from eagle3_xla.plan.lowering import lower_step
+from eagle3_xla.plan.lowering import lower_step, lower_target
 from eagle3_xla.target.families import MIN_LAYERS
 from eagle3_xla.xla.aot import LoweredStep
 from eagle3_xla.xla.time_model import StepTime, model_time
 from eagle3_xla.xla.tpu import DoesNotFit, Memory, Topology, compile_for
 
-MORE = 4  # layers between the two steps that say what a layer costs, at least
+MORE = 4  # layers between the two targets that say what a layer costs, at least
 
 
 class CompiledStep(NamedTuple):
@@ -33,8 +32,9 @@ class CompiledStep(NamedTuple):
 
 
 def lowered_steps(recipe: Recipe, target, coordinates: list | None = None) -> list[LoweredStep]:
-    """What `compile_step` compiles: the step of all layers, or with plan.layers the three. Raises UserError for a
-    plan.layers that can't be extended. target: its Hugging Face config; coordinates: of the slice's chips.
+    """What `compile_step` compiles: the step of all layers, or with plan.layers that of a few and two targets. Raises
+    UserError for a plan.layers that can't be extended. target: its Hugging Face config; coordinates: of the slice's
+    chips.
     """
     few, every, more = recipe.plan.layers, target.num_hidden_layers, _more_layers(target)
     if few in (0, every):
@@ -45,8 +45,7 @@ def lowered_steps(recipe: Recipe, target, coordinates: list | None = None) -> li
             f"plan.layers is {few}; the target has {every}: give 0 for all of them, or from {MIN_LAYERS} to "
             f"{every - more}" + (f", {every} less a multiple of {period}" if period > 1 else "")
         )
-    short = dataclasses.replace(recipe, loss=dataclasses.replace(recipe.loss, ttt_length=1))
-    pair = [lower_step(short, with_layers(target, layers), coordinates) for layers in (few, few + more)]
+    pair = [lower_target(recipe, with_layers(target, layers), coordinates) for layers in (few, few + more)]
     return [lower_step(recipe, with_layers(target, few), coordinates), *pair]
 
 

@@ -2,16 +2,21 @@
 
 import copy
 
-from eagle3_xla.target.families import inner_widths
+from eagle3_xla.target.families import routed_layers
 
 BY_LAYER = ("layer_types", "no_rope_layers")  # lists with an entry for each layer
 
 
+def layer_kinds(config) -> list[tuple]:
+    """What distinguishes each layer from others: mixture of experts or not, its window, its rotation."""
+    every = config.num_hidden_layers
+    return list(zip(routed_layers(config), *(getattr(config, name, None) or [None] * every for name in BY_LAYER)))
+
+
 def layer_period(config) -> int:
     """After how many layers their kinds repeat: 1 where all are alike, 2 where every other one has a window."""
-    every = config.num_hidden_layers
-    kinds = list(zip(inner_widths(config), *(getattr(config, name, None) or [None] * every for name in BY_LAYER)))
-    return next(p for p in range(1, every + 1) if all(kinds[i] == kinds[i % p] for i in range(every)))
+    kinds = layer_kinds(config)
+    return next(p for p in range(1, len(kinds) + 1) if all(kinds[i] == kinds[i % p] for i in range(len(kinds))))
 
 
 def with_layers(config, layers: int):

@@ -22,34 +22,56 @@ def lower_step(recipe: Recipe, target_config, coordinates: list | None = None) -
 
     With prepared data its draft phase is as large as the run's will be; without, every position counts as drafted.
     """
-    from transformers import AutoModelForCausalLM
-
     backend = AotBackend(recipe.xla, coordinates=coordinates)
     listed = _listed_positions(recipe, backend)
     draft_vocabulary, vocabulary = recipe.data.draft_vocab_size, target_config.vocab_size
     with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(target_config, dtype=getattr(torch, recipe.target.dtype))
-        model = model.eval().requires_grad_(False)
-        target = backend.place_target(Target(model, torch.zeros(draft_vocabulary, dtype=torch.int64)))
+        target = _target(recipe, target_config, backend)
         head = backend.place_head(Eagle3Head(draft_config(target_config, draft_vocabulary)))
         parameters = dict(head.named_parameters())
         lr_scale = {"fc.weight": torch.zeros(head.fc.in_features)}
         optimizer = AdamW(parameters, recipe.train, TOTAL_STEPS, backend, lr_scale)
         d2t, t2d = torch.zeros(draft_vocabulary, dtype=torch.int64), torch.zeros(vocabulary, dtype=torch.bool)
         step = TrainStep(recipe, backend, target, head, d2t, t2d, optimizer)
-        shape = (recipe.train.batch_size * backend.data_parallel, recipe.data.row_length)
-        ids = {name: torch.zeros(shape, dtype=torch.int32) for name in ("input_ids", "position_ids", "document_ids")}
-        batch = {**ids, "loss_mask": torch.zeros(shape, dtype=torch.bool)}
+        batch = _rows(recipe, backend)
         if listed:
-            groups = backend.draft_groups
-            for name, count in (("rows", listed), ("slots", shape[0] * shape[1] // groups)):
+            groups, positions = backend.draft_groups, batch["input_ids"].numel()
+            for name, count in (("rows", listed), ("slots", positions // groups)):
                 batch[name] = torch.zeros(groups, count, dtype=torch.int32)
         batch = backend.put(batch)
     state = {f"head.{name}": parameter for name, parameter in parameters.items()} | optimizer.state()
     state |= {f"gradient.{name}": p.grad for name, p in parameters.items() if p.grad is not None}
-    frozen = dict(target.named_parameters()) | {f"target.{name}": buffer for name, buffer in target.named_buffers()}
     last_micro_step = recipe.train.gradient_accumulation - 1
-    return backend.lower(lambda inputs: list(step.run(last_micro_step, inputs)), batch, state, frozen)
+    return backend.lower(lambda inputs: list(step.run(last_micro_step, inputs)), batch, state, _frozen(target))
+
+
+def lower_target(recipe: Recipe, target_config, coordinates: list | None = None) -> LoweredStep:
+    """The target's layers alone, forward, as `lower_step` has them."""
+    backend = AotBackend(recipe.xla, coordinates=coordinates)
+    with torch.device("meta"):
+        target = _target(recipe, target_config, backend)
+        batch = _rows(recipe, backend)
+        del batch["loss_mask"]
+        batch = backend.put(batch)
+    return backend.lower(lambda inputs: list(target.hidden_states(**inputs)), batch, {}, _frozen(target))
+
+
+def _target(recipe: Recipe, target_config, backend: AotBackend) -> Target:
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_config(target_config, dtype=getattr(torch, recipe.target.dtype))
+    model = model.eval().requires_grad_(False)
+    return backend.place_target(Target(model, torch.zeros(recipe.data.draft_vocab_size, dtype=torch.int64)))
+
+
+def _rows(recipe: Recipe, backend: AotBackend) -> dict[str, torch.Tensor]:
+    shape = (recipe.train.batch_size * backend.data_parallel, recipe.data.row_length)
+    ids = {name: torch.zeros(shape, dtype=torch.int32) for name in ("input_ids", "position_ids", "document_ids")}
+    return {**ids, "loss_mask": torch.zeros(shape, dtype=torch.bool)}
+
+
+def _frozen(target: Target) -> dict[str, torch.Tensor]:
+    return dict(target.named_parameters()) | {f"target.{name}": buffer for name, buffer in target.named_buffers()}
 
 
 def _listed_positions(recipe: Recipe, backend) -> int | None:

@@ -4,6 +4,8 @@ A field that is neither here nor without effect is refused by name: a head that 
 engine serves looks well in training and dies in serving. tests/target/test_families.py runs every family.
 """
 
+import math
+
 from eagle3_xla.config import UserError
 from eagle3_xla.data.tokenizer import load_config, written_config
 from eagle3_xla.target import quantised
@@ -118,12 +120,12 @@ ROPE = {
     "linear": ["factor"],
     "llama3": ["factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"],
     "yarn": ["factor", "original_max_position_embeddings"],
+    "longrope": ["short_factor", "long_factor"],
 }
 ROPE_OPTIONS = {"yarn": ["beta_fast", "beta_slow", "truncate"]}
 ROPE_REFUSED = {
-    "dynamic": "transformers changes its base with the longest row of a forward, vLLM has one for the whole server",
-    "longrope": "transformers switches its factors by the longest row of a forward, SGLang by the batch, vLLM by the "
-    "server's context length",
+    "dynamic": "transformers changes its base with the longest row of a forward, SGLang has another base at every "
+    "length, vLLM none",
 }
 
 
@@ -132,12 +134,36 @@ def load_target_config(path: str):
     check(written_config(path), path)
     config = load_config(path)
     aux_layers(config.num_hidden_layers)
+    _within_original_context(config)
     return config
+
+
+def _within_original_context(config) -> None:
+    """Cut a longrope target's context to the one it was first trained with, where its rotation is one for all lengths.
+
+    Beyond it transformers switches to the long factors by the longest row of a forward, SGLang by the longest request
+    of a batch (keys that are cached keep theirs), vLLM by the server's context length.
+    """
+    if not is_longrope(config):
+        return
+    longest, original = config.max_position_embeddings, config.original_max_position_embeddings
+    # Of cos and sin at every length; transformers takes it from the two contexts.
+    factor = math.sqrt(1 + max(0.0, math.log(longest / original)) / math.log(original))
+    config.rope_scaling["attention_factor"] = factor
+    config.max_position_embeddings = original
+
+
+def is_longrope(config) -> bool:
+    return _rope_type(getattr(config, "rope_scaling", None) or {}) == "longrope"
+
+
+def _rope_type(rope: dict) -> str:
+    return rope.get("rope_type", rope.get("type", "default"))
 
 
 def _strange_rope(rope: dict) -> str | None:
     """Why this rope_scaling is not the same in transformers and in the engines."""
-    kind = rope.get("rope_type", rope.get("type", "default"))
+    kind = _rope_type(rope)
     if kind not in ROPE:
         return f"rope_scaling {kind!r}: " + ROPE_REFUSED.get(kind, f"unknown here; known: {', '.join(ROPE)}")
     given = {field for field, value in rope.items() if value is not None} - {"rope_type", "type"}
@@ -196,6 +222,8 @@ def check(written: dict, path: str) -> None:
         raise refuse(why)
     if why := _strange_rope(written.get("rope_scaling") or {}):
         raise refuse(why)
+    if _rope_type(written.get("rope_scaling") or {}) == "longrope" and kind != "phi3":
+        raise refuse(f"rope_scaling 'longrope' is known here of phi3 alone, not of {kind}")
     if strange := set(written.get("layer_types") or []) - {"full_attention", "sliding_attention"}:
         raise refuse(f"layer_types has {', '.join(sorted(strange))}; known: full_attention, sliding_attention")
     newer = (written.get("rope_parameters") or {}).get("rope_theta")
@@ -232,15 +260,20 @@ def logits_of(config, products):
     return products
 
 
+def routed_layers(config) -> list[bool]:
+    """Which layers are a mixture of experts."""
+    every, chosen = config.num_hidden_layers, getattr(config, "num_experts_per_tok", 0)
+    if config.model_type == "qwen3_moe":
+        dense = set(config.mlp_only_layers)
+        return [i not in dense and (i + 1) % config.decoder_sparse_step == 0 for i in range(every)]
+    return [chosen > 0] * every
+
+
 def inner_widths(config) -> list[int]:
     """How wide the MLP of each layer is for one token: of its chosen experts together in a mixture-of-experts layer."""
     chosen = getattr(config, "num_experts_per_tok", 0)
-    routed = [chosen > 0] * config.num_hidden_layers
-    if config.model_type == "qwen3_moe":
-        dense = set(config.mlp_only_layers)
-        routed = [i not in dense and (i + 1) % config.decoder_sparse_step == 0 for i in range(len(routed))]
     of_expert = getattr(config, "moe_intermediate_size", config.intermediate_size)
-    return [chosen * of_expert if is_routed else config.intermediate_size for is_routed in routed]
+    return [chosen * of_expert if routed else config.intermediate_size for routed in routed_layers(config)]
 
 
 def linear_rows(config, rows):

@@ -13,6 +13,7 @@ from eagle3_xla.target.experts import RoutedExperts
 from eagle3_xla.target.families import (
     attention_masks,
     aux_layers,
+    is_longrope,
     load_target_config,
     logits_of,
     plain_attention,
@@ -60,6 +61,7 @@ def load_target(path: str, dtype: torch.dtype):
     try:
         model, found = AutoModelForCausalLM.from_pretrained(
             storage.local_folder(path) if storage.is_url(path) else path,
+            config=config,
             dtype=dtype,
             attn_implementation=plain_attention(config),
             output_loading_info=True,
@@ -123,6 +125,8 @@ class Target(nn.Module):
         self.weights = weights
         self.layers = layers or aux_layers(model.config.num_hidden_layers)
         self._captured: dict[int, torch.Tensor] = {}
+        if is_longrope(model.config):  # its context ends where the factors would change: no look at the positions
+            model.model.rotary_emb.rope_type = "default"
         for layer in self.layers:
             model.model.layers[layer].register_forward_hook(self._capture(layer))
         weight = model.get_output_embeddings().weight

@@ -39,6 +39,8 @@ class LoweredStep(NamedTuple):
 class AotBackend(SpmdBackend):
     """SpmdBackend whose tensors hold no data. Nothing runs; `lower` gives the graph of a function."""
 
+    runs_here = False  # what the TPU compiler frees, gigabytes, is given back
+
     def _move(self, module):
         return module._apply(self._to_device)
 
