@@ -8,18 +8,22 @@ acceptance length is within 2% of our own. Their weights begin at random and lea
 distributions are sharp; the head is one of a few training steps. Prints the figures with -s.
 """
 
+import itertools
 import json
+import subprocess
 from pathlib import Path
 from typing import NamedTuple
 
 import pytest
 import torch
-from engines.servers import serve
+from engines.servers import engine_environment, engine_python, serve
+from safetensors.torch import load_file
 from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, Phi3Config, Qwen3Config, Qwen3MoeConfig
 
 from eagle3_xla.cli import main
 from eagle3_xla.data.files import data_file, read_rows
 from eagle3_xla.data.tokenizer import load_tokenizer, stop_token_ids
+from eagle3_xla.draft.model import Eagle3Head, draft_config
 from eagle3_xla.evaluate.run import EvalOptions, decode_all, load_pair, prompt_ids, tau
 from eagle3_xla.serve.bench import run_prompts
 from eagle3_xla.serve.client import Request, connect
@@ -141,3 +145,40 @@ def test_output_and_acceptance(engine, trained):
     print(f"\n{engine}: served {acceptance_length:.4f}, eval {trained.tau:.4f}")
     assert none is None and tokens == without == trained.tokens
     assert acceptance_length == pytest.approx(trained.tau, rel=0.02)
+
+
+YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32}
+SCALINGS = [
+    {"rope_type": "linear", "factor": 3.0},
+    {"rope_type": "llama3", "original_max_position_embeddings": 32, **LLAMA3},
+    YARN,
+    YARN | {"truncate": False, "beta_fast": 16.0, "beta_slow": 2.0},
+    {"rope_type": "dynamic", "factor": 2.0},
+]
+
+
+def test_heads_are_rotated_alike(tmp_path):
+    """Up to four times the original context; and dynamic scaling, which is refused, differs in every engine."""
+    job, longest = tmp_path / "job.json", 128
+    tables = {"theta": 5e5, "head_dim": 32, "longest": longest, "scalings": SCALINGS}
+    job.write_text(json.dumps(tables))
+    ours = []
+    for scaling in SCALINGS:
+        config = LlamaConfig(**SIZES | {"max_position_embeddings": longest}, rope_theta=5e5, rope_scaling=dict(scaling))
+        head = Eagle3Head(draft_config(config, 8))
+        cos, sin = head.rope(torch.zeros(1), torch.arange(longest)[None])
+        ours.append(torch.cat([cos[0, :, :16], sin[0, :, :16]], -1))
+    theirs = {}
+    for engine in ("sglang", "vllm"):
+        out = tmp_path / f"{engine}.safetensors"
+        script = [Path(__file__).parent / "rope_tables.py", engine, job, out]
+        environment = engine_environment(engine, False) | {"SGLANG_USE_CPU_ENGINE": "1"}
+        if engine == "sglang":
+            environment["PYTHONPATH"] = str(Path(__file__).parent / "stand_ins")
+        subprocess.run([*map(str, [engine_python(engine), *script])], check=True, env=environment)
+        theirs[engine] = [table[:longest] for _, table in sorted(load_file(out).items())]
+        for scaling, expected, table in list(zip(SCALINGS, ours, theirs[engine], strict=True))[:-1]:
+            torch.testing.assert_close(table, expected, atol=1e-5, rtol=1e-5, msg=lambda m: f"{engine} {scaling} {m}")  # noqa: B023
+    dynamic = [ours[-1], theirs["sglang"][-1], theirs["vllm"][-1]]
+    print(f"\ndynamic: {[float((a - b).abs().max()) for a, b in itertools.combinations(dynamic, 2)]}")
+    assert not torch.allclose(dynamic[0], dynamic[1], atol=0.1) and not torch.allclose(dynamic[1], dynamic[2], atol=0.1)
