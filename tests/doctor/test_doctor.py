@@ -7,9 +7,13 @@ import pytest
 import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
+from transformers import Phi3Config
 
 from eagle3_xla.config import UserError
+from eagle3_xla.doctor.config_rules import max_positions
+from eagle3_xla.doctor.files import Target
 from eagle3_xla.doctor.run import doctor
+from eagle3_xla.draft.saved import read_head
 
 IDS = "eagle_aux_hidden_state_layer_ids"
 
@@ -230,3 +234,12 @@ def test_command_line(cli, exported_head, small_target, tmp_path):
     assert done.returncode == 0 and "fixed max_position_embeddings: None -> 1024" in done.stdout, done.stdout
     done = cli("doctor", tmp_path, "--target", small_target)
     assert done.returncode == 2 and "no head at" in done.stderr and done.stderr.count("\n") == 1, done.stderr
+
+
+def test_a_longrope_target_is_served_within_its_original_context(exported_head):
+    scaling = {"type": "longrope", "short_factor": [1.0] * 16, "long_factor": [2.0] * 16}
+    config = Phi3Config(
+        hidden_size=64, num_attention_heads=2, original_max_position_embeddings=256, rope_scaling=scaling
+    )
+    found = max_positions(read_head(exported_head), Target("phi3", config, None))
+    assert found.status == "warn" and "--max-model-len 256" in found.message

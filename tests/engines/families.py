@@ -23,6 +23,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, Phi3Conf
 from eagle3_xla.cli import main
 from eagle3_xla.data.files import data_file, read_rows
 from eagle3_xla.data.tokenizer import load_tokenizer, stop_token_ids
+from eagle3_xla.doctor.run import doctor
 from eagle3_xla.draft.model import Eagle3Head, draft_config
 from eagle3_xla.evaluate.run import EvalOptions, decode_all, load_pair, prompt_ids, tau
 from eagle3_xla.serve.bench import run_prompts
@@ -122,6 +123,7 @@ def trained(request, tokenizer, tmp_path_factory) -> Trained:
     assert main(["prepare", *settings]) == 0
     assert main(["train", *settings, "--max-steps", str(HEAD_STEPS)]) == 0
     assert main(["export", "--checkpoint", str(folder / "run"), "--out", str(folder / "head"), "--dtype=float32"]) == 0
+    assert doctor(folder / "head", str(target))["ok"]
     ids = prompt_ids(load_tokenizer(str(target)), str(prompts), OPTIONS, 10**6)
     assert min(map(len, ids)) > ORIGINAL_CONTEXT
     pair = load_pair(str(target), str(folder / "head"), OPTIONS)

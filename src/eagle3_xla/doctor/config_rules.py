@@ -7,7 +7,7 @@ target else. Without a record a doubt about the training is a warning, and no fi
 from eagle3_xla.config import UserError
 from eagle3_xla.doctor.files import Finding, Target
 from eagle3_xla.draft.saved import ARCHITECTURE, FLAGS, LAYER_IDS, UNKNOWN, SavedHead, layer_ids
-from eagle3_xla.target.families import MIN_LAYERS, aux_layers
+from eagle3_xla.target.families import MIN_LAYERS, aux_layers, context_length, is_longrope
 
 RULED = (
     *FLAGS,
@@ -117,9 +117,13 @@ def heads(head: SavedHead, target: Target) -> Finding:
 
 
 def max_positions(head: SavedHead, target: Target) -> Finding:
-    given, wanted = head.config.get("max_position_embeddings"), target.config.max_position_embeddings
+    given, wanted = head.config.get("max_position_embeddings"), context_length(target.config)
     if isinstance(given, int) and given >= wanted:
-        return Finding("max_position_embeddings", "pass", f"{given}, the target's {wanted}")
+        message = f"{given}, the target's {wanted}"
+        if not is_longrope(target.config):
+            return Finding("max_position_embeddings", "pass", message)
+        message += f" before longrope takes other factors: serve it with --context-length {wanted} (SGLang) or "
+        return Finding("max_position_embeddings", "warn", message + f"--max-model-len {wanted} (vLLM), as trained")
     what = "missing, which means 2048 to engines" if given is None else f"{given}"
     message = f"max_position_embeddings is {what}, the target's {wanted}: acceptance collapses beyond it, and SGLang "
     message += "refuses to start with the target's context length"

@@ -139,11 +139,7 @@ def load_target_config(path: str):
 
 
 def _within_original_context(config) -> None:
-    """Cut a longrope target's context to the one it was first trained with, where its rotation is one for all lengths.
-
-    Beyond it transformers switches to the long factors by the longest row of a forward, SGLang by the longest request
-    of a batch (keys that are cached keep theirs), vLLM by the server's context length.
-    """
+    """Cut a longrope target's context to `context_length`."""
     if not is_longrope(config):
         return
     longest, original = config.max_position_embeddings, config.original_max_position_embeddings
@@ -151,6 +147,15 @@ def _within_original_context(config) -> None:
     factor = math.sqrt(1 + max(0.0, math.log(longest / original)) / math.log(original))
     config.rope_scaling["attention_factor"] = factor
     config.max_position_embeddings = original
+
+
+def context_length(config) -> int:
+    """How many positions a target is used with: of a longrope target those that it was first trained with.
+
+    Beyond them transformers switches to the long factors by the longest row of a forward, SGLang by the longest request
+    of a batch (keys that are cached keep theirs), vLLM by the server's context length.
+    """
+    return config.original_max_position_embeddings if is_longrope(config) else config.max_position_embeddings
 
 
 def is_longrope(config) -> bool:
