@@ -1,5 +1,11 @@
-"""Draws the documentation's figures: python docs/figures.py [FOLDER]"""
+"""Draws the documentation's figures: python docs/figures.py [FOLDER]
 
+python docs/figures.py --quickstart FOLDER draws docs/quickstart.svg: what a quickstart in FOLDER ended with.
+"""
+
+import io
+import json
+import re
 import sys
 from pathlib import Path
 
@@ -120,5 +126,26 @@ def draw(folder: Path) -> None:
         plt.close(drawn)
 
 
+def draw_quickstart(folder: Path, picture: Path) -> None:
+    """The last screen of a quickstart, from its result.json and run.yaml, as a terminal shows it."""
+    from rich.console import Console
+    from rich.text import Text
+
+    from eagle3_xla.config import load_recipe
+    from eagle3_xla.quickstart import GREEN, PLAIN, last_screen
+
+    result = json.loads((folder / "result.json").read_text())
+    screen = last_screen(result, load_recipe(str(folder / "run.yaml"), []), (GREEN, PLAIN))
+    console = Console(record=True, width=118, file=io.StringIO(), force_terminal=True)
+    console.print(Text.from_ansi(screen.strip("\n")))
+    drawn = console.export_svg(title="eagle3-xla quickstart")
+    picture.write_text(
+        re.sub(r"@font-face \{.*?\}\s*", "", drawn, flags=re.DOTALL)
+    )  # a reader's browser fetches nothing
+
+
 if __name__ == "__main__":
-    draw(Path(sys.argv[1]) if len(sys.argv) > 1 else Path(__file__).parent / "figures")
+    if sys.argv[1:2] == ["--quickstart"]:
+        draw_quickstart(Path(sys.argv[2]), Path(__file__).parent / "quickstart.svg")
+    else:
+        draw(Path(sys.argv[1]) if len(sys.argv) > 1 else Path(__file__).parent / "figures")

@@ -12,7 +12,7 @@ from eagle3_xla import quickstart as module
 from eagle3_xla.config import UserError
 from eagle3_xla.evaluate.decode import Generation
 from eagle3_xla.machine import REFERENCE_GFLOPS, Machine, measure
-from eagle3_xla.quickstart import ALL_TOKENS, LEAST_TOKENS
+from eagle3_xla.quickstart import ALL_TOKENS, LEAST_TOKENS, USEFUL_TOKENS
 
 
 @pytest.mark.slow
@@ -58,7 +58,8 @@ def test_a_slow_machine_gets_less_and_is_told(tmp_path):
     slow = Machine(2, 70.0, False, 3.5)
     assert slow.slowness > 3
     budget = module._budget(None, slow)
-    assert budget.tokens == LEAST_TOKENS  # what is left of the eight minutes is not enough for more
+    assert budget.tokens == USEFUL_TOKENS  # the eight minutes are not enough for more
+    assert LEAST_TOKENS <= module._budget(0.1, slow).tokens < USEFUL_TOKENS
     heading = module._heading(slow, budget)
     assert "4.0 times slower" in heading and "no AVX-512" in heading and "with 3.5 GiB free it may be killed" in heading
     # Continued on the same machine, busier or not: the recipe stays; other minutes are another recipe.

@@ -32,6 +32,7 @@ HELDOUT = "package:heldout.jsonl"
 WORK_MINUTES = 8.0  # of everything after the installation, where --minutes says nothing
 LEAST_MINUTES, MOST_MINUTES = 0.1, 100_000  # of training
 LEAST_TOKENS, ALL_TOKENS = 4_000, 520_000  # to train on: a few rows; what the shipped chats have
+USEFUL_TOKENS = 20_000  # where --minutes says nothing, no fewer, however long it takes: 4,000 made no head better
 LEAST_GIB = 5  # of free memory: what the training takes, 4 GB, and some air
 EVALUATION = EvalOptions(limit=8, max_new_tokens=48)
 GREEN, PLAIN = "\033[1;32m", "\033[0m"
@@ -126,7 +127,7 @@ def _budget(asked: float | None, machine: Machine) -> Budget:
     epochs, slow = load_recipe(RECIPE, []).train.epochs, machine.slowness
     seconds = asked * 60 if asked is not None else WORK_MINUTES * 60 - BEGIN_SECONDS * slow
     per_token = (STATES_SECONDS + EPOCH_SECONDS * epochs) / 1000 * slow
-    tokens = max(int(seconds / per_token), LEAST_TOKENS)
+    tokens = max(int(seconds / per_token), USEFUL_TOKENS if asked is None else LEAST_TOKENS)
     if tokens > ALL_TOKENS:
         states, epoch = (cost * ALL_TOKENS / 1000 * slow for cost in (STATES_SECONDS, EPOCH_SECONDS))
         epochs, tokens = max(epochs, int((seconds - states) / epoch)), 0
@@ -147,15 +148,17 @@ def _heading(machine: Machine, budget: Budget) -> str:
     lines = [f"this machine: {machine.words()}"]
     if machine.slowness > 1.5:
         lines.append(
-            f"  {machine.slowness:.1f} times slower than two cores with AVX-512: in the same time the head learns from "
-            "fewer chats, and its tau will be smaller; --minutes N gives it longer"
+            f"  {machine.slowness:.1f} times slower than two cores with AVX-512: the head learns from fewer chats, "
+            "its tau will be smaller, and all takes longer; --minutes N gives it more time"
         )
     if machine.free_gib < LEAST_GIB:
         lines.append(
             f"  the training takes 4 GB; with {machine.free_gib:.1f} GiB free it may be killed: close something"
         )
+    everything = BEGIN_SECONDS * machine.slowness + budget.train_seconds
     lines.append(
-        f"to train on: {tokens:,} tokens of chats, {budget.epochs} times, about {minutes(budget.train_seconds)}"
+        f"to train on: {tokens:,} tokens of chats, {budget.epochs} times, about {minutes(budget.train_seconds)}; "
+        f"everything about {minutes(everything)}"
     )
     return "\n".join(lines)
 
@@ -222,6 +225,8 @@ def last_screen(result: dict, recipe: Recipe, colours: tuple[str, str]) -> str:
         f"{colours[0]}{printable(words)}{colours[1]}" if drafted else printable(words)
         for words, drafted in result["answer"]["pieces"]
     )
+    slower = trained["tokens_per_second"] <= trained["baseline_tokens_per_second"]
+    no_gain = ": a target this small, on a CPU, has no calls to save time on" if slower else ""
     grown = " -> ".join(f"{tau:.2f}" for tau in result["heldout_taus"])
     return f"""
 A draft head for SmolLM2-135M-Instruct (as Qwen2), trained in {result["minutes"]:.1f} minutes in all
@@ -238,7 +243,7 @@ On {trained["prompts"]} held-out prompts, greedy, chain of {trained["draft_token
   trained head         {trained["tau"]:.2f}                    {row(trained)}
   target calls per token  {trained["target_calls_per_token"]:.2f}
   tokens per second       {trained["tokens_per_second"]:.1f} with the head, \
-{trained["baseline_tokens_per_second"]:.1f} without: with a target this small, on a CPU, drafts gain no time
+{trained["baseline_tokens_per_second"]:.1f} without{no_gain}
   same tokens as the target alone: {"yes" if trained["identical"] else "NO"}
 
 One answer; what the head drafted and the target kept is {"green" if colours[0] == GREEN else "in brackets"}
