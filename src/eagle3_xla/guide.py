@@ -69,7 +69,7 @@ def next_step(options: Namespace, overrides: list[str], result: dict) -> str:
             return f"bash launch/train_torchrun.sh --slice{recipe}{_unless(overrides, 'train.out', 'gs://BUCKET/run')}"
         case "plan":
             return f"eagle3-xla plan{recipe} --search"
-        case "train" if result.get("ended") in ("SIGTERM", "max_steps"):
+        case "train" if result.get("ended") in ("SIGTERM", "SIGINT", "max_steps"):
             return f"the same command again, it continues: eagle3-xla train{recipe}"
         case "train":
             out = next((o.partition("=")[2] for o in overrides if o.startswith("train.out=")), "RUN")

@@ -91,6 +91,8 @@ def quickstart(out: Path, asked: float | None) -> dict:
         screen.steps = manifest["train"]["rows"] // recipe.train.batch_size * recipe.train.epochs
         with screen.stage(2):
             training = train(recipe)
+            if training["ended"] in ("SIGTERM", "SIGINT"):
+                raise KeyboardInterrupt
         with screen.stage(3):
             export(out / "run", head)
             export(out / "run" / "initial" / "step-00000000", untrained)

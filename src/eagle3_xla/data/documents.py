@@ -99,14 +99,14 @@ def tokenize(chats: Chats, target: str, stop_ids: set[int], vocab_size: int, dat
         missing = []
         for number, file in enumerate(files):
             if gathered.take(number, file):
-                bar.update(CHUNK)
+                bar.update(min(CHUNK, len(chats) - number * CHUNK))
             else:
                 missing.append(number)
         chunks = ((str(files[number]), list(chats[number * CHUNK : (number + 1) * CHUNK])) for number in missing)
         for number, _ in zip(missing, ordered_map(_Tokenizer, arguments, chunks, data.workers), strict=True):
             if not gathered.take(number, files[number]):
                 raise OSError(f"{files[number]} was written, but does not read back; is the disk sound?")
-            bar.update(CHUNK)
+            bar.update(min(CHUNK, len(chats) - number * CHUNK))
     return gathered.documents()
 
 

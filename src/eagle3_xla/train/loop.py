@@ -8,6 +8,7 @@ It continues by itself from the newest whole checkpoint in `train.out`, and ends
 import contextlib
 import dataclasses
 import signal
+import sys
 
 from eagle3_xla import storage
 from eagle3_xla.config import Recipe, UserError
@@ -26,14 +27,14 @@ def train(recipe: Recipe, max_steps: int = 0, allow_recompile: bool = False, pro
     """Train to the end of the recipe, or save and stop after `max_steps` further micro-steps (0: no such limit).
 
     Returns a summary: `micro_steps` done, `of` how many, held-out expected `tau`, the last `checkpoint`, `ended`:
-    done | max_steps | SIGTERM | patience. Raises UserError for a recipe, data or output folder that doesn't fit,
-    RunError when the step compiles beyond its budget (train/budget.py).
+    done | max_steps | SIGTERM | SIGINT | patience (after a signal it saves first). Raises UserError for a recipe, data
+    or output folder that doesn't fit, RunError when the step compiles beyond its budget (train/budget.py).
     """
     if not recipe.train.out:
         raise UserError("setting train.out is empty; name the folder for checkpoints and metrics")
     stopping: list[str] = []
     with join_hosts() as hosts:
-        previous_handler = signal.signal(signal.SIGTERM, lambda *_: stopping.append("SIGTERM"))
+        handlers = _stop_by_signals(stopping)
         try:
             run = set_up(recipe, stopping, hosts)
             flops = flops_per_token(run.target_config, recipe)
@@ -45,9 +46,26 @@ def train(recipe: Recipe, max_steps: int = 0, allow_recompile: bool = False, pro
                 loop.steps(max_steps, profile)
                 return loop.summary()
         except Stopped:
-            return {"micro_steps": 0, "ended": "SIGTERM", "checkpoint": None}
+            return {"micro_steps": 0, "ended": _why(stopping), "checkpoint": None}
         finally:
-            signal.signal(signal.SIGTERM, previous_handler)
+            for number, handler in handlers.items():
+                signal.signal(number, handler)
+
+
+def _stop_by_signals(stopping: list[str]) -> dict:
+    """SIGTERM and Ctrl-C are noted in `stopping`; a second Ctrl-C interrupts at once. Returns the handlers before."""
+
+    def note(number: int, frame) -> None:
+        stopping.append(signal.Signals(number).name)
+        if number == signal.SIGINT:
+            signal.signal(signal.SIGINT, signal.default_int_handler)
+            print("Ctrl-C: saves after this step; once more to stop at once", file=sys.stderr)
+
+    return {number: signal.signal(number, note) for number in (signal.SIGTERM, signal.SIGINT)}
+
+
+def _why(stopping: list[str]) -> str:
+    return stopping[0] if stopping else "SIGTERM"  # the latter: another host was told to
 
 
 class Loop:
@@ -135,9 +153,9 @@ class Loop:
         if measured or stop or updates % settings.save_every == 0 or self.done == last_step:
             self.path = self._save(self.tau)
         if stop:
-            self.ended = "SIGTERM"
+            self.ended = _why(self.stopping)
             self.saver.wait()
-            reporter.say(f"SIGTERM: saved {self.path}; start again to continue")
+            reporter.say(f"{self.ended}: saved {self.path}; start again to continue")
         elif self._gains_no_more():
             self.ended = "patience"
             reporter.say(f"no better tau in {settings.patience} evaluations: stopped")
