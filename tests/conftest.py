@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -212,8 +213,10 @@ def installed_wheel(tmp_path_factory) -> Path:
     """A folder that the package's wheel was installed to, as `pip install dist/*.whl` does; for PYTHONPATH."""
     folder = tmp_path_factory.mktemp("wheel")
     pip = [sys.executable, "-m", "pip", "--disable-pip-version-check", "-qq"]
-    root = Path(__file__).parents[1]
-    subprocess.run([*pip, "wheel", "--no-deps", "--wheel-dir", folder / "dist", root], check=True)
+    copy = folder / "source"  # a build leaves its folder behind, and takes what an earlier one left
+    ignored = shutil.ignore_patterns(".*", "build", "quickstart", "*.egg-info", "__pycache__", "site", "tests")
+    shutil.copytree(Path(__file__).parents[1], copy, ignore=ignored)
+    subprocess.run([*pip, "wheel", "--no-deps", "--wheel-dir", folder / "dist", copy], check=True)
     (wheel,) = (folder / "dist").glob("eagle3_xla-*.whl")
     subprocess.run([*pip, "install", "--no-deps", "--target", folder / "site", wheel], check=True)
     return folder / "site"
