@@ -124,13 +124,13 @@ def test_sglang_051_drafts_with_the_trained_head(trained, tmp_path):
         documents = torch.ones_like(tokens)
         with torch.inference_mode():
             features = head.features(target.states(tokens, positions, documents).aux)
-            embeds = target.embed_tokens(torch.tensor([request[1:] + request[-1:]]))
-            key, value = head.context(embeds, features, positions)
+            embedded = head.embedded(target.embed_tokens(torch.tensor([request[1:] + request[-1:]])))
+            key, value = head.context(embedded, features, positions)
 
             def attend(query, key=key, value=value, documents=documents):
                 return causal_attention(query, key, value, documents)
 
-            hidden, *_ = head.ttt_step(0, embeds, features, positions, attend, (), ())
+            hidden, *_ = head.ttt_step(0, embedded, features, positions, attend, (), ())
             ours = head.logits(hidden)[0]
         print(f"\nrequest {i}: largest difference {(found[f'drafts.{i}'] - ours).abs().max():.1e}")
         torch.testing.assert_close(found[f"drafts.{i}"], ours, rtol=1e-3, atol=1e-3)

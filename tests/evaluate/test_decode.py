@@ -58,14 +58,14 @@ def test_drafts_are_the_unrolls_drafts(trained, small_target):
     aux = torch.zeros(1, length, states.aux.shape[-1])
     aux[:, :rows] = states.aux[:, :rows]
     hidden, positions, keys, values = head.features(aux), torch.arange(length)[None], [], []
-    key0, value0 = head.context(target.embed_tokens(shift_left(text, 1)), hidden, positions)
+    key0, value0 = head.context(head.embedded(target.embed_tokens(shift_left(text, 1))), hidden, positions)
 
     def attend_context(query):
         return causal_attention(query, key0, value0, torch.ones_like(text))
 
     for k, draft in enumerate(drafts):
-        embeds = target.embed_tokens(shift_left(text, 1 + k))
-        hidden, key, value = head.ttt_step(k, embeds, hidden, positions + k, attend_context, keys, values)
+        embedded = head.embedded(target.embed_tokens(shift_left(text, 1 + k)))
+        hidden, key, value = head.ttt_step(k, embedded, hidden, positions + k, attend_context, keys, values)
         if k > 0:
             keys, values = [*keys, key], [*values, value]
         choice = int(head.logits(hidden)[0, rows - 1].argmax())

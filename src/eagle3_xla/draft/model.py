@@ -2,6 +2,7 @@
 
 import torch
 from torch import nn
+from torch.nn.functional import linear
 from transformers import LlamaConfig
 from transformers.models.llama.modeling_llama import (
     LlamaMLP,
@@ -50,10 +51,18 @@ class Attention(nn.Module):
         self.v_proj = nn.Linear(2 * config.hidden_size, config.num_key_value_heads * config.head_dim, bias=False)
         self.o_proj = nn.Linear(config.num_attention_heads * config.head_dim, config.hidden_size, bias=False)
 
-    def project(self, x: torch.Tensor, rope: tuple[torch.Tensor, torch.Tensor]) -> tuple[torch.Tensor, ...]:
-        """x [B, T, 2H] -> query [B, T, heads, D], key and value [B, T, kv_heads, D], rotated."""
-        shape = (*x.shape[:-1], -1, self.head_dim)
-        query, key, value = (proj(x).view(shape) for proj in (self.q_proj, self.k_proj, self.v_proj))
+    def embedded(self, embeds: torch.Tensor) -> list[torch.Tensor]:
+        """embeds [.., H], normed -> their share of the query, the key and the value, [.., heads * D] each."""
+        return [linear(embeds, proj.weight[:, : embeds.shape[-1]]) for proj in (self.q_proj, self.k_proj, self.v_proj)]
+
+    def project(self, embedded, hidden, rope: tuple[torch.Tensor, torch.Tensor]) -> tuple[torch.Tensor, ...]:
+        """embedded: as above, of [B, T]; hidden [B, T, H], normed -> query [B, T, heads, D], key and value
+        [B, T, kv_heads, D], rotated."""
+        rotated = []
+        for share, proj in zip(embedded, (self.q_proj, self.k_proj, self.v_proj)):
+            x = share + linear(hidden, proj.weight[:, hidden.shape[-1] :])
+            rotated.append(x.view(*x.shape[:-1], -1, self.head_dim))
+        query, key, value = rotated
         query, key = apply_rotary_pos_emb(query, key, *rope, unsqueeze_dim=2)
         return query, key, value
 
@@ -69,17 +78,13 @@ class MidLayer(nn.Module):
         self.post_attention_layernorm = LlamaRMSNorm(config.hidden_size, config.rms_norm_eps)
         self.mlp = LlamaMLP(config)
 
-    def attention_input(self, embeds, hidden) -> torch.Tensor:
-        """embeds, hidden [.., H] -> [.., 2H], embedding first."""
-        return torch.cat([self.input_layernorm(embeds), self.hidden_norm(hidden)], dim=-1)
-
-    def forward(self, embeds, hidden, rope, attend) -> torch.Tensor:
-        """embeds, hidden [B, T, H] -> hidden [B, T, H], pre-norm.
+    def forward(self, embedded, hidden, rope, attend) -> torch.Tensor:
+        """embedded: `Eagle3Head.embedded` of [B, T]; hidden [B, T, H] -> hidden [B, T, H], pre-norm.
 
         attend(query, key, value) -> [B, T, heads, D] is the caller's attention: TTT in training, a KV cache in
         decoding.
         """
-        attended = attend(*self.self_attn.project(self.attention_input(embeds, hidden), rope)).flatten(-2)
+        attended = attend(*self.self_attn.project(embedded, self.hidden_norm(hidden), rope)).flatten(-2)
         hidden = hidden + self.self_attn.o_proj(attended)
         return hidden + self.mlp(self.post_attention_layernorm(hidden))
 
@@ -113,20 +118,28 @@ class Eagle3Head(nn.Module):
         """cos and sin [B, T, D] for positions [B, T]."""
         return self.rotary(hidden, position_ids)
 
-    def context(self, embeds, hidden, position_ids) -> tuple[torch.Tensor, torch.Tensor]:
+    def embedded(self, embeds: torch.Tensor) -> list[torch.Tensor]:
+        """embeds [.., H] -> what they add to query, key and value [.., heads * D], the same at every TTT step.
+
+        The layer's projections read concat(embedding, hidden); a sum of two products is the same product.
+        """
+        return self.midlayer.self_attn.embedded(self.midlayer.input_layernorm(embeds))
+
+    def context(self, embedded, hidden, position_ids) -> tuple[torch.Tensor, torch.Tensor]:
         """Key and value of step 0 for every row, [B, T, kv_heads, D]: what all steps see causally.
 
-        embeds, hidden [B, T, H]; position_ids [B, T].
+        embedded: of the tokens [B, T]; hidden [B, T, H]; position_ids [B, T].
         """
-        layer = self.midlayer
-        _, key, value = layer.self_attn.project(layer.attention_input(embeds, hidden), self.rope(hidden, position_ids))
+        layer, rope = self.midlayer, self.rope(hidden, position_ids)
+        _, key, value = layer.self_attn.project(embedded, layer.hidden_norm(hidden), rope)
         return key, value
 
-    def ttt_step(self, step: int, embeds, hidden, position_ids, attend_context, keys, values):
+    def ttt_step(self, step: int, embedded, hidden, position_ids, attend_context, keys, values):
         """Step number `step` of the unroll, on the rows that count.
 
-        embeds, hidden [G, R, H]; position_ids [G, R]; attend_context(query) -> (output, logsumexp), the causal part
-        over `context` (attention.causal_attention); keys, values: the rows' own of the steps 1 to step - 1.
+        embedded: of the tokens [G, R]; hidden [G, R, H]; position_ids [G, R]; attend_context(query) -> (output,
+        logsumexp), the causal part over `context` (attention.causal_attention); keys, values: the rows' own of the
+        steps 1 to step - 1.
         Returns hidden [G, R, H], pre-norm, and this step's own key and value [G, R, kv_heads, D].
         """
         made = []
@@ -140,7 +153,7 @@ class Eagle3Head(nn.Module):
                 output = merge_own_rows(query, output, logsumexp, [*keys, key], [*values, value])
             return output.reshape(*rows, heads, head_dim)
 
-        hidden = self.midlayer(embeds, hidden, self.rope(hidden, position_ids), attend)
+        hidden = self.midlayer(embedded, hidden, self.rope(hidden, position_ids), attend)
         return hidden, *made
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:

@@ -208,10 +208,10 @@ class SpeculativeDecoder:
     def _rows(self, tokens: list[int], hidden, positions: list[int], cache: "_DraftCache", mask) -> torch.Tensor:
         """Run the head over new rows; mask [rows, cached + rows] bool. Returns hidden [1, rows, H], pre-norm."""
         device = hidden.device
-        embeds = self.target.embed_tokens(torch.tensor([tokens], device=device)).to(hidden.dtype)
+        embedded = self.head.embedded(self.target.embed_tokens(torch.tensor([tokens], device=device)).to(hidden.dtype))
         rope = self.head.rope(hidden, torch.tensor([positions], device=device))
         cache.mask = mask.to(device)
-        return self.head.midlayer(embeds, hidden, rope, cache.attend)
+        return self.head.midlayer(embedded, hidden, rope, cache.attend)
 
 
 def _keep(cache: DynamicCache, checked: int, kept: list[int]) -> None:

@@ -50,17 +50,18 @@ def unroll(
     input_ids, position_ids, loss_mask = batch["input_ids"], batch["position_ids"], batch["loss_mask"]
     rows = rows_of(batch, groups)
     features = head.features(aux)
-    key0, value0 = head.context(embed_tokens(shift_left(input_ids, 1)).to(aux.dtype), features, position_ids)
+    embedded = head.embedded(embed_tokens(input_ids).to(aux.dtype))
+    key0, value0 = head.context([shift_left(x, 1) for x in embedded], features, position_ids)
     row_positions = rows.take(position_ids)
 
     def step_function(k):
-        def step(embeds, hidden, key0, value0, *own):
+        def step(query, key, value, hidden, key0, value0, *own):
             def attend_context(query):
                 query = rows.put(query, len(input_ids))
                 return map(rows.take, causal_attention(query, key0, value0, batch["document_ids"]))
 
-            keys, values = own[: len(own) // 2], own[len(own) // 2 :]
-            return head.ttt_step(k, embeds, hidden, row_positions + k, attend_context, keys, values)
+            embedded, keys, values = (query, key, value), own[: len(own) // 2], own[len(own) // 2 :]
+            return head.ttt_step(k, embedded, hidden, row_positions + k, attend_context, keys, values)
 
         return step
 
@@ -68,8 +69,8 @@ def unroll(
     if remat:  # no step before the target has its last logits
         hidden = after(hidden, teacher.logsumexp[:, -1:, None])
     for k in range(config.ttt_length):
-        embeds = embed_tokens(rows.take(shift_left(input_ids, 1 + k))).to(aux.dtype)
-        tensors = (embeds, hidden, key0, value0, *keys, *values)
+        shares = [rows.take(shift_left(x, 1 + k)) for x in embedded]
+        tensors = (*shares, hidden, key0, value0, *keys, *values)
         hidden, key, value = remat(step_function(k), *tensors) if remat else step_function(k)(*tensors)
         normed.append(head.norm(hidden))
         if k > 0:
