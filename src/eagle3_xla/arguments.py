@@ -188,6 +188,8 @@ def _add_verbs(subparsers: Any, common: Parser, recipe: Parser) -> None:
     verb.add_argument("--seed", type=SEED, default=0, help="of sampled answers")
     verb.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
     verb.add_argument("--force", action="store_true", help="measure a head that `doctor` fails")
+    verb.add_argument("--report", default="", metavar="DIR", help="write report.html there: figures, answers in colour")
+    verb.add_argument("--run", default="", metavar="DIR", help="the head's training run, for the report's curves")
 
     verb = verbs.add_parser("patch", parents=[common], help="what an installed SGLang or sglang-jax lacks for Qwen2")
     verb.add_argument("action", choices=("check", "apply", "revert"))

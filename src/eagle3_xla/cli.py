@@ -204,7 +204,7 @@ def _eval(options: Namespace, overrides: list[str]) -> dict:
 
     names = "limit max_new_tokens draft_tokens topk steps temperature top_p seed device force".split()
     settings = EvalOptions(**{name: getattr(options, name) for name in names})
-    return evaluate(options.target, options.draft, options.prompts, settings)
+    return evaluate(options.target, options.draft, options.prompts, settings, options.report, options.run)
 
 
 def _doctor(options: Namespace, overrides: list[str]) -> dict:

@@ -33,7 +33,8 @@ EXAMPLES = {
     "eval": """
   eagle3-xla eval --target quickstart/target --draft work/head --prompts prompts.jsonl --limit 20
   eagle3-xla eval --target T --draft H --prompts prompts.jsonl --topk 4 --draft-tokens 8        a tree
-  eagle3-xla eval --target T --draft H --prompts prompts.jsonl --temperature 0.7 --json > eval.json""",
+  eagle3-xla eval --target T --draft H --prompts prompts.jsonl --temperature 0.7 --json > eval.json
+  eagle3-xla eval --target T --draft H --prompts prompts.jsonl --report work/report --run work/run""",
     "patch": """
   eagle3-xla patch check
   eagle3-xla patch apply --engine sglang-jax --path /path/to/sglang-jax""",

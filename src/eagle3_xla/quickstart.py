@@ -100,14 +100,15 @@ def quickstart(out: Path, asked: float | None) -> dict:
             shown = _one_answer(target, head, screen)
             figures = {
                 "untrained": evaluate(str(target), str(untrained), HELDOUT, replace(options, baseline=False)),
-                "trained": evaluate(str(target), str(head), HELDOUT, options),
+                "trained": evaluate(str(target), str(head), HELDOUT, options, out, out / "run"),
             }
     picture = out / "report.png"
     plot_report(out / "run", figures, picture)
     result = {
         "target": str(target),
         "head": str(head),
-        "report": str(picture),
+        "report": figures["trained"]["report"],
+        "picture": str(picture),
         "machine": machine._asdict(),
         "data": manifest,
         "training": training,
@@ -259,7 +260,8 @@ Where it lies
   head      {result["head"]}          (what an engine loads)
   target    {result["target"]}
   run       {recipe.train.out}           (checkpoints, metrics.jsonl, tensorboard)
-  picture   {result["report"]}
+  page      {result["report"]}   (open it: figures, curves, answers with their drafts)
+  picture   {result["picture"]}
 
 Serve it (SGLang, on a GPU; on this CPU: bash launch/serve_sglang.sh --cpu)
   python -m sglang.launch_server --model-path {result["target"]} \\

@@ -61,6 +61,11 @@ def read_prompts(path: Path) -> list[list[dict]]:
     return prompts
 
 
+def read_categories(path: Path) -> list[str]:
+    """What kind of prompt each row of evaluation prompts is: its `category`, or its `source`, or "all"."""
+    return [str(row.get("category") or row.get("source") or "all") for _, row in read_rows(path)]
+
+
 def _message(turn, role_key: str, text_key: str, where: str) -> dict:
     if not isinstance(turn, dict) or role_key not in turn or text_key not in turn:
         raise UserError(f"{where}: a turn needs `{role_key}` and `{text_key}`")

@@ -32,11 +32,13 @@ class Generation:
     accepted: drafts accepted in every target call after prefill. Calls count whole, as SGLang
     (`spec_num_correct_drafts`) and vLLM (`spec_decode_num_accepted_tokens`) count them: drafts that an end-of-turn
     token or the length limit then cuts off are accepted ones too. The token that prefill chooses is no call's.
+    rounds: the drafts of each of these calls, and the nodes that were kept, the root first.
     """
 
     tokens: list[int]
     seconds: float
     accepted: list[int] = field(default_factory=list)
+    rounds: list[tuple["Tree", list[int]]] = field(default_factory=list)
 
 
 @dataclass
@@ -142,6 +144,7 @@ class SpeculativeDecoder:
             kept, new = self._accept(tree, logits, position + 1, choose)
             _keep(cache, len(tree.tokens), kept)
             generation.accepted.append(len(kept) - 1)
+            generation.rounds.append((tree, kept))
             pending_aux, pending_tokens = aux[kept], new
             end = next((i + 1 for i, token in enumerate(new) if token in stop_ids), len(new))
             tokens += new[: min(end, max_new_tokens - len(tokens))]

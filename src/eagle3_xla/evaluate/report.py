@@ -2,14 +2,15 @@
 
 import json
 from pathlib import Path
+from typing import TextIO
 
 
 def read_metrics(run: Path) -> list[dict]:
     return [json.loads(line) for line in (Path(run) / "metrics.jsonl").read_text().splitlines()]
 
 
-def plot_report(run: Path, heads: dict[str, dict], out: Path) -> None:
-    """Write a PNG. run: a training folder with metrics.jsonl; heads: label -> what `eval` returned."""
+def plot_report(run: Path, heads: dict[str, dict], out: Path | TextIO, form: str = "png") -> None:
+    """Write a picture. run: a training folder with metrics.jsonl; heads: label -> what `eval` returned."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -40,5 +41,5 @@ def plot_report(run: Path, heads: dict[str, dict], out: Path) -> None:
         acceptance.bar(at, values, width, label=f"{label}: tau {figures['tau']:.2f}")
     acceptance.set(title="acceptance per position, if all before were accepted", xlabel="draft position", ylim=(0, 1))
     acceptance.legend()
-    figure.savefig(out, dpi=110)
+    figure.savefig(out, dpi=110, format=form)
     plt.close(figure)

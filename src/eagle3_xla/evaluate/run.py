@@ -1,6 +1,8 @@
 """`eval`: acceptance and acceptance length of a head from real decoding with its target."""
 
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import NamedTuple
 
 import torch
@@ -8,7 +10,7 @@ from tqdm import tqdm
 
 from eagle3_xla.checks import number
 from eagle3_xla.config import LossConfig, UserError
-from eagle3_xla.data.chat import read_prompts
+from eagle3_xla.data.chat import read_categories, read_prompts
 from eagle3_xla.data.files import data_file
 from eagle3_xla.data.tokenizer import TemplateFailed, load_tokenizer, render_chat, stop_token_ids
 from eagle3_xla.data.vocab import draft_ids_of
@@ -17,8 +19,11 @@ from eagle3_xla.draft.model import Eagle3Head
 from eagle3_xla.draft.saved import SavedHead, layers_of, load_head, read_head
 from eagle3_xla.evaluate.decode import Choice, Generation, SpeculativeDecoder, decode_plain
 from eagle3_xla.evaluate.fingerprint import measured
+from eagle3_xla.evaluate.page import Answer, place_of, write_page
 from eagle3_xla.loss.unroll import teacher_positions, unroll
 from eagle3_xla.target.model import Target, load_target
+
+CONTEXTS = (256, 512, 1024, 2048, 4096)  # tokens before a target call: the first of these that holds them
 
 
 @dataclass
@@ -68,8 +73,15 @@ class Pair(NamedTuple):
         return target, self.head.to(options.device, getattr(torch, options.dtype))
 
 
-def evaluate(target_path: str, draft: str, prompts: str, options: EvalOptions) -> dict:
-    """Decode every prompt with and without the head; see `summary` for what comes back."""
+def evaluate(
+    target_path: str, draft: str, prompts: str, options: EvalOptions, report: str | Path = "", run: str | Path = ""
+) -> dict:
+    """Decode every prompt with and without the head; see `summary` for what comes back.
+
+    report: a folder that gets the page (page.py) too, its place is then `report`; run: the training folder whose
+    curves stand on it.
+    """
+    page = place_of(report) if report else None
     if not options.force and (problem := first_failure(draft, target_path)):
         raise UserError(f"{draft} fails a rule of `doctor`, {problem}; --force measures it all the same")
     about = measured("eval", draft, target_path, prompts)
@@ -84,7 +96,32 @@ def evaluate(target_path: str, draft: str, prompts: str, options: EvalOptions) -
         if options.baseline:
             plain.append(decode_plain(target, prompt, options.max_new_tokens, stop_ids, _choice(options, i)))
         hits.append(teacher_forced_hits(target, head, pair.d2t, prompt + generation.tokens, options.steps))
-    return summary(with_head, plain, hits, options) | {"measured": about}
+    figures = summary(with_head, plain, hits, options) | {"measured": about}
+    kinds = read_categories(data_file(prompts))
+    figures["by_category"] = _grouped((kind, a) for kind, g in zip(kinds, with_head) for a in g.accepted)
+    by_context = _grouped(call for prompt, g in zip(ids, with_head) for call in _calls_by_context(len(prompt), g))
+    figures["by_context"] = {str(size): by_context[str(size)] for size in sorted(map(int, by_context))}
+    if page:
+        asked = [chat[-1]["content"] for chat in read_prompts(data_file(prompts))]
+        write_page(page, figures, [Answer(*pair) for pair in zip(asked, with_head)], tokenizer, run)
+        figures["report"] = str(page)
+    return figures
+
+
+def _grouped(calls: Iterable[tuple[str, int]]) -> dict[str, dict]:
+    """(group, drafts accepted) of each target call -> group -> its acceptance length and number of calls."""
+    groups: dict[str, list[int]] = {}
+    for group, accepted in calls:
+        groups.setdefault(group, []).append(accepted)
+    return {group: {"tau": 1 + sum(a) / len(a), "calls": len(a)} for group, a in groups.items()}
+
+
+def _calls_by_context(position: int, generation: Generation) -> Iterator[tuple[str, int]]:
+    """(bucket of the tokens before the call, drafts accepted) of each call; position: tokens of the prompt."""
+    for accepted in generation.accepted:
+        position += 1  # what prefill or the call before chose itself
+        yield str(next((size for size in CONTEXTS if position <= size), 2 * CONTEXTS[-1])), accepted
+        position += accepted
 
 
 def load_pair(target_path: str, draft: str | SavedHead, options: EvalOptions) -> Pair:

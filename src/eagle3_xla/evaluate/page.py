@@ -1,0 +1,152 @@
+"""The page of `eval --report`: one HTML file, no scripts, no network; what was measured, and the answers in colour."""
+
+import html
+import io
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from eagle3_xla.config import UserError
+from eagle3_xla.evaluate.decode import Generation
+from eagle3_xla.evaluate.report import plot_report
+
+NAME = "report.html"
+MARK = '<meta name="generator" content="eagle3-xla eval">'  # a page without it is someone else's
+STYLE = """
+body { font: 15px/1.5 system-ui, sans-serif; max-width: 60em; margin: 2em auto; padding: 0 1em; color: #222; }
+h1 { font-size: 1.5em; } h2 { font-size: 1.15em; margin-top: 2em; border-bottom: 1px solid #ddd; }
+table { border-collapse: collapse; } th, td { padding: .2em 1em .2em 0; text-align: left; vertical-align: top; }
+td.number { text-align: right; font-variant-numeric: tabular-nums; }
+.tau { font-size: 2.6em; font-weight: 600; } .small { color: #666; font-size: .9em; }
+.bar { display: inline-block; height: .8em; background: #2a7fd4; min-width: 1px; }
+.answer { white-space: pre-wrap; background: #f7f7f7; padding: .8em; border-radius: 6px; overflow-wrap: anywhere; }
+.asked { white-space: pre-wrap; font-weight: 600; margin-bottom: .3em; overflow-wrap: anywhere; }
+.call:hover { outline: 2px solid #f0b429; } .kept { background: #bfe8c2; } .own { background: #d5e3f7; }
+.cut { color: #b3261e; text-decoration: line-through; font-size: .8em; opacity: .75; }
+svg { max-width: 100%; height: auto; }
+"""
+
+
+class Answer(NamedTuple):
+    """One prompt's conversation up to its answer, as the user wrote it, and what was decoded."""
+
+    asked: str
+    generation: Generation
+
+
+def place_of(folder: str | Path) -> Path:
+    """Where the page goes. Raises UserError when a page that `eval` did not write is there, or no folder can be."""
+    page = Path(folder) / NAME
+    try:
+        page.parent.mkdir(parents=True, exist_ok=True)
+        if page.exists() and MARK not in page.read_text(errors="replace")[:1000]:
+            raise UserError(f"{page} was not written by `eval --report`; move it, or name another folder")
+    except OSError as error:
+        raise UserError(f"--report {folder}: {error.strerror}") from None
+    return page
+
+
+def write_page(page: Path, figures: dict, answers: Sequence[Answer], tokenizer: Any, run: str | Path = "") -> None:
+    """figures: what `eval` returns; run: the training folder whose curves are shown, "" for none."""
+    measured = figures["measured"]
+    sections = [
+        f"<h1>Acceptance of a draft head</h1>{_headline(figures)}",
+        _table("Acceptance by draft position", ["draft", "of all target calls", "if all before were accepted", ""], [
+            [k + 1, f"{plain:.1%}", f"{conditional:.1%}", _Bar(conditional)]
+            for k, (plain, conditional) in enumerate(zip(figures["acceptance"], figures["acceptance_conditional"]))
+        ]),
+        _groups("Acceptance length by kind of prompt", "kind", figures["by_category"]),
+        _groups("Acceptance length by context", "tokens before, up to", figures["by_context"]),
+    ]  # fmt: skip
+    if run:
+        sections.append(f"<h2>Training</h2>{_curves(Path(run), figures)}")
+    sections += ["<h2>Answers</h2>", LEGEND, *(_answer(answer, tokenizer) for answer in answers)]
+    sections.append(
+        f'<p class="small">head {_text(measured["head"])}, target {_text(measured["target"])}, prompts '
+        f"{_text(measured['prompts']['name'])}, eagle3-xla {_text(measured['version'])}, {_text(measured['date'])}</p>"
+    )
+    head = f'<meta charset="utf-8">{MARK}<title>Acceptance of a draft head</title><style>{STYLE}</style>'
+    page.write_text(f'<!DOCTYPE html>\n<html lang="en"><head>{head}</head><body>{"".join(sections)}</body></html>\n')
+
+
+LEGEND = (
+    '<p class="small"><span class="kept">drafted and kept</span> <span class="own">written by the target</span> '
+    '<span class="cut">draft that was not kept</span>; pointing at a part shows all drafts of its target call.</p>'
+)
+
+
+class _Bar(float):
+    """A share, 0 to 1, shown as a bar."""
+
+
+def _text(value: Any) -> str:
+    """For HTML; control characters, which a file may hold, are left out."""
+    words = "".join(c for c in str(value) if c.isprintable() or c in "\n\t")
+    return html.escape(words)
+
+
+def _headline(figures: dict) -> str:
+    shape = f"chain of {figures['draft_tokens']} drafts"
+    if figures["topk"] > 1:
+        shape = f"tree of {figures['draft_tokens']} drafts, {figures['topk']} a node, {figures['steps']} deep"
+    chosen = f"temperature {figures['temperature']:g}" if figures["temperature"] else "greedy"
+    speed = f"{figures['tokens_per_second']:.1f} tokens/s with the head"
+    if figures["baseline_tokens_per_second"]:
+        speed += f", {figures['baseline_tokens_per_second']:.1f} without; the same tokens: "
+        speed += "yes" if figures["identical"] else "NO"
+    return (
+        f'<div><span class="tau">{figures["tau"]:.2f}</span> tokens per target call (acceptance length)</div>'
+        f"<p>{figures['prompts']} prompts, {figures['tokens']:,} tokens, {chosen}, {shape}<br>{speed}</p>"
+    )
+
+
+def _table(title: str, heads: list[str], rows: list[list]) -> str:
+    def cell(value: Any) -> str:
+        if isinstance(value, _Bar):
+            return f'<td><span class="bar" style="width: {12 * value:.2f}em"></span></td>'
+        return f'<td class="number">{_text(value)}</td>'
+
+    lines = "".join(f"<tr>{''.join(map(cell, row))}</tr>" for row in rows)
+    columns = "".join(f"<th>{head}</th>" for head in heads)
+    return f"<h2>{title}</h2><table><tr>{columns}</tr>{lines}</table>"
+
+
+def _groups(title: str, kind: str, groups: dict[str, dict]) -> str:
+    longest = max((group["tau"] for group in groups.values()), default=1.0)
+    rows = [[name, g["calls"], f"{g['tau']:.2f}", _Bar(g["tau"] / longest)] for name, g in groups.items()]
+    return _table(title, [kind, "target calls", "acceptance length", ""], rows)
+
+
+def _curves(run: Path, figures: dict) -> str:
+    try:
+        picture = io.StringIO()
+        plot_report(run, {"this head": figures}, picture, "svg")
+    except (OSError, ValueError, KeyError) as error:
+        raise UserError(f"--run {run}: its metrics.jsonl can't be shown ({error})") from None
+    content = picture.getvalue()
+    return content[content.index("<svg") :]
+
+
+def _answer(answer: Answer, tokenizer: Any) -> str:
+    """Each target call is one part: its kept drafts, the first one that was not kept, the target's own token."""
+    tokens, parts, at, shown = answer.generation.tokens, [], 0, ""
+
+    def words(count: int) -> str:
+        """The text of the next tokens: by whole prefixes, for single tokens lose spaces and halves of characters."""
+        nonlocal at, shown
+        at = min(at + count, len(tokens))
+        before, shown = shown, tokenizer.decode(tokens[:at]).rstrip("\ufffd")
+        return _text(shown[len(before) :])
+
+    parts.append(f'<span class="call own" title="the prompt\'s own call">{words(1)}</span>')
+    for tree, kept in answer.generation.rounds:
+        drafts = ", ".join(repr(tokenizer.decode([token])) for token in tree.tokens[1:])
+        refused = [node for node, parent in enumerate(tree.parents) if parent == kept[-1]]
+        cut = tokenizer.decode([tree.tokens[tree.best(refused, 1)[0]]]) if refused else ""
+        accepted = words(len(kept) - 1)
+        parts.append(
+            f'<span class="call" title="{_text(f"drafts: {drafts}; kept {len(kept) - 1}")}">'
+            f'<span class="kept">{accepted}</span><span class="cut">{_text(cut)}</span>'
+            f'<span class="own">{words(1)}</span></span>'
+        )
+    return f'<div class="asked">{_text(answer.asked)}</div><div class="answer">{"".join(parts)}</div>'

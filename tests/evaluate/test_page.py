@@ -1,0 +1,121 @@
+"""The page of `eval --report`, from a real evaluation, and in a real browser."""
+
+import json
+import os
+import shutil
+import subprocess
+import time
+from html.parser import HTMLParser
+
+import matplotlib.image
+import pytest
+
+from eagle3_xla import cli
+from eagle3_xla.evaluate.page import MARK
+
+VOID = {"meta", "br"}
+FLAGS = "--headless --no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking "
+FLAGS += "--disable-component-update --disable-sync --hide-scrollbars --enable-logging=stderr --window-size=1000,1400"
+
+
+class Reader(HTMLParser):
+    """Which tags open and close, what is in the kept parts, and everything that a browser would fetch or run."""
+
+    def __init__(self):
+        super().__init__()
+        self.open, self.classes, self.text, self.loads, self.titles = [], [], {}, [], []
+
+    def handle_starttag(self, tag, attributes):
+        named = dict(attributes)
+        self.loads += [tag] if tag in ("script", "link", "img", "iframe", "object") else []
+        self.loads += [name for name in named if name.startswith("on") or name == "src"]
+        self.titles += [named["title"]] if "title" in named else []
+        if tag not in VOID:
+            self.open.append(tag)
+            self.classes.append(named.get("class", ""))
+
+    def handle_startendtag(self, tag, attributes):
+        pass
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag
+        self.classes.pop()
+
+    def handle_data(self, data):
+        if self.classes and "answer" in self.classes:
+            self.text[self.classes[-1]] = self.text.get(self.classes[-1], "") + data
+
+
+@pytest.fixture(scope="module")
+def page(trained, small_target, tmp_path_factory):
+    """(the page of three prompts, one of them hostile, its figures)."""
+    folder = tmp_path_factory.mktemp("page")
+    rows = [
+        {"prompt": "What is 2 and 3?", "category": "math"},
+        {"prompt": "<script>alert('x')</script>&\x1b[2J", "category": "<b>bold</b>"},
+        {"prompt": "What is 4 and 1? " * 60, "category": "math"},
+    ]
+    (folder / "prompts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    words = ["eval", "--target", small_target, "--draft", trained, "--prompts", folder / "prompts.jsonl", "--json"]
+    words += ["--max-new-tokens", 24, "--report", folder / "out", "--run", trained.parent / "run"]
+    from contextlib import redirect_stdout
+    from io import StringIO
+
+    said = StringIO()
+    with redirect_stdout(said):
+        assert cli.main([str(word) for word in words]) == 0
+    return folder / "out" / "report.html", json.loads(said.getvalue()), words
+
+
+def test_what_is_on_it(page, tokenizer):
+    file, figures, _ = page
+    assert figures["report"] == str(file)
+    assert sum(group["calls"] for group in figures["by_category"].values()) == sum(
+        group["calls"] for group in figures["by_context"].values()
+    )
+    assert set(figures["by_category"]) == {"math", "<b>bold</b>"} and list(figures["by_context"]) == ["256", "1024"]
+    both, calls = figures["by_category"].values(), sum(group["calls"] for group in figures["by_category"].values())
+    assert sum(group["tau"] * group["calls"] for group in both) / calls == pytest.approx(figures["tau"])
+    content = file.read_text()
+    reader = Reader()
+    reader.feed(content)
+    assert not reader.open and not reader.loads and "\x1b" not in content
+    assert f"{figures['tau']:.2f}" in content and "<svg" in content and "&lt;script&gt;alert" in content
+    # Kept drafts, and the target's own tokens: one a call, and one of each answer's prefill.
+    kept = len(tokenizer(reader.text["kept"])["input_ids"])
+    assert 0 < kept < figures["tokens"] and len(reader.titles) == calls + figures["prompts"]
+    assert sum(int(title.rpartition(" ")[2]) for title in reader.titles if "; kept " in title) == round(
+        (figures["tau"] - 1) * calls
+    )
+
+
+def test_it_replaces_only_its_own(page, capsys):
+    file, _, words = page
+    assert MARK in file.read_text()
+    words = [str(word) for word in words]
+    before = file.read_text()
+    file.write_text("<html>mine")
+    assert cli.main(words) == 2 and file.read_text() == "<html>mine"
+    assert "report.html was not written by `eval --report`; move it" in capsys.readouterr().err
+    file.write_text(before)
+    words[words.index("--run") + 1] = str(file.parent / "nothing")
+    assert cli.main([*words, "--limit", "1"]) == 2
+    assert "its metrics.jsonl can't be shown" in capsys.readouterr().err
+
+
+def test_in_a_browser(page, tmp_path):
+    browser = shutil.which("chromium")
+    if browser is None and os.geteuid():
+        pytest.skip("chromium is not installed, and only root can: apt-get install chromium")
+    deadline = time.monotonic() + 300
+    while browser is None and time.monotonic() < deadline:  # launch/test.sh installs it beside the other tests
+        time.sleep(1)
+        browser = shutil.which("chromium")
+    assert browser, "chromium was not installed; see .engines/chromium.log"
+    shot = tmp_path / "shot.png"
+    command = [browser, *FLAGS.split(), f"--user-data-dir={tmp_path / 'profile'}", f"--screenshot={shot}"]
+    done = subprocess.run([*command, page[0].as_uri()], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    assert "CONSOLE" not in done.stderr  # what the page's own errors and warnings would be
+    pixels = matplotlib.image.imread(shot)
+    assert pixels.shape[:2] == (1400, 1000) and len({tuple(p) for p in pixels[::7, ::7].reshape(-1, 4)}) > 20
