@@ -73,7 +73,8 @@ def test_what_is_on_it(page, tokenizer):
     assert sum(group["calls"] for group in figures["by_category"].values()) == sum(
         group["calls"] for group in figures["by_context"].values()
     )
-    assert set(figures["by_category"]) == {"math", "<b>bold</b>"} and list(figures["by_context"]) == ["256", "512", "1024"]
+    assert set(figures["by_category"]) == {"math", "<b>bold</b>"}
+    assert list(figures["by_context"]) == ["256", "512", "1024"]
     both, calls = figures["by_category"].values(), sum(group["calls"] for group in figures["by_category"].values())
     assert sum(group["tau"] * group["calls"] for group in both) / calls == pytest.approx(figures["tau"])
     content = file.read_text()

@@ -104,7 +104,8 @@ def _table(title: str, heads: list[str], rows: list[list]) -> str:
     def cell(value: Any) -> str:
         if isinstance(value, _Bar):
             return f'<td><span class="bar" style="width: {12 * value:.2f}em"></span></td>'
-        return f'<td class="number">{_text(value)}</td>'
+        number = "" if isinstance(value, str) and not value[:1].isdigit() else ' class="number"'
+        return f"<td{number}>{_text(value)}</td>"
 
     lines = "".join(f"<tr>{''.join(map(cell, row))}</tr>" for row in rows)
     columns = "".join(f"<th>{head}</th>" for head in heads)
