@@ -15,6 +15,7 @@ from eagle3_xla.config import UserError, load_recipe
 from eagle3_xla.data.prepare import prepare
 from eagle3_xla.draft.saved import read_head
 from eagle3_xla.evaluate.fingerprint import measured
+from eagle3_xla.evaluate.page import write_page
 from eagle3_xla.export import export
 from eagle3_xla.serve.push import PushOptions, push
 from eagle3_xla.serve.run_facts import run_facts
@@ -123,7 +124,13 @@ def test_the_head_and_its_card_arrive(pushed, online, small_target, monkeypatch,
     assert "the upload to me/head failed, start it again to finish" in refused()
     Hub.refuses, Hub.exists = False, True
     page = head.parent / "page.html"
-    page.write_text("<!doctype html><html>tau by category</html>")
+    figures = json.loads(evaluated.read_text()) | {"by_category": {}, "by_context": {}}
+    write_page(page, figures, [], None)
+    (head / "report.html").write_text("<html>mine")
+    assert cli.main([*arguments, "--report", str(page)]) == 2
+    assert "report.html was not written by `eval --report`; move it, or give --overwrite" in capsys.readouterr().err
+    assert (head / "report.html").read_text() == "<html>mine"
+    (head / "report.html").unlink()
     assert cli.main([*arguments, "--report", str(page)]) == 0
     assert json.loads(capsys.readouterr().out)["url"] == f"{online}/me/head"
     assert sorted(Hub.received) == ["README.md", "config.json", "model.safetensors", "report.html"]
@@ -153,7 +160,11 @@ def test_what_is_not_uploaded(pushed, online, small_target, capsys):
         return capsys.readouterr().err
 
     assert "no results" in refused()
-    assert "no HTML page" in refused("--results", evaluated, "--report", evaluated)
+    assert "not the HTML file of `eval --report`" in refused("--results", evaluated, "--report", evaluated)
+    other = head.parent / "other.html"
+    figures = json.loads(evaluated.read_text()) | {"by_category": {}, "by_context": {}}
+    write_page(other, figures | {"measured": figures["measured"] | {"head": "0123"}}, [], None)
+    assert "other.html: measured on another head" in refused("--results", evaluated, "--report", other)
     assert "No such file" in refused("--results", evaluated, "--report", "nowhere.html")
     (head.parent / "half.json").write_text('{"tau": 1.5}')
     assert "half.json: measured is missing" in refused("--results", head.parent / "half.json")

@@ -39,11 +39,16 @@ def place_of(folder: str | Path) -> Path:
     page = Path(folder) / NAME
     try:
         page.parent.mkdir(parents=True, exist_ok=True)
-        if page.exists() and MARK not in page.read_text(errors="replace")[:1000]:
+        if page.exists() and not is_page(page.read_text(errors="replace")):
             raise UserError(f"{page} was not written by `eval --report`; move it, or name another folder")
     except OSError as error:
         raise UserError(f"--report {folder}: {error.strerror}") from None
     return page
+
+
+def is_page(content: str) -> bool:
+    """Whether it is a page that `write_page` wrote."""
+    return MARK in content[:1000]
 
 
 def write_page(page: Path, figures: dict, answers: Sequence[Answer], tokenizer: Any, run: str | Path = "") -> None:

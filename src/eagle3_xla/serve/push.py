@@ -16,12 +16,13 @@ from eagle3_xla.doctor.files import read_target
 from eagle3_xla.doctor.run import first_failure
 from eagle3_xla.draft.saved import EXPORTED, read_head
 from eagle3_xla.evaluate.fingerprint import head_fingerprint, target_fingerprint
+from eagle3_xla.evaluate.page import NAME as REPORT
+from eagle3_xla.evaluate.page import is_page
 from eagle3_xla.evaluate.results import Figures, read_results
 from eagle3_xla.serve.card import card
 from eagle3_xla.serve.run_facts import run_facts
 
 UPLOADED = ["config.json", EXPORTED, "README.md"]
-REPORT = "report.html"
 MARK = "<!-- written by eagle3-xla push, sha256 {} -->\n"
 
 NO_TOKEN = "the hub asks who you are: `hf auth login`, or set HF_TOKEN; the card is written"
@@ -30,7 +31,7 @@ NO_TOKEN = "the hub asks who you are: `hf auth login`, or set HF_TOKEN; the card
 @dataclass
 class PushOptions:
     """results: files of `eval --json` or `bench --json`; run: folder that the head was trained in, "" for none;
-    base_model: hub id of a target that is a folder; overwrite: a README.md that `push` did not write; report: the HTML
+    base_model: hub id of a target that is a folder; overwrite: files that were not written by us; report: the HTML
     page of `eval --report`, "" for none.
     """
 
@@ -73,7 +74,7 @@ def push(folder: str | Path, target: str, repo: str, options: PushOptions) -> di
     left_out += [] if options.license else ["licence of the head (--license ID)"]
     left_out += [] if base else ["the target's hub id (--base-model OWNER/NAME)"]
     if options.report:
-        _place_report(Path(options.report), folder / REPORT)
+        _place_report(Path(options.report), folder, options.overwrite)
     content = card(head, of_target, base, repo, figures, training, options.license, REPORT if options.report else "")
     partial = folder / ".partial-README"
     partial.write_text(content + MARK.format(hashlib.sha256(content.encode()).hexdigest()))
@@ -83,16 +84,21 @@ def push(folder: str | Path, target: str, repo: str, options: PushOptions) -> di
     return summary if options.dry_run else summary | {"url": _upload(folder, files, repo, options.private)}
 
 
-def _place_report(page: Path, place: Path) -> None:
-    """Copy the page beside the head. Raises UserError when it is none."""
+def _place_report(page: Path, head: Path, overwrite: bool) -> None:
+    """Copy the page beside the head. Raises UserError when it is none of this head, or would replace another file."""
     try:
-        content = page.read_bytes()
+        content = page.read_text(errors="replace")
     except OSError as error:
         raise UserError(f"--report {page}: {error.strerror}; the HTML file of `eval --report` is expected") from None
-    if b"<html" not in content[:1000].lower():
-        raise UserError(f"--report {page}: no HTML page; the file of `eval --report` is expected")
+    if not is_page(content):
+        raise UserError(f"--report {page}: not the HTML file of `eval --report`")
+    if (head_fingerprint(str(head)) or " ") not in content:
+        raise UserError(f"--report {page}: measured on another head; give the page of {head}")
+    place = head / REPORT
+    if place.exists() and not overwrite and not is_page(place.read_text(errors="replace")):
+        raise UserError(f"{place} was not written by `eval --report`; move it, or give --overwrite")
     if not place.exists() or not place.samefile(page):
-        place.write_bytes(content)
+        place.write_text(content)
 
 
 def _check_id(option: str, value: str | None) -> None:
