@@ -7,6 +7,7 @@ names the nearest known one. `run.yaml` beside every output holds the resolved r
 import contextlib
 import difflib
 import math
+import re
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from importlib import resources
@@ -84,7 +85,7 @@ class DataConfig:
 class LossConfig:
     ttt_length: int = 7  # steps of the unroll: as many drafts as the head learns to write on its own states
     decay: float = 0.8  # step k weighs decay**k
-    objective: str = "kl"  # kl | lk_alpha | lk_lambda
+    objective: str = "kl"  # kl | reverse_kl | tv | lk_alpha | lk_lambda, or a weighted sum: "kl + 0.5*tv"
     rows: str = "serving"  # serving: the rows an engine drafts at | specforge: row t counts by the mask of token t
     mean_over: str = "rows"  # rows: rows that count | all: all B*T rows, as SpecForge
 
@@ -152,13 +153,13 @@ CHOICES = {
     "data.truncated_answers": ("keep", "drop"),
     "data.packing": ("packed", "bucketed"),
     "data.too_long": ("cut", "turn"),
-    "loss.objective": ("kl", "lk_alpha", "lk_lambda"),
     "loss.rows": ("serving", "specforge"),
     "loss.mean_over": ("rows", "all"),
     "xla.device": ("xla", "cpu", "cuda"),
     "train.init": ("random", "target", "least_squares"),
     "train.tracker": ("tensorboard", "wandb", "none"),
 }
+OBJECTIVES = ("kl", "reverse_kl", "tv", "lk_alpha", "lk_lambda")
 # Intervals as in mathematics: [ and ] belong to them, ( and ) don't. What is not named is only finite and storable.
 RANGES = {
     "data.heldout_share": "[0, 1)",
@@ -313,6 +314,7 @@ def _check_values(recipe: Recipe) -> None:
     for name, choices in CHOICES.items():
         if value(name) not in choices:
             raise UserError(f"setting {name} is {value(name)!r}; choose one of {', '.join(choices)}")
+    objective_terms(recipe.loss.objective)
     for name, interval in RANGES.items():
         _check_range(f"setting {name}", value(name), interval)
     _check_sources(recipe.data)
@@ -321,6 +323,21 @@ def _check_values(recipe: Recipe) -> None:
             f"setting xla.draft_data_parallel deals the rows of a replica to its {recipe.xla.tp} devices; "
             f"train.batch_size is {recipe.train.batch_size}, no multiple of xla.tp"
         )
+
+
+def objective_terms(text: str) -> dict[str, float]:
+    """Name -> weight of the objectives that "kl" or "kl + 0.5*tv" adds up. Raises UserError."""
+    terms: dict[str, float] = {}
+    for term in text.split("+"):
+        match = re.fullmatch(r"\s*(?:(\d+\.?\d*|\.\d+)\s*\*\s*)?(\w+)\s*", term, re.ASCII)
+        weight, name = (float(match[1] or 1), match[2]) if match else (0.0, "")
+        if name not in OBJECTIVES or name in terms or not 0 < weight < 1e6:
+            raise UserError(
+                f"setting loss.objective is {text!r}; choose one of {', '.join(OBJECTIVES)}, or a sum of them, each "
+                "once, with weights above 0, such as kl + 0.5*tv"
+            )
+        terms[name] = weight
+    return terms
 
 
 def _check_storable(value: object, name: str) -> None:

@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 import torch
 
-from eagle3_xla.config import LossConfig
+from eagle3_xla.config import LossConfig, objective_terms
 from eagle3_xla.draft.attention import softmax
 from eagle3_xla.loss.rows import shift_left, shift_right
 from eagle3_xla.target.model import Teacher
@@ -23,27 +23,49 @@ class StepRows(NamedTuple):
     denominator: torch.Tensor | float
 
 
-def step_loss(objective: str, cross_entropies, acceptance, rows, denominator) -> torch.Tensor:
-    """Scalar loss of one TTT step.
+class Statistics(NamedTuple):
+    """What every objective is made of, [G, R] float32 each; p: the target's distribution, q: the head's.
 
-    cross_entropies [G, R]: -sum_v p(v) log q(v), p renormalised on the draft vocabulary; acceptance [G, R]: sum_v
-    min(p(v), q(v)), the chance that speculative sampling accepts the draft (Leviathan et al., 2023), where p is the
-    target's real distribution: what lies outside the draft vocabulary is never accepted; rows [G, R] float32, 1 where
-    a row counts; denominator: of the cross-entropies' sum. The LK objectives are those of "LK losses" as SpecForge's
-    core/lk_loss.py has them (kl_scale = kl_decay = 1): their acceptance is a mean over the rows that count.
+    cross_entropies: -sum_v p(v) log q(v), p renormalised on the draft vocabulary; acceptance: sum_v min(p(v), q(v)),
+    the chance that speculative sampling accepts the draft (Leviathan et al., 2023), where p is the target's real
+    distribution: what lies outside the draft vocabulary is never accepted; reverse: sum_v q(v) log(q(v) / p(v)), p
+    renormalised as well; zero where no objective asks for it.
     """
-    kl = (cross_entropies * rows).sum() / denominator
-    if objective == "kl":
-        return kl
+
+    cross_entropies: torch.Tensor
+    acceptance: torch.Tensor
+    reverse: torch.Tensor
+
+
+def step_loss(terms: dict[str, float], statistics: Statistics, rows, denominator) -> torch.Tensor:
+    """Scalar loss of one TTT step: the weighted sum of objectives (config.objective_terms).
+
+    rows [G, R] float32, 1 where a row counts; denominator: of the sums of `kl` and `reverse_kl`. `tv` is the total
+    variation distance of q and the target's real distribution, 1 less the acceptance, as a mean over the rows that
+    count. The LK objectives are those of "LK losses" as SpecForge's core/lk_loss.py has them (kl_scale = kl_decay = 1):
+    their acceptance is that mean too.
+    """
     count = rows.sum().clamp_min(1e-8)
-    if objective == "lk_alpha":
-        positive = acceptance > 0
-        log_acceptance = torch.where(positive, torch.where(positive, acceptance, 1.0).log(), 0.0)
-        return -(log_acceptance * rows).sum() / count
-    assert objective == "lk_lambda"
-    mean_acceptance = (acceptance * rows).sum() / count
-    kl_weight = torch.exp(-mean_acceptance.detach())
-    return kl_weight * kl + (1 - kl_weight) * (1 - mean_acceptance)
+    kl = (statistics.cross_entropies * rows).sum() / denominator
+    mean_acceptance = (statistics.acceptance * rows).sum() / count
+    total = 0.0
+    for objective, weight in terms.items():
+        if objective == "kl":
+            loss = kl
+        elif objective == "reverse_kl":
+            loss = (statistics.reverse * rows).sum() / denominator
+        elif objective == "tv":
+            loss = 1 - mean_acceptance
+        elif objective == "lk_alpha":
+            positive = statistics.acceptance > 0
+            log_acceptance = torch.where(positive, torch.where(positive, statistics.acceptance, 1.0).log(), 0.0)
+            loss = -(log_acceptance * rows).sum() / count
+        else:
+            assert objective == "lk_lambda"
+            kl_weight = torch.exp(-mean_acceptance.detach())
+            loss = kl_weight * kl + (1 - kl_weight) * (1 - mean_acceptance)
+        total = total + weight * loss if weight != 1.0 else total + loss
+    return total
 
 
 def unroll_loss(
@@ -69,6 +91,7 @@ class _UnrollLoss(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, config, teacher, steps, with_gradient, in_order, weight, *normed):
+        terms = objective_terms(config.objective)
         p, logsumexp = softmax(teacher.logits)  # [G, R, D] float32
         in_vocabulary = (logsumexp - teacher.logsumexp).exp()  # the draft vocabulary's share
         # One sum for each group until the end: the partitioner then reduces over dp once, not at every step.
@@ -85,10 +108,14 @@ class _UnrollLoss(torch.autograd.Function):
             with torch.set_grad_enabled(with_gradient):
                 cross_entropies = (log_norm - (p * logits).sum(-1)).requires_grad_(with_gradient)
                 acceptance = torch.minimum(real_p, q).sum(-1).requires_grad_(with_gradient)
-                loss = step_loss(config.objective, cross_entropies, acceptance, trained, rows.denominator)
+                reverse = torch.zeros_like(log_norm)
+                if "reverse_kl" in terms:
+                    reverse = (q * (logits - teacher.logits)).sum(-1) - (log_norm - logsumexp)
+                statistics = Statistics(cross_entropies, acceptance, reverse.requires_grad_(with_gradient))
+                loss = step_loss(terms, statistics, trained, rows.denominator)
                 decayed = config.decay**k * loss
                 if with_gradient:
-                    d_rows = torch.autograd.grad(decayed, (cross_entropies, acceptance), allow_unused=True)
+                    d_rows = torch.autograd.grad(decayed, statistics, allow_unused=True)
             if with_gradient:
                 if in_order:
                     q = after(q, acceptance.detach()[..., None])  # its own tensor is no longer needed then
@@ -96,6 +123,9 @@ class _UnrollLoss(torch.autograd.Function):
                 if d_rows[1] is not None:
                     limiting = torch.where(q < real_p, q, 0.0)  # where q, not p, limits the acceptance
                     d_logits = d_logits + d_rows[1][..., None] * (limiting - q * limiting.sum(-1, keepdim=True))
+                if d_rows[2] is not None:
+                    log_ratio = logits - teacher.logits - (log_norm - logsumexp)[..., None]
+                    d_logits = d_logits + d_rows[2][..., None] * q * (log_ratio - reverse.detach()[..., None])
                 d_logits = d_logits.to(hidden.dtype)
                 d_hidden = torch.einsum("grd,dh->grh", d_logits, weight).to(hidden.dtype)
                 d_normed.append(shift_left(d_hidden, k))
