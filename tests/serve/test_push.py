@@ -24,6 +24,7 @@ from eagle3_xla.train.loop import train
 EVAL = {"tau": 2.345, "acceptance": [0.7, 0.5], "tokens_per_second": 30.0, "baseline_tokens_per_second": 20.0}
 EVAL |= {"prompts": 80, "draft_tokens": 5, "topk": 1, "temperature": 0.0, "max_new_tokens": 128}
 EVAL |= {"acc_all_positions": [0.5, 0.4]}
+PAGE = {"by_category": {}, "by_context": {}, "acceptance_conditional": [0.7, 0.7], "tokens": 99, "identical": True}
 BENCH = {"engine": "sglang", "version": "0.5.21", "acceptance_length": 2.3, "acceptance": [0.7, 0.4], "speedup": 1.9}
 BENCH |= {"tokens_per_second": 99.0, "prompts": 80, "draft_tokens": 8, "topk": 4, "temperature": 0.7}
 BENCH |= {"max_new_tokens": 128}
@@ -124,7 +125,7 @@ def test_the_head_and_its_card_arrive(pushed, online, small_target, monkeypatch,
     assert "the upload to me/head failed, start it again to finish" in refused()
     Hub.refuses, Hub.exists = False, True
     page = head.parent / "page.html"
-    figures = json.loads(evaluated.read_text()) | {"by_category": {}, "by_context": {}}
+    figures = json.loads(evaluated.read_text()) | PAGE
     write_page(page, figures, [], None)
     (head / "report.html").write_text("<html>mine")
     assert cli.main([*arguments, "--report", str(page)]) == 2
@@ -162,7 +163,7 @@ def test_what_is_not_uploaded(pushed, online, small_target, capsys):
     assert "no results" in refused()
     assert "not the HTML file of `eval --report`" in refused("--results", evaluated, "--report", evaluated)
     other = head.parent / "other.html"
-    figures = json.loads(evaluated.read_text()) | {"by_category": {}, "by_context": {}}
+    figures = json.loads(evaluated.read_text()) | PAGE
     write_page(other, figures | {"measured": figures["measured"] | {"head": "0123"}}, [], None)
     assert "other.html: measured on another head" in refused("--results", evaluated, "--report", other)
     assert "No such file" in refused("--results", evaluated, "--report", "nowhere.html")

@@ -17,7 +17,7 @@ from eagle3_xla.config import load_recipe
 from eagle3_xla.data.prepare import prepare
 from eagle3_xla.storage import Location
 
-KILLS = 20
+KILLS = {"folder": 20, "bucket": 10}  # on a bucket each one waits for hundreds of requests
 
 # Forks a run for each line on stdin (the folder it writes to), so that the runs needn't import everything anew.
 RUNS = """
@@ -69,7 +69,7 @@ def last_state(out: Location) -> tuple[str, bytes]:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("where", ["folder", "bucket"])
-def test_twenty_kills_change_nothing(small_run, tmp_path, request, where):
+def test_many_kills_change_nothing(small_run, tmp_path, request, where):
     gcs = request.getfixturevalue("gcs") if where == "bucket" else None
     place = f"{gcs.url}/kills" if gcs else tmp_path
     epochs = 10 if where == "folder" else 4  # steps go faster than saves here, and slower there
@@ -87,7 +87,7 @@ def test_twenty_kills_change_nothing(small_run, tmp_path, request, where):
     draw = random.Random(0)
     killed, pause = storage.join(place, "killed"), 0.005 if gcs else 0.0005
     folder, while_writing, reached = storage.join(killed, "checkpoints"), 0, set()
-    for attempt in range(KILLS):
+    for attempt in range(KILLS[where]):
         run = start(killed)
         wait_until(lambda: newest(folder) not in ("", *reached), run, pause)  # it got further
         gone = threading.Event()
@@ -105,8 +105,8 @@ def test_twenty_kills_change_nothing(small_run, tmp_path, request, where):
             gcs.held.clear()
         while_writing += bool(unfinished(folder))
         reached.add(newest(folder))
-    assert whole[0] not in reached and len(reached) >= KILLS // 2, reached
-    assert while_writing >= (KILLS // 2 if gcs else 3)
+    assert whole[0] not in reached and len(reached) >= KILLS[where] // 2, reached
+    assert while_writing >= (KILLS[where] // 2 if gcs else 3)
     wait_for_end(start(killed))
     server.stdin.close()
     server.wait()
@@ -116,20 +116,19 @@ def test_twenty_kills_change_nothing(small_run, tmp_path, request, where):
 
 
 @pytest.mark.slow
-def test_kills_through_xla_change_nothing(cli, small_run, tmp_path):
-    settings = [f"--{s}" for s in [*small_run, "xla.device=xla", "train.epochs=4", "train.save_every=1"]]
+def test_a_kill_through_xla_changes_nothing(cli, small_run, tmp_path):
+    settings = [f"--{s}" for s in [*small_run, "xla.device=xla", "train.epochs=2", "train.save_every=1"]]
     prepare(load_recipe(None, small_run))
     done = cli("train", *settings, f"--train.out={tmp_path / 'whole'}")
     assert done.returncode == 0, done.stderr
     out = tmp_path / "killed"
-    for kill_at in (2, 9):
-        command = [sys.executable, "-m", "eagle3_xla", "train", *settings, f"--train.out={out}"]
-        process = subprocess.Popen(command, stderr=subprocess.DEVNULL)
-        while newest(out / "checkpoints") < f"step-{kill_at:08d}":
-            assert process.poll() is None, "the run ended before it was killed"
-            time.sleep(0.002)
-        process.kill()
-        process.wait()
+    command = [sys.executable, "-m", "eagle3_xla", "train", *settings, f"--train.out={out}"]
+    process = subprocess.Popen(command, stderr=subprocess.DEVNULL)
+    while newest(out / "checkpoints") < "step-00000005":
+        assert process.poll() is None, "the run ended before it was killed"
+        time.sleep(0.002)
+    process.kill()
+    process.wait()
     done = cli("train", *settings, f"--train.out={out}")
     assert done.returncode == 0 and "continued after step" in done.stderr, done.stderr
     assert last_state(out) == last_state(tmp_path / "whole")

@@ -38,13 +38,7 @@ def test_the_reference_recipe_fits_and_moves_what_it_should(cli, shallow):
     assert verdict["hbm_bytes_per_chip"] < 0.25 * verdict["hbm_limit_bytes"]
     # Not donated: the metrics and the gradients' norm, and the table of outputs.
     assert verdict["state_donated"] and verdict["hbm"]["aliased"] == verdict["hbm"]["outputs"] - 1536
-    assert verdict["collectives"] == {
-        "all-gather": 63,
-        "all-reduce": 67,
-        "all-to-all": 15,
-        "collective-permute": 12,
-        "reduce-scatter": 6,
-    }
+    assert verdict["collectives"] == {"all-gather": 62, "all-reduce": 69}
     assert 0.2 < verdict["mfu"] < 1
 
 
@@ -63,22 +57,31 @@ def test_what_cannot_fit_is_said_before_compiling(cli, tmp_path):
     assert "xla.remat" not in done.stdout  # no activation is the reason
 
 
-@pytest.mark.parametrize(
-    "arguments, part",
-    [
-        (["--topology", "v9-1"], "unknown topology 'v9-1'; known: v4-8 = v4:2x2x1, 4 chips, "),
-        (["--topology", "v4-16"], "xla.dp * xla.tp = 4 * 4 = 16, but v4-16 has 8 chips"),
-        (["--xla.dp=2", "--xla.tp=8"], "xla.tp is 8, which does not divide the target's num_key_value_heads 4"),
-        (["--xla.device=cpu"], "xla.device is cpu"),
-        (["--target.path=/nowhere"], "no target at '/nowhere'"),
-        (["--xla-flags=--xla_a=1 nonsense"], "setting plan.xla_flags: 'nonsense' is no flag; --xla_NAME=VALUE"),
-        (["--plan.layers=7"], "plan.layers is 7; the target has 28: give 0 for all of them, or from 8 to 24"),
-    ],
-)
-def test_refused(cli, arguments, part):
-    done = cli("plan", "--config", RECIPE, *arguments)
-    assert done.returncode == 2, done.stderr
-    assert part in done.stderr and "Traceback" not in done.stderr
+REFUSED = [
+    (["--topology", "v9-1"], "unknown topology 'v9-1'; known: v4-8 = v4:2x2x1, 4 chips, "),
+    (["--topology", "v4-16"], "xla.dp * xla.tp = 4 * 4 = 16, but v4-16 has 8 chips"),
+    (["--xla.dp=2", "--xla.tp=8"], "xla.tp is 8, which does not divide the target's num_key_value_heads 4"),
+    (["--xla.device=cpu"], "xla.device is cpu"),
+    (["--target.path=/nowhere"], "no target at '/nowhere'"),
+    (["--xla-flags=--xla_a=1 nonsense"], "setting plan.xla_flags: 'nonsense' is no flag; --xla_NAME=VALUE"),
+    (["--plan.layers=7"], "plan.layers is 7; the target has 28: give 0 for all of them, or from 8 to 24"),
+]
+# One process for all of them: its imports cost more than they do.
+PLANS = """
+import json, sys
+from eagle3_xla import cli
+for arguments in json.loads(sys.argv[1]):
+    print("code", cli.main(arguments), file=sys.stderr, flush=True)
+"""
+
+
+def test_refused():
+    commands = [["plan", "--config", RECIPE, *arguments] for arguments, _ in REFUSED]
+    done = subprocess.run([sys.executable, "-c", PLANS, json.dumps(commands)], capture_output=True, text=True)
+    said = done.stderr.split("code 2\n")
+    assert len(said) == len(REFUSED) + 1 and "Traceback" not in done.stderr, done.stderr
+    for (_, part), lines in zip(REFUSED, said):
+        assert part in lines
 
 
 def test_a_held_compiler_lock_is_no_obstacle():
