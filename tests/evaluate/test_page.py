@@ -11,7 +11,9 @@ import matplotlib.image
 import pytest
 
 from eagle3_xla import cli
+from eagle3_xla.evaluate.decode import Generation
 from eagle3_xla.evaluate.page import MARK
+from eagle3_xla.evaluate.run import _calls_by_context
 
 VOID = {"meta", "br"}
 FLAGS = "--headless --no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking "
@@ -52,7 +54,7 @@ def page(trained, small_target, tmp_path_factory):
     folder = tmp_path_factory.mktemp("page")
     rows = [
         {"prompt": "What is 2 and 3?", "category": "math"},
-        {"prompt": "<script>alert('x')</script>&\x1b[2J", "category": "<b>bold</b>"},
+        {"prompt": "<script>alert('x')</script>&\x1b[2J a\u00a0b\u200dc\u202e", "category": "<b>bold</b>"},
         {"prompt": "What is 4 and 1? " * 60, "category": "math"},
     ]
     (folder / "prompts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
@@ -80,7 +82,8 @@ def test_what_is_on_it(page, tokenizer):
     content = file.read_text()
     reader = Reader()
     reader.feed(content)
-    assert not reader.open and not reader.loads and "\x1b" not in content
+    assert not reader.open and not reader.loads and not {"\x1b", "\u202e"} & set(content)
+    assert "a\u00a0b\u200dc" in content  # what languages and emoji need stays
     assert f"{figures['tau']:.2f}" in content and "<svg" in content and "&lt;script&gt;alert" in content
     # Kept drafts, and the target's own tokens: one a call, and one of each answer's prefill.
     kept = len(tokenizer(reader.text["kept"])["input_ids"])
@@ -88,6 +91,11 @@ def test_what_is_on_it(page, tokenizer):
     assert sum(int(title.rpartition(" ")[2]) for title in reader.titles if "; kept " in title) == round(
         (figures["tau"] - 1) * calls
     )
+
+
+def test_beyond_the_last_bucket():
+    calls = list(_calls_by_context(4093, Generation([0] * 5, 1.0, [2, 0, 1])))
+    assert calls == [("4096", 2), ("more", 0), ("more", 1)]
 
 
 def test_it_replaces_only_its_own(page, capsys):
@@ -101,7 +109,8 @@ def test_it_replaces_only_its_own(page, capsys):
     file.write_text(before)
     words[words.index("--run") + 1] = str(file.parent / "nothing")
     assert cli.main([*words, "--limit", "1"]) == 2
-    assert "its metrics.jsonl can't be shown" in capsys.readouterr().err
+    said = capsys.readouterr().err
+    assert "its metrics.jsonl can't be shown" in said and "prompt/s" not in said  # before anything is decoded
 
 
 def test_in_a_browser(page, tmp_path):

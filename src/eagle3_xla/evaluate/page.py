@@ -2,13 +2,14 @@
 
 import html
 import io
+import unicodedata
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from eagle3_xla.config import UserError
 from eagle3_xla.evaluate.decode import Generation
-from eagle3_xla.evaluate.report import plot_report
+from eagle3_xla.evaluate.report import plot_report, read_metrics
 
 NAME = "report.html"
 MARK = '<meta name="generator" content="eagle3-xla eval">'  # a page without it is someone else's
@@ -25,6 +26,9 @@ td.number { text-align: right; font-variant-numeric: tabular-nums; }
 .cut { color: #b3261e; text-decoration: line-through; font-size: .8em; opacity: .75; }
 svg { max-width: 100%; height: auto; }
 """
+
+
+TURNS = "\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069"  # they reorder the text around them
 
 
 class Answer(NamedTuple):
@@ -85,8 +89,10 @@ class _Bar(float):
 
 
 def _text(value: Any) -> str:
-    """For HTML; control characters, which a file may hold, are left out."""
-    words = "".join(c for c in str(value) if c.isprintable() or c in "\n\t")
+    """For HTML; control characters and changes of direction, which a file may hold, are left out."""
+    words = "".join(
+        c for c in str(value) if c in "\n\t" or unicodedata.category(c) not in ("Cc", "Cs") and c not in TURNS
+    )
     return html.escape(words)
 
 
@@ -123,12 +129,19 @@ def _groups(title: str, kind: str, groups: dict[str, dict]) -> str:
     return _table(title, [kind, "target calls", "acceptance length", ""], rows)
 
 
-def _curves(run: Path, figures: dict) -> str:
+def readable_run(run: str | Path) -> None:
+    """Raises UserError when the folder's curves can't be shown: before an hour of decoding, not after it."""
     try:
-        picture = io.StringIO()
-        plot_report(run, {"this head": figures}, picture, "svg")
-    except (OSError, ValueError, KeyError) as error:
+        for row in read_metrics(Path(run)):
+            if not isinstance(row, dict) or "step" not in row or ("loss" in row and "acc" not in row):
+                raise ValueError("a row is not one that `train` writes")
+    except (OSError, ValueError) as error:
         raise UserError(f"--run {run}: its metrics.jsonl can't be shown ({error})") from None
+
+
+def _curves(run: Path, figures: dict) -> str:
+    picture = io.StringIO()
+    plot_report(run, {"this head": figures}, picture, "svg")
     content = picture.getvalue()
     return content[content.index("<svg") :]
 

@@ -19,11 +19,12 @@ from eagle3_xla.draft.model import Eagle3Head
 from eagle3_xla.draft.saved import SavedHead, layers_of, load_head, read_head
 from eagle3_xla.evaluate.decode import Choice, Generation, SpeculativeDecoder, decode_plain
 from eagle3_xla.evaluate.fingerprint import measured
-from eagle3_xla.evaluate.page import Answer, place_of, write_page
+from eagle3_xla.evaluate.page import Answer, place_of, readable_run, write_page
 from eagle3_xla.loss.unroll import teacher_positions, unroll
 from eagle3_xla.target.model import Target, load_target
 
 CONTEXTS = (256, 512, 1024, 2048, 4096)  # tokens before a target call: the first of these that holds them
+BEYOND = "more"
 
 
 @dataclass
@@ -82,6 +83,8 @@ def evaluate(
     curves stand on it.
     """
     page = place_of(report) if report else None
+    if report and run:
+        readable_run(run)
     if not options.force and (problem := first_failure(draft, target_path)):
         raise UserError(f"{draft} fails a rule of `doctor`, {problem}; --force measures it all the same")
     about = measured("eval", draft, target_path, prompts)
@@ -100,7 +103,7 @@ def evaluate(
     kinds = read_categories(data_file(prompts))
     figures["by_category"] = _grouped((kind, a) for kind, g in zip(kinds, with_head) for a in g.accepted)
     by_context = _grouped(call for prompt, g in zip(ids, with_head) for call in _calls_by_context(len(prompt), g))
-    figures["by_context"] = {str(size): by_context[str(size)] for size in sorted(map(int, by_context))}
+    figures["by_context"] = {size: by_context[size] for size in map(str, (*CONTEXTS, BEYOND)) if size in by_context}
     if page:
         asked = [chat[-1]["content"] for chat in read_prompts(data_file(prompts))]
         write_page(page, figures, [Answer(*pair) for pair in zip(asked, with_head)], tokenizer, run)
@@ -120,7 +123,7 @@ def _calls_by_context(position: int, generation: Generation) -> Iterator[tuple[s
     """(bucket of the tokens before the call, drafts accepted) of each call; position: tokens of the prompt."""
     for accepted in generation.accepted:
         position += 1  # what prefill or the call before chose itself
-        yield str(next((size for size in CONTEXTS if position <= size), 2 * CONTEXTS[-1])), accepted
+        yield str(next((size for size in CONTEXTS if position <= size), BEYOND)), accepted
         position += accepted
 
 
