@@ -65,6 +65,9 @@ def test_a_slow_machine_gets_less_and_is_told(tmp_path):
     # Continued on the same machine, busier or not: the recipe stays; other minutes are another recipe.
     (tmp_path / "budget.json").write_text(json.dumps(budget._asdict()))
     assert module._earlier(tmp_path, None) == budget and module._earlier(tmp_path, 5.0) is None
+    for damaged in ('{"tok', "[1]", json.dumps(budget._asdict() | {"tokens": "many"})):
+        (tmp_path / "budget.json").write_text(damaged)
+        assert module._earlier(tmp_path, None) is None
 
 
 def test_this_machine_is_measured():

@@ -95,11 +95,14 @@ def parser() -> Parser:
     for verb in verbs.choices.values():
         for action in verb._actions:
             if "--config" in action.option_strings:
-                setattr(action, "complete", {"bash": "_eagle3_xla_recipes", "zsh": f"({recipes})"})  # noqa: B010 -- shtab\'s own
+                completion: Any = {"bash": "_eagle3_xla_recipes", "zsh": f"({recipes})"}
             elif {*FILES} & {*action.option_strings}:
-                setattr(action, "complete", shtab.FILE)  # noqa: B010 -- shtab\'s own
+                completion = shtab.FILE
             elif {*FOLDERS} & {*action.option_strings} or action.metavar == "DIR":
-                setattr(action, "complete", shtab.DIRECTORY)  # noqa: B010 -- shtab\'s own
+                completion = shtab.DIRECTORY
+            else:
+                continue
+            action.complete = completion  # type: ignore[attr-defined]  # where shtab looks for it
     return root
 
 

@@ -14,6 +14,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from eagle3_xla.checks import printable
+
 if TYPE_CHECKING:
     from rich.console import Group
     from rich.text import Text
@@ -149,9 +151,7 @@ def coloured(pieces: list[tuple[str, bool]]) -> "Text":
 
     text = Text()
     for piece, drafted in pieces:
-        text.append(
-            "".join(c if c.isprintable() or c == "\n" else repr(c)[1:-1] for c in piece), ACCEPTED if drafted else OWN
-        )
+        text.append(printable(piece), ACCEPTED if drafted else OWN)
     return text
 
 

@@ -12,7 +12,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from eagle3_xla.checks import read_json
+from eagle3_xla.checks import number, printable, read_json
 from eagle3_xla.config import Recipe, UserError, load_recipe
 from eagle3_xla.data.files import data_file
 from eagle3_xla.data.prepare import prepare
@@ -141,8 +141,14 @@ def _budget(asked: float | None, machine: Machine) -> Budget:
 def _earlier(out: Path, asked: float | None) -> Budget | None:
     """The budget of the run that is continued: the machine may be busier now, the recipe must stay."""
     file = out / "budget.json"
-    earlier = read_json(file) if file.is_file() else {}
-    return Budget(**earlier) if earlier.keys() == {*Budget._fields} and earlier["asked"] == asked else None
+    try:
+        earlier = read_json(file) if file.is_file() else {}
+        if earlier.keys() != {*Budget._fields} or earlier["asked"] != asked:
+            return None
+        tokens, epochs = (number(earlier[name], name, 0, whole=True) for name in ("tokens", "epochs"))
+        return Budget(tokens, epochs, number(earlier["train_seconds"], "train_seconds", 0), asked)
+    except UserError:  # cut by a power loss, say: it is made again
+        return None
 
 
 def _heading(machine: Machine, budget: Budget) -> str:
@@ -174,8 +180,8 @@ class _Told(SpeculativeDecoder):
 
     def _accept(self, tree: Tree, logits: Any, position: int, choose: Any) -> tuple[list[int], list[int]]:
         kept, new = super()._accept(tree, logits, position, choose)
-        for number, token in enumerate(new):
-            self._say(self._tokenizer.decode([token]), number < len(new) - 1)
+        for place, token in enumerate(new):
+            self._say(self._tokenizer.decode([token]), place < len(new) - 1)
         return kept, new
 
 
@@ -221,11 +227,11 @@ def last_screen(result: dict, recipe: Recipe, colours: tuple[str, str]) -> str:
     def row(figures: dict) -> str:
         return "  ".join(f"{value:6.1%}" for value in figures["acceptance_conditional"])
 
-    def printable(words: str) -> str:
-        return "".join(c if c.isprintable() else " " for c in words)
+    def on_one_line(words: str) -> str:
+        return printable(words.replace("\n", " "))
 
     answer = "".join(
-        f"{colours[0]}{printable(words)}{colours[1]}" if drafted else printable(words)
+        f"{colours[0]}{on_one_line(words)}{colours[1]}" if drafted else on_one_line(words)
         for words, drafted in result["answer"]["pieces"]
     )
     slower = trained["tokens_per_second"] <= trained["baseline_tokens_per_second"]
@@ -250,7 +256,7 @@ On {trained["prompts"]} held-out prompts, greedy, chain of {trained["draft_token
   same tokens as the target alone: {"yes" if trained["identical"] else "NO"}
 
 One answer; what the head drafted and the target kept is {"green" if colours[0] == GREEN else "in brackets"}
-  {printable(result["answer"]["prompt"])}
+  {on_one_line(result["answer"]["prompt"])}
   {answer}
 
 What heads reach elsewhere (acceptance length)

@@ -180,7 +180,7 @@ def test_heads_are_rotated_alike(tmp_path):
         subprocess.run([*map(str, [engine_python(engine), *script])], check=True, env=environment)
         theirs[engine] = [table[:longest] for _, table in sorted(load_file(out).items())]
         for scaling, expected, table in list(zip(SCALINGS, ours, theirs[engine], strict=True))[:-1]:
-            torch.testing.assert_close(table, expected, atol=1e-5, rtol=1e-5, msg=lambda m: f"{engine} {scaling} {m}")  # noqa: B023
+            assert torch.allclose(table, expected, atol=1e-5, rtol=1e-5), (engine, scaling)
     dynamic = [ours[-1], theirs["sglang"][-1], theirs["vllm"][-1]]
     print(f"\ndynamic: {[float((a - b).abs().max()) for a, b in itertools.combinations(dynamic, 2)]}")
     assert not torch.allclose(dynamic[0], dynamic[1], atol=0.1) and not torch.allclose(dynamic[1], dynamic[2], atol=0.1)
