@@ -202,7 +202,7 @@ def _export(options: Namespace, overrides: list[str]) -> dict:
 def _eval(options: Namespace, overrides: list[str]) -> dict:
     from eagle3_xla.evaluate.run import EvalOptions, evaluate
 
-    names = "limit max_new_tokens draft_tokens topk steps temperature top_p seed device force".split()
+    names = "limit max_new_tokens draft_tokens topk steps batch_size temperature top_p seed device force".split()
     settings = EvalOptions(**{name: getattr(options, name) for name in names})
     return evaluate(options.target, options.draft, options.prompts, settings, options.report, options.run)
 

@@ -17,9 +17,10 @@ from eagle3_xla.config import Recipe, UserError, load_recipe
 from eagle3_xla.data.files import data_file
 from eagle3_xla.data.prepare import prepare
 from eagle3_xla.data.tokenizer import load_tokenizer, stop_token_ids
-from eagle3_xla.evaluate.decode import Generation, SpeculativeDecoder, Tree
+from eagle3_xla.evaluate.decode import Generation, SpeculativeDecoder
 from eagle3_xla.evaluate.report import plot_report
 from eagle3_xla.evaluate.run import EvalOptions, evaluate, load_pair, prompt_ids
+from eagle3_xla.evaluate.tree import Tree
 from eagle3_xla.export import export
 from eagle3_xla.live import Screen, minutes
 from eagle3_xla.machine import Machine, measure
@@ -34,7 +35,7 @@ LEAST_MINUTES, MOST_MINUTES = 0.1, 100_000  # of training
 LEAST_TOKENS, ALL_TOKENS = 4_000, 520_000  # to train on: a few rows; what the shipped chats have
 USEFUL_TOKENS = 20_000  # where --minutes says nothing, no fewer, however long it takes: 4,000 made no head better
 LEAST_GIB = 5  # of free memory: what the training takes, 4 GB, and some air
-EVALUATION = EvalOptions(limit=8, max_new_tokens=48)
+EVALUATION = EvalOptions(limit=8, max_new_tokens=48, batch_size=1)
 GREEN, PLAIN = "\033[1;32m", "\033[0m"
 
 # Seconds on the machine that machine.py names as the reference; the tokens' are per 1,000.

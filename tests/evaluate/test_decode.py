@@ -48,10 +48,8 @@ def test_drafts_are_the_unrolls_drafts(trained, small_target):
     states = target.states(ids, torch.arange(24)[None], torch.ones_like(ids))
     decoder = SpeculativeDecoder(target, head, d2t, 4)
     prompt = ids[0, :20].tolist()
-    from eagle3_xla.evaluate.decode import _DraftCache
-
     rows = 19  # the last row has the embedding of token 19
-    drafts = decoder._draft(states.aux[0, :rows], prompt[1 : rows + 1], 0, _DraftCache()).tokens[1:]
+    drafts = decoder.decode(prompt[:rows], 2, set(), lambda logits, position: prompt[rows]).rounds[0][0].tokens[1:]
     # Unroll over the same text, with the head's own drafts where it would read tokens it does not know.
     text = torch.tensor([[*prompt[: rows + 1], *drafts]])
     length = text.shape[1]

@@ -5,8 +5,9 @@ import torch
 
 from eagle3_xla.config import UserError
 from eagle3_xla.draft.saved import LAYER_IDS, SavedHead, layers_of
-from eagle3_xla.evaluate.decode import Choice, SpeculativeDecoder, Tree, decode_plain
+from eagle3_xla.evaluate.decode import Choice, SpeculativeDecoder, decode_plain
 from eagle3_xla.evaluate.run import EvalOptions, tau
+from eagle3_xla.evaluate.tree import Tree
 
 
 def test_tree_by_hand():
@@ -17,7 +18,8 @@ def test_tree_by_hand():
     assert tree.path(d) == [0, a, d] and tree.best([c, d, e], 2) == [c, e]
     pruned = tree.pruned(3)
     assert pruned.tokens == [7, 10, 11, 12] and pruned.parents == [-1, 0, 0, 1]
-    assert pruned.visible().int().tolist() == [[1, 0, 0, 0], [1, 1, 0, 0], [1, 0, 1, 0], [1, 1, 0, 1]]
+    nodes = [0, 1, 2, 3]
+    assert pruned.visible(nodes, nodes) == [[1, 0, 0, 0], [1, 1, 0, 0], [1, 0, 1, 0], [1, 1, 0, 1]]
     certain = Tree([7])
     certain.add(1, certain.add(2, certain.add(3, 0, 0.0), 0.0), 0.0)  # equal scores: no child without its parent
     assert certain.pruned(2).parents == [-1, 0, 1]

@@ -24,7 +24,14 @@ from eagle3_xla.train.loop import train
 EVAL = {"tau": 2.345, "acceptance": [0.7, 0.5], "tokens_per_second": 30.0, "baseline_tokens_per_second": 20.0}
 EVAL |= {"prompts": 80, "draft_tokens": 5, "topk": 1, "temperature": 0.0, "max_new_tokens": 128}
 EVAL |= {"acc_all_positions": [0.5, 0.4]}
-PAGE = {"by_category": {}, "by_context": {}, "acceptance_conditional": [0.7, 0.7], "tokens": 99, "identical": True}
+PAGE = {
+    "by_category": {},
+    "by_context": {},
+    "acceptance_conditional": [0.7, 0.7],
+    "tokens": 99,
+    "identical": True,
+    "batch_size": 1,
+}
 BENCH = {"engine": "sglang", "version": "0.5.21", "acceptance_length": 2.3, "acceptance": [0.7, 0.4], "speedup": 1.9}
 BENCH |= {"tokens_per_second": 99.0, "prompts": 80, "draft_tokens": 8, "topk": 4, "temperature": 0.7}
 BENCH |= {"max_new_tokens": 128}

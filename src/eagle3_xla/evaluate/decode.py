@@ -4,6 +4,10 @@ One round: the head drafts from the target's states of the tokens known so far; 
 forward and chooses a token after each of them; the drafts along its own choices are kept, and the choice after the
 last of them comes for free. So the output is the target's own, token for token.
 
+Several texts take part in a round, each in a slot of the caches; one that ends gives its slot to the next prompt.
+They share the forwards and nothing else: a text's answer is the one that it gets alone, up to the rounding of matrix
+products of another shape, which can turn a choice between two tokens that are equally likely to the last digits.
+
 A tree grows as in EAGLE-2 and SGLang (`--speculative-num-steps`, `--speculative-eagle-topk`): each step expands the
 topk likeliest nodes of the last one by topk drafts each; of all nodes the `draft_tokens` likeliest are checked
 (SGLang's `--speculative-num-draft-tokens` counts the root too: one more). A node attends to its own ancestors. A
@@ -14,20 +18,27 @@ target's probability of it, which is the rule of vLLM for greedy drafts and of S
 """
 
 import time
+from collections import deque
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 import torch
-from transformers import DynamicCache
 
 from eagle3_xla.draft.model import Eagle3Head
+from eagle3_xla.evaluate.tree import Tree
+from eagle3_xla.target.attention import decoding, decoding_attention
+from eagle3_xla.target.cache import SlotCache
 from eagle3_xla.target.families import attention_masks
 from eagle3_xla.target.model import Target
 from eagle3_xla.target.sampling import choose_tokens
 
+PREFILL_ROWS = 512  # of a prompt in one forward: attention scores of a long one never exist at once
+
 
 @dataclass
 class Generation:
-    """One answer. tokens: ids, the end-of-turn token included if the target wrote it; seconds: decoding, prefill apart.
+    """One answer. tokens: ids, the end-of-turn token included if the target wrote it; seconds: its share of the
+    decoding, prefill apart (of texts that are decoded at once, each has an equal share of a round).
 
     accepted: drafts accepted in every target call after prefill. Calls count whole, as SGLang
     (`spec_num_correct_drafts`) and vLLM (`spec_decode_num_accepted_tokens`) count them: drafts that an end-of-turn
@@ -38,15 +49,15 @@ class Generation:
     tokens: list[int]
     seconds: float
     accepted: list[int] = field(default_factory=list)
-    rounds: list[tuple["Tree", list[int]]] = field(default_factory=list)
+    rounds: list[tuple[Tree, list[int]]] = field(default_factory=list)
 
 
 @dataclass
 class Choice:
     """How the target chooses a token: greedily (temperature 0), or sampled from the top_p share of its distribution.
 
-    The noise of a sample is a function of (seed, prompt, position) alone, so decoding with and without a head gives
-    the same sampled answer, and `identical` means something there too.
+    The noise of a sample is a function of (seed, prompt, position) alone, so decoding with and without a head, alone
+    and beside others, gives the same sampled answer, and `identical` means something there too.
     """
 
     temperature: float = 0.0
@@ -60,101 +71,113 @@ class Choice:
         return choose_tokens(logits[None], self.temperature, self.top_p, [generator])[0]
 
 
-@torch.inference_mode()
-def decode_plain(target: Target, prompt: list[int], max_new_tokens: int, stop_ids: set[int], choose=None) -> Generation:
-    """The target's own decoding, one token a call."""
-    choose = choose or Choice()
-    cache = DynamicCache()  # whole: a window is the mask's matter, so that drafts can be taken back
-    ids = torch.tensor([prompt], device=target.device)
-    output = target.model(input_ids=ids, past_key_values=cache, logits_to_keep=1)
-    token = choose(output.logits[0, -1], len(prompt))
-    tokens, started = [token], time.perf_counter()
-    while token not in stop_ids and len(tokens) < max_new_tokens:
-        ids = torch.tensor([[token]], device=target.device)
-        logits = target.model(input_ids=ids, past_key_values=cache).logits[0, -1]
-        token = choose(logits, len(prompt) + len(tokens))
-        tokens.append(token)
-    return Generation(tokens, time.perf_counter() - started)
-
-
 @dataclass
-class Tree:
-    """Drafts of one round. Node 0 is the last known token; a node's parent comes before it."""
+class _Text:
+    """A prompt whose answer is being decoded. pending [p, 3H]: aux states of its last p rows that the head has not
+    seen."""
 
-    tokens: list[int]
-    parents: list[int] = field(default_factory=lambda: [-1])
-    scores: list[float] = field(default_factory=lambda: [0.0])  # log-probability of the path from the root
+    prompt: list[int]
+    choose: Choice
+    generation: Generation
+    pending: torch.Tensor
 
-    def add(self, token: int, parent: int, log_probability: float) -> int:
-        self.tokens.append(token)
-        self.parents.append(parent)
-        self.scores.append(self.scores[parent] + log_probability)
-        return len(self.tokens) - 1
-
-    def path(self, node: int) -> list[int]:
-        """The nodes from the root to `node`."""
-        return [*self.path(self.parents[node]), node] if node >= 0 else []
-
-    def best(self, nodes, count: int) -> list[int]:
-        """The likeliest `count` of these nodes; of equal ones the first, so a parent is never worse than its child."""
-        return sorted(nodes, key=lambda node: -self.scores[node])[:count]
-
-    def pruned(self, drafts: int) -> "Tree":
-        """The likeliest `drafts` nodes besides the root."""
-        kept = [0, *sorted(self.best(range(1, len(self.tokens)), drafts))]
-        place = {node: i for i, node in enumerate(kept)} | {-1: -1}
-        columns = ([column[node] for node in kept] for column in (self.tokens, self.parents, self.scores))
-        tokens, parents, scores = columns
-        return Tree(tokens, [place[parent] for parent in parents], scores)
-
-    def visible(self) -> torch.Tensor:
-        """[nodes, nodes] bool: row i is true at i and above it."""
-        mask = torch.eye(len(self.tokens), dtype=torch.bool)
-        for node in range(1, len(self.tokens)):
-            mask[node] |= mask[self.parents[node]]
-        return mask
+    @property
+    def known(self) -> int:
+        """Rows in the target's cache: all tokens but the last."""
+        return len(self.prompt) + len(self.generation.tokens) - 1
 
 
-class SpeculativeDecoder:
-    """Draft-and-verify decoding. draft_tokens: drafts checked in a target call; steps: how deep the head drafts;
-    topk: drafts per node (1: a chain, and steps = draft_tokens).
-    """
+class Decoder:
+    """The target's own decoding, one token a call and text. slots: texts at once."""
 
-    def __init__(self, target: Target, head: Eagle3Head, d2t: torch.Tensor, draft_tokens: int, topk=1, steps=None):
-        self.target, self.head = target, head
-        self.draft_tokens, self.topk, self.steps = draft_tokens, topk, steps or draft_tokens
-        self.draft_ids = (d2t + torch.arange(len(d2t), device=d2t.device)).to(target.device)
+    def __init__(self, target: Target, slots: int = 1):
+        self.target, self.slots = target, slots
+
+    def decode(self, prompt: list[int], max_new_tokens: int, stop_ids: set[int], choose: Choice | None = None):
+        """The Generation of one prompt."""
+        return self.decode_all([prompt], max_new_tokens, stop_ids, [choose or Choice()])[0]
 
     @torch.inference_mode()
-    def decode(self, prompt: list[int], max_new_tokens: int, stop_ids: set[int], choose=None) -> Generation:
-        choose = choose or Choice()
-        cache, draft_cache = DynamicCache(), _DraftCache()
-        output = self.target.model(
-            input_ids=torch.tensor([prompt], device=self.target.device), past_key_values=cache, logits_to_keep=1
-        )
-        tokens = [choose(output.logits[0, -1], len(prompt))]
-        generation = Generation(tokens, 0.0)
-        # Rows the head has not seen: the prompt's aux states, each with the embedding of the token after it.
-        pending_aux, pending_tokens, position = self.target.captured_aux()[0], [*prompt[1:], tokens[0]], 0
-        started = time.perf_counter()
-        while tokens[-1] not in stop_ids and len(tokens) < max_new_tokens:
-            tree = self._draft(pending_aux, pending_tokens, position, draft_cache)
-            position += len(pending_tokens)
-            logits, aux = self._check(tree, cache)
-            kept, new = self._accept(tree, logits, position + 1, choose)
-            _keep(cache, len(tree.tokens), kept)
-            generation.accepted.append(len(kept) - 1)
-            generation.rounds.append((tree, kept))
-            pending_aux, pending_tokens = aux[kept], new
-            end = next((i + 1 for i, token in enumerate(new) if token in stop_ids), len(new))
-            tokens += new[: min(end, max_new_tokens - len(tokens))]
-        generation.seconds = time.perf_counter() - started
-        return generation
+    def decode_all(
+        self,
+        prompts: Sequence[list[int]],
+        max_new_tokens: int,
+        stop_ids: set[int],
+        choices: Sequence[Choice],
+        done: Callable[[], object] = lambda: None,
+    ) -> list[Generation]:
+        """The Generation of each prompt, in their order. choices: of each prompt; done: called when an answer ends."""
+        with decoding(self.target.model):
+            return self._decode_all(prompts, max_new_tokens, stop_ids, choices, done)
 
-    def _accept(self, tree: Tree, logits: torch.Tensor, position: int, choose) -> tuple[list[int], list[int]]:
+    def _decode_all(self, prompts, max_new_tokens, stop_ids, choices, done) -> list[Generation]:
+        self.cache = SlotCache(self.slots, self.target.device)
+        self.draft_cache = SlotCache(self.slots, self.target.device)
+        waiting, generations = deque(zip(prompts, choices)), []
+        running: list[_Text] = []  # text i has slot i
+        while waiting or running:
+            while waiting and len(running) < self.slots:
+                text = self._start(len(running), *waiting.popleft())
+                running.append(text)
+                generations.append(text.generation)
+                self._retire(running, len(running) - 1, max_new_tokens, stop_ids, done)
+            if not running:
+                continue
+            started = time.perf_counter()
+            self._round(running)
+            seconds = (time.perf_counter() - started) / len(running)
+            for slot in reversed(range(len(running))):  # from the end: a text that ends gives its slot to the last one
+                running[slot].generation.seconds += seconds
+                self._retire(running, slot, max_new_tokens, stop_ids, done)
+        return generations
+
+    def _retire(self, running: list[_Text], slot: int, max_new_tokens: int, stop_ids: set[int], done) -> None:
+        """Take the text out if its answer has ended."""
+        tokens = running[slot].generation.tokens
+        end = next((i + 1 for i, token in enumerate(tokens[:max_new_tokens]) if token in stop_ids), max_new_tokens)
+        if len(tokens) < end:
+            return
+        del tokens[end:]
+        last = running.pop()
+        if slot < len(running):
+            running[slot] = last
+            self.cache.move(len(running), slot)
+            self.draft_cache.move(len(running), slot)
+        done()
+
+    def _start(self, slot: int, prompt: list[int], choose: Choice) -> _Text:
+        """Prefill: the text with the first token of its answer."""
+        aux = []
+        for start in range(0, len(prompt), PREFILL_ROWS):
+            rows = prompt[start : start + PREFILL_ROWS]
+            own = torch.ones(1, len(rows), len(rows), dtype=torch.bool).tril()
+            logits, states = self._target_rows(slot, [rows], [start], own, logits_to_keep=1)
+            aux.append(states[0])
+        token = choose(logits[0, -1], len(prompt))
+        return _Text(prompt, choose, Generation([token], 0.0), torch.cat(aux))
+
+    def _round(self, running: list[_Text]) -> None:
+        """One target call: every text gets its accepted drafts and one token more."""
+        trees = self._draft(running)
+        known = [text.known for text in running]
+        nodes = range(len(trees[0].tokens))  # as many in every tree
+        own = torch.tensor([tree.visible([*nodes], [*nodes]) for tree in trees])
+        logits, aux = self._target_rows(0, [tree.tokens for tree in trees], known, own)
+        for i, (text, tree) in enumerate(zip(running, trees)):
+            kept, new = self._accept(tree, logits[i], known[i] + 1, text.choose)
+            text.pending = aux[i, kept]
+            text.generation.tokens += new
+            text.generation.accepted.append(len(kept) - 1)
+            text.generation.rounds.append((tree, kept))
+        self._keep(known, [text.generation.rounds[-1][1] for text in running])
+
+    def _draft(self, running: list[_Text]) -> list[Tree]:
+        return [Tree([text.generation.tokens[-1]]) for text in running]
+
+    def _accept(self, tree: Tree, logits: torch.Tensor, position: int, choose: Choice) -> tuple[list[int], list[int]]:
         """From the root along the target's choices: the nodes passed, and the choice after each of them.
 
-        position: index in the text of the token after the root.
+        logits [nodes, V]; position: index in the text of the token after the root.
         """
         node, kept, new = 0, [], []
         while node is not None:
@@ -164,87 +187,137 @@ class SpeculativeDecoder:
             node = next((child for child in children if tree.tokens[child] == new[-1]), None)
         return kept, new
 
-    def _check(self, tree: Tree, cache: DynamicCache) -> tuple[torch.Tensor, torch.Tensor]:
-        """The target's logits [nodes, V] and aux states [nodes, 3H]; the cache grows by all nodes."""
-        device, known = self.target.device, cache.get_seq_length()
-        visible = tree.visible()
-        positions = known + visible.sum(-1) - 1
-        mask = torch.cat([torch.ones(len(visible), known, dtype=torch.bool), visible], dim=1)
-        distance = positions[:, None] - torch.cat([torch.arange(known), positions])
-        output = self.target.model(
-            input_ids=torch.tensor([tree.tokens], device=device),
-            position_ids=positions[None].to(device),
-            attention_mask=attention_masks(self.target.model.config, mask[None].to(device), distance.to(device)),
-            past_key_values=cache,
-        )
-        return output.logits[0], self.target.captured_aux()[0]
+    def _keep(self, known: list[int], kept: list[list[int]]) -> None:
+        """Of the rows that the target has just checked, those of the kept nodes come to follow the known ones."""
+        if all(nodes == [*range(len(nodes))] for nodes in kept):
+            return
+        most = max(map(len, kept))
+        nodes = torch.tensor([[*row, *range(len(row), most)] for row in kept], device=self.target.device)
+        start = torch.tensor(known, device=self.target.device)[:, None]
+        self.cache.reorder(start + nodes, start + torch.arange(most, device=self.target.device))
 
-    def _draft(self, aux: torch.Tensor, tokens: list[int], position: int, cache: "_DraftCache") -> Tree:
-        """Feed the rows (aux state t, token t+1) from `position` on, then grow a tree after the last of them."""
-        hidden = self.head.features(aux[None].to(self.head.fc.weight.dtype))
-        causal = torch.ones(len(tokens), cache.length + len(tokens), dtype=torch.bool).tril(cache.length)
-        positions = list(range(position, position + len(tokens)))
-        hidden = self._rows(tokens, hidden, positions, cache, causal)[:, -1:]
-        known, position = cache.length, position + len(tokens)
-        tree = Tree([tokens[-1]])
-        frontier, fed = [0], []  # hidden [1, len(frontier), H] predicts the children of the frontier
+    def _target_rows(self, first: int, tokens: list[list[int]], known: list[int], own: torch.Tensor, **options):
+        """Run the target over n new rows of each text from slot `first` on; tokens [B, n].
+
+        known: rows in the cache before them, which all of them see; own [B, n, n] bool: what they see of each other.
+        Returns logits [B, n, V] and aux states [B, n, 3H].
+        """
+        device, length = self.target.device, max(known) + own.shape[-1]
+        own, start = own.to(device), torch.tensor(known, device=device)[:, None]
+        positions = start + own.sum(-1) - 1  # of a node: how many are above it
+        places = start + torch.arange(own.shape[-1], device=device)
+        keys = torch.arange(length, device=device).repeat(len(known), 1).scatter(1, places, positions)
+        masks = attention_masks(
+            self.target.model.config, _visible(start, places, own, length), positions[:, :, None] - keys[:, None]
+        )
+        self.cache.place(first, places, length)
+        output = self.target.model(
+            input_ids=torch.tensor(tokens, device=device),
+            position_ids=positions,
+            attention_mask=masks,
+            past_key_values=self.cache,
+            **options,
+        )
+        return output.logits, self.target.captured_aux()
+
+
+class SpeculativeDecoder(Decoder):
+    """Draft-and-verify decoding. draft_tokens: drafts checked in a target call; steps: how deep the head drafts;
+    topk: drafts per node (1: a chain, and steps = draft_tokens); slots: texts at once.
+    """
+
+    def __init__(
+        self, target: Target, head: Eagle3Head, d2t: torch.Tensor, draft_tokens: int, topk=1, steps=None, slots=1
+    ):
+        super().__init__(target, slots)
+        self.head, self.draft_tokens, self.topk, self.steps = head, draft_tokens, topk, steps or draft_tokens
+        self.draft_ids = (d2t + torch.arange(len(d2t), device=d2t.device)).to(target.device)
+
+    def _start(self, slot: int, prompt: list[int], choose: Choice) -> _Text:
+        text = super()._start(slot, prompt, choose)
+        for start in range(0, len(prompt) - 1, PREFILL_ROWS):  # the last row waits for the first round
+            tokens = prompt[start + 1 : start + 1 + PREFILL_ROWS]
+            self._known_rows(slot, [text.pending[start : start + len(tokens)]], [tokens], [start])
+        text.pending = text.pending[-1:]
+        return text
+
+    def _draft(self, running: list[_Text]) -> list[Tree]:
+        """Feed the pending rows (aux state t, token t+1), then grow a tree after the last of them in every text."""
+        known, pending = [text.known for text in running], [text.pending for text in running]
+        tokens = [text.generation.tokens[-len(text.pending) :] for text in running]
+        hidden = self._known_rows(0, pending, tokens, [k - len(p) for k, p in zip(known, pending)])
+        texts = torch.arange(len(running), device=hidden.device)[:, None]
+        hidden = hidden[texts[:, 0], [len(p) - 1 for p in pending]][:, None]
+        # hidden [B, nodes of a frontier, H] predicts the children of the frontier's nodes.
+        trees = [Tree([text.generation.tokens[-1]]) for text in running]
+        frontiers: list[list[int]] = [[0] for _ in trees]
+        fed: list[list[int]] = [[] for _ in trees]
         for step in range(self.steps):
+            logits = self.head.logits(hidden).float()
+            top = logits.topk(self.topk)
+            values = (top.values - logits.logsumexp(-1, keepdim=True)).tolist()
             children = []
-            log_probabilities = self.head.logits(hidden)[0].float().log_softmax(-1).topk(self.topk)
-            for node, values, indices in zip(frontier, log_probabilities.values.tolist(), log_probabilities.indices):
-                for value, token in zip(values, self.draft_ids[indices].tolist()):
-                    children.append(tree.add(token, node, value))
+            for tree, frontier, scores, tokens in zip(trees, frontiers, values, self.draft_ids[top.indices].tolist()):
+                drafts = [(t, node, v) for node, row in zip(frontier, zip(tokens, scores)) for t, v in zip(*row)]
+                children.append([tree.add(*draft) for draft in drafts])
             if step + 1 == self.steps:
                 break
-            parents, frontier = frontier, tree.best(children, self.topk)
-            hidden = hidden[:, [parents.index(tree.parents[node]) for node in frontier]]
-            fed += frontier
-            mask = torch.ones(len(frontier), known + len(fed), dtype=torch.bool)
-            for row, node in enumerate(frontier):
-                ancestors = tree.path(node)
-                mask[row, known:] = torch.tensor([row_node in ancestors for row_node in fed])
-            row_tokens = [tree.tokens[node] for node in frontier]
-            hidden = self._rows(row_tokens, hidden, [position + step] * len(frontier), cache, mask)
-        cache.crop(known)  # rows made from the head's own hidden states are made again from the target's
-        return tree.pruned(self.draft_tokens)
+            parents = frontiers
+            frontiers = [tree.best(nodes, self.topk) for tree, nodes in zip(trees, children)]
+            places = [
+                [above.index(tree.parents[node]) for node in frontier]
+                for tree, above, frontier in zip(trees, parents, frontiers)
+            ]
+            fed = [[*nodes, *frontier] for nodes, frontier in zip(fed, frontiers)]
+            own = torch.tensor([tree.visible(f, nodes) for tree, f, nodes in zip(trees, frontiers, fed)])
+            tokens = [[tree.tokens[node] for node in frontier] for tree, frontier in zip(trees, frontiers)]
+            positions = torch.tensor(known)[:, None].expand(-1, len(frontiers[0])) + step
+            hidden = self._head_rows(0, tokens, hidden[texts, places], known, own, positions)
+        return [tree.pruned(self.draft_tokens) for tree in trees]
 
-    def _rows(self, tokens: list[int], hidden, positions: list[int], cache: "_DraftCache", mask) -> torch.Tensor:
-        """Run the head over new rows; mask [rows, cached + rows] bool. Returns hidden [1, rows, H], pre-norm."""
-        device = hidden.device
-        embedded = self.head.embedded(self.target.embed_tokens(torch.tensor([tokens], device=device)).to(hidden.dtype))
-        rope = self.head.rope(hidden, torch.tensor([positions], device=device))
-        cache.mask = mask.to(device)
-        return self.head.midlayer(embedded, hidden, rope, cache.attend)
+    def _known_rows(self, first: int, aux: list[torch.Tensor], tokens: list[list[int]], start: list[int]):
+        """Run the head over rows made of the target's states, [p, 3H] of each text, padded to the longest.
+
+        Returns hidden [B, longest, H], pre-norm. What the padding leaves in the cache, the next rows write over.
+        """
+        longest = max(map(len, tokens))
+        padded = torch.nn.utils.rnn.pad_sequence(aux, batch_first=True).to(self.head.fc.weight.dtype)
+        tokens = [[*row, *[0] * (longest - len(row))] for row in tokens]
+        own = torch.ones(longest, longest, dtype=torch.bool).tril().expand(len(tokens), -1, -1)
+        positions = torch.tensor(start)[:, None] + torch.arange(longest)
+        return self._head_rows(first, tokens, self.head.features(padded), start, own, positions)
+
+    def _head_rows(self, first: int, tokens, hidden, known: list[int], own, positions) -> torch.Tensor:
+        """Run the head over n new rows of each text from slot `first` on; tokens [B][n], hidden [B, n, H].
+
+        known: rows in the cache that all of them see; own [B, n, m] bool: what they see of the m rows after those,
+        the last n of which are they themselves; positions [B, n]: for RoPE. Returns hidden [B, n, H], pre-norm.
+        """
+        device, length = hidden.device, max(known) + own.shape[-1]
+        start = torch.tensor(known, device=device)[:, None]
+        places = start + torch.arange(own.shape[-1], device=device)
+        mask = _visible(start, places, own.to(device), length)[:, None]
+        embedded = self.head.embedded(self.target.embed_tokens(torch.tensor(tokens, device=device)).to(hidden.dtype))
+        self.draft_cache.place(first, places[:, own.shape[-1] - own.shape[1] :], length)
+
+        def attend(query, key, value):
+            query, key, value = (x.transpose(1, 2) for x in (query, key, value))
+            key, value = self.draft_cache.update(key, value, 0)
+            return decoding_attention(None, query, key, value, mask)[0]
+
+        return self.head.midlayer(embedded, hidden, self.head.rope(hidden, positions.to(device)), attend)
 
 
-def _keep(cache: DynamicCache, checked: int, kept: list[int]) -> None:
-    """Of the cache's last `checked` rows keep these, in this order."""
-    known = cache.get_seq_length() - checked
-    if kept != list(range(len(kept))):
-        for layer in cache.layers:
-            for rows in (layer.keys, layer.values):
-                rows[:, :, known : known + len(kept)] = rows[:, :, [known + node for node in kept]]
-    cache.crop(known + len(kept))
+def decode_plain(
+    target: Target, prompt: list[int], max_new_tokens: int, stop_ids: set[int], choose: Choice | None = None
+) -> Generation:
+    """The target's own answer to one prompt."""
+    return Decoder(target).decode(prompt, max_new_tokens, stop_ids, choose)
 
 
-class _DraftCache:
-    """Keys and values [1, kv_heads, length, D] of the head's one layer; mask [new, length + new] of the next rows."""
-
-    def __init__(self):
-        self.key = self.value = self.mask = None
-
-    @property
-    def length(self) -> int:
-        return 0 if self.key is None else self.key.shape[2]
-
-    def crop(self, length: int) -> None:
-        self.key, self.value = self.key[:, :, :length], self.value[:, :, :length]
-
-    def attend(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
-        """query [1, n, heads, D], key and value [1, n, kv_heads, D] of new rows."""
-        query, key, value = (x.transpose(1, 2) for x in (query, key, value))
-        if self.key is not None:
-            key, value = torch.cat([self.key, key], 2), torch.cat([self.value, value], 2)
-        self.key, self.value = key, value
-        attend = torch.nn.functional.scaled_dot_product_attention
-        return attend(query, key, value, attn_mask=self.mask, enable_gqa=True).transpose(1, 2)
+def _visible(start: torch.Tensor, places: torch.Tensor, own: torch.Tensor, length: int) -> torch.Tensor:
+    """[B, n, length] bool: rows see all before `start` [B, 1], and of the m rows at `places` [B, m] what `own`
+    [B, n, m] says.
+    """
+    visible = torch.arange(length, device=start.device) < start[:, :, None]
+    return visible.repeat(1, own.shape[1], 1).scatter(2, places[:, None].expand(-1, own.shape[1], -1), own)

@@ -101,13 +101,14 @@ def _headline(figures: dict) -> str:
     if figures["topk"] > 1:
         shape = f"tree of {figures['draft_tokens']} drafts, {figures['topk']} a node, {figures['steps']} deep"
     chosen = f"temperature {figures['temperature']:g}" if figures["temperature"] else "greedy"
+    at_once = f", {figures['batch_size']} prompts at once" if figures["batch_size"] > 1 else ""
     speed = f"{figures['tokens_per_second']:.1f} tokens/s with the head"
     if figures["baseline_tokens_per_second"]:
         speed += f", {figures['baseline_tokens_per_second']:.1f} without; the same tokens: "
         speed += "yes" if figures["identical"] else "NO"
     return (
         f'<div><span class="tau">{figures["tau"]:.2f}</span> tokens per target call (acceptance length)</div>'
-        f"<p>{figures['prompts']} prompts, {figures['tokens']:,} tokens, {chosen}, {shape}<br>{speed}</p>"
+        f"<p>{figures['prompts']} prompts, {figures['tokens']:,} tokens, {chosen}, {shape}{at_once}<br>{speed}</p>"
     )
 
 

@@ -10,14 +10,16 @@ from eagle3_xla.config import UserError
 
 @dataclass
 class Figures:
-    """How a head fared. engine: "" for `eval`'s own decoding; drafts: checked in a target call; acceptance[k]: share of
-    the calls that accepted the draft at depth k; speedup: None where none was measured; head, target: fingerprints.
+    """How a head fared. engine: "" for `eval`'s own decoding, then at_once: prompts decoded at once; drafts: checked in
+    a target call; acceptance[k]: share of the calls that accepted the draft at depth k; speedup: None where none was
+    measured; head, target: fingerprints.
     """
 
     file: Path
     engine: str
     prompts: int
     prompts_name: str
+    at_once: int
     temperature: float
     drafts: int
     topk: int
@@ -38,6 +40,7 @@ class Figures:
         sampling = f"temperature {self.temperature:g}" if self.temperature else "greedy"
         shape = "chain" if self.topk == 1 else "tree"
         prompts = f"{self.prompts} prompts of {self.prompts_name}"
+        prompts += f", {self.at_once} at once" if self.at_once > 1 else ""
         return f"{self.engine or 'own decoding'}, {prompts}, {sampling}, {shape} of {self.drafts} drafts"
 
 
@@ -86,6 +89,7 @@ def read_results(file: Path) -> Figures:
         engine=engine,
         prompts=number(field("prompts"), where("prompts"), 1, whole=True),
         prompts_name=text(prompts.get("name"), where("measured.prompts.name")),
+        at_once=number(result.get("batch_size", 1), where("batch_size"), 1, whole=True),  # older files have none
         temperature=number(field("temperature"), where("temperature"), 0),
         drafts=number(field("draft_tokens"), where("draft_tokens"), 1, whole=True),
         topk=number(field("topk"), where("topk"), 1, whole=True),

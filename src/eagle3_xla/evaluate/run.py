@@ -17,7 +17,7 @@ from eagle3_xla.data.vocab import draft_ids_of
 from eagle3_xla.doctor.run import first_failure
 from eagle3_xla.draft.model import Eagle3Head
 from eagle3_xla.draft.saved import SavedHead, layers_of, load_head, read_head
-from eagle3_xla.evaluate.decode import Choice, Generation, SpeculativeDecoder, decode_plain
+from eagle3_xla.evaluate.decode import Choice, Decoder, Generation, SpeculativeDecoder
 from eagle3_xla.evaluate.fingerprint import measured
 from eagle3_xla.evaluate.page import Answer, place_of, readable_run, write_page
 from eagle3_xla.loss.unroll import teacher_positions, unroll
@@ -30,8 +30,9 @@ BEYOND = "more"
 @dataclass
 class EvalOptions:
     """limit: first prompts of the file, 0 for all; draft_tokens, topk, steps: the shape of the drafts (decode.py),
-    steps 0: as deep as draft_tokens allow, at most 5 in a tree; temperature 0: greedy; device: cpu or cuda;
-    baseline: decode without the head too, for its speed and for `identical`; force: a head that `doctor` fails, too.
+    steps 0: as deep as draft_tokens allow, at most 5 in a tree; batch_size: prompts decoded at once; temperature 0:
+    greedy; device: cpu or cuda; baseline: decode without the head too, for its speed and for `identical`; force: a head
+    that `doctor` fails, too.
     """
 
     limit: int = 0
@@ -39,6 +40,7 @@ class EvalOptions:
     draft_tokens: int = 5
     topk: int = 1
     steps: int = 0
+    batch_size: int = 16
     temperature: float = 0.0
     top_p: float = 1.0
     seed: int = 0
@@ -48,7 +50,8 @@ class EvalOptions:
     force: bool = False
 
     def __post_init__(self):
-        for name, least in (("limit", 0), ("max_new_tokens", 1), ("draft_tokens", 1), ("topk", 1), ("steps", 0)):
+        least_of = {"limit": 0, "max_new_tokens": 1, "draft_tokens": 1, "topk": 1, "steps": 0, "batch_size": 1}
+        for name, least in least_of.items():
             number(getattr(self, name), f"--{name.replace('_', '-')}", least, whole=True)
         number(self.temperature, "--temperature", 0)
         number(self.top_p, "--top-p", 0, 1, above=True)
@@ -94,11 +97,9 @@ def evaluate(
     stop_ids = stop_token_ids(target_path, tokenizer)
     with_head = decode_all(pair, ids, stop_ids, options)
     target, head = pair.on(options)
-    plain, hits = [], []
-    for i, (prompt, generation) in enumerate(zip(tqdm(ids, desc="eval, baseline", unit="prompt"), with_head)):
-        if options.baseline:
-            plain.append(decode_plain(target, prompt, options.max_new_tokens, stop_ids, _choice(options, i)))
-        hits.append(teacher_forced_hits(target, head, pair.d2t, prompt + generation.tokens, options.steps))
+    plain = decode_prompts(Decoder(target, options.batch_size), ids, stop_ids, options) if options.baseline else []
+    texts = [prompt + generation.tokens for prompt, generation in zip(ids, with_head)]
+    hits = [teacher_forced_hits(target, head, pair.d2t, text, options.steps) for text in texts]
     figures = summary(with_head, plain, hits, options) | {"measured": about}
     kinds = read_categories(data_file(prompts))
     figures["by_category"] = _grouped((kind, a) for kind, g in zip(kinds, with_head) for a in g.accepted)
@@ -171,11 +172,19 @@ def prompt_ids(tokenizer, prompts: str, options: EvalOptions, longest: int) -> l
 def decode_all(pair: Pair, prompts: list[list[int]], stop_ids: set[int], options: EvalOptions) -> list[Generation]:
     """Decode every prompt with the head."""
     target, head = pair.on(options)
-    decoder = SpeculativeDecoder(target, head, pair.d2t, options.draft_tokens, options.topk, options.steps)
-    return [
-        decoder.decode(prompt, options.max_new_tokens, stop_ids, _choice(options, i))
-        for i, prompt in enumerate(tqdm(prompts, desc="eval", unit="prompt"))
-    ]
+    shape = (options.draft_tokens, options.topk, options.steps)
+    decoder = SpeculativeDecoder(target, head, pair.d2t, *shape, options.batch_size)
+    return decode_prompts(decoder, prompts, stop_ids, options)
+
+
+def decode_prompts(
+    decoder: Decoder, prompts: list[list[int]], stop_ids: set[int], options: EvalOptions
+) -> list[Generation]:
+    """Decode every prompt, showing how far it is."""
+    choices = [_choice(options, i) for i in range(len(prompts))]
+    name = "eval" if isinstance(decoder, SpeculativeDecoder) else "eval, baseline"
+    with tqdm(total=len(prompts), desc=name, unit="prompt") as bar:
+        return decoder.decode_all(prompts, options.max_new_tokens, stop_ids, choices, bar.update)
 
 
 def _choice(options: EvalOptions, prompt: int) -> Choice:
@@ -202,14 +211,15 @@ def summary(with_head: list[Generation], plain: list[Generation], hits: list, op
         "acceptance_conditional": conditional,
         "acc_all_positions": [sum(h for h, _ in column) / sum(n for _, n in column) for column in columns],
         "target_calls_per_token": calls / max(1, tokens - len(with_head)),
-        "tokens_per_second": _speed(with_head),
-        "baseline_tokens_per_second": _speed(plain) if plain else None,
+        "tokens_per_second": speed(with_head),
+        "baseline_tokens_per_second": speed(plain) if plain else None,
         "identical": all(a.tokens == b.tokens for a, b in zip(with_head, plain)) if plain else None,
         "prompts": len(with_head),
         "tokens": tokens,
         "draft_tokens": options.draft_tokens,
         "topk": options.topk,
         "steps": options.steps,
+        "batch_size": options.batch_size,
         "temperature": options.temperature,
         "max_new_tokens": options.max_new_tokens,
     }
@@ -250,7 +260,7 @@ def teacher_forced_hits(target: Target, head, d2t: torch.Tensor, ids: list[int],
     return [(int(hits), int(rows)) for hits, rows in zip(sums.hits, sums.drafts)]
 
 
-def _speed(generations: list[Generation]) -> float:
+def speed(generations: list[Generation]) -> float:
     """Tokens per second after the first token of each answer."""
     seconds = sum(generation.seconds for generation in generations)
     return sum(len(generation.tokens) - 1 for generation in generations) / seconds if seconds else 0.0

@@ -13,6 +13,7 @@ from eagle3_xla.config import RunError, UserError
 from eagle3_xla.data.tokenizer import TemplateFailed, first_line, load_tokenizer, render_chat, stop_token_ids
 from eagle3_xla.regenerate.conversation import Refused, Reply, Sampling
 from eagle3_xla.target.attention import GROUPED_EINSUM
+from eagle3_xla.target.cache import SlotCache
 from eagle3_xla.target.families import attention_masks
 from eagle3_xla.target.model import document_masks, load_target
 from eagle3_xla.target.sampling import choose_tokens
@@ -92,10 +93,11 @@ class LocalTarget:
     def _start(self, question: _Question) -> None:
         """Prefill into the next free slot; the first token of the answer."""
         length = len(question.prompt)
-        self.cache.prefill(len(self.running), length)
+        positions = torch.arange(length, device=self.device)[None]
+        self.cache.place(len(self.running), positions, length)
         logits = self.target(
             input_ids=torch.tensor([question.prompt], device=self.device),
-            position_ids=torch.arange(length, device=self.device)[None],
+            position_ids=positions,
             attention_mask=document_masks(self.target.config, torch.zeros(1, length, device=self.device)),
             past_key_values=self.cache,
             logits_to_keep=1,
@@ -108,8 +110,8 @@ class LocalTarget:
         last = torch.tensor([question.tokens[-1] for question in self.running], device=self.device)
         # The last token of each answer is not in the cache yet.
         positions = [len(question.prompt) + len(question.tokens) - 1 for question in self.running]
-        self.cache.decode(positions)
         at = torch.tensor(positions, device=self.device)
+        self.cache.place(0, at[:, None], max(positions) + 1)
         distance = at[:, None, None] - torch.arange(max(positions) + 1, device=self.device)
         logits = self.target(
             input_ids=last[:, None],
@@ -140,50 +142,3 @@ class LocalTarget:
         if slot < len(self.running):
             self.running[slot] = moved
             self.cache.move(len(self.running), slot)
-
-
-class SlotCache:
-    """Keys and values of texts of different lengths, [slots, kv_heads, capacity, D] a layer, as transformers' models
-    call it. `prefill` or `decode` before each forward says what the forward is about; both grow the capacity."""
-
-    def __init__(self, slots: int, device: str):
-        self.slots, self.device, self.capacity = slots, device, 256
-        self.layers: list[tuple[torch.Tensor, torch.Tensor]] = []
-        self.slot, self.positions, self.length = 0, None, 0
-
-    def prefill(self, slot: int, length: int) -> None:
-        self.slot, self.positions, self.length = slot, None, length
-        self._grow()
-
-    def decode(self, positions: list[int]) -> None:
-        """Of slots 0, 1, ...: where each one's new token goes."""
-        self.positions, self.length = torch.tensor(positions, device=self.device), max(positions) + 1
-        self._grow()
-
-    def move(self, source: int, to: int) -> None:
-        for keys, values in self.layers:
-            keys[to], values[to] = keys[source], values[source]
-
-    def get_seq_length(self, layer: int = 0) -> int:
-        return 0
-
-    def update(self, key: torch.Tensor, value: torch.Tensor, layer: int, arguments=None):
-        """key, value [rows, kv_heads, new, D] -> those to attend to, [rows, kv_heads, length, D]."""
-        if layer == len(self.layers):
-            shape = (self.slots, key.shape[1], self.capacity, key.shape[3])
-            self.layers.append((key.new_zeros(shape), value.new_zeros(shape)))
-        keys, values = self.layers[layer]
-        if self.positions is None:
-            keys[self.slot, :, : self.length], values[self.slot, :, : self.length] = key[0], value[0]
-            return key, value
-        rows = torch.arange(len(self.positions), device=self.device)
-        keys[rows, :, self.positions], values[rows, :, self.positions] = key[:, :, 0], value[:, :, 0]
-        return keys[: len(rows), :, : self.length], values[: len(rows), :, : self.length]
-
-    def _grow(self) -> None:
-        if self.length <= self.capacity:
-            return
-        more = max(2 * self.capacity, self.length) - self.capacity
-        pad = torch.nn.functional.pad
-        self.layers = [(pad(keys, (0, 0, 0, more)), pad(values, (0, 0, 0, more))) for keys, values in self.layers]
-        self.capacity += more

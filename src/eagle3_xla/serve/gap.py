@@ -47,7 +47,9 @@ def gap(target_path: str, draft: str, prompts: str, url: str, options: EvalOptio
     server = connect(url)
     if not server.steps:
         raise UserError(f"the server at {url} serves without a head; start it with its speculative settings")
-    options = replace(options, draft_tokens=server.draft_tokens, topk=server.topk, steps=server.steps, force=True)
+    options = replace(
+        options, draft_tokens=server.draft_tokens, topk=server.topk, steps=server.steps, batch_size=1, force=True
+    )
     rules = _rules(draft, target_path)
     saved = read_head(Path(draft))
     d2t_missing = _complete(saved)

@@ -1,10 +1,14 @@
-"""The target's attention for the TPU partitioner, as a transformers attention function."""
+"""The target's attention for the TPU partitioner and for decoding, as a transformers attention function."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.masking_utils import sdpa_mask
 
 GROUPED_EINSUM = "grouped_einsum"
+DECODING = "decoding"
 
 
 def grouped_einsum_attention(
@@ -38,10 +42,38 @@ def grouped_einsum_attention(
     return output.reshape(batch, length, heads, head_dim), None
 
 
+def decoding_attention(
+    module, query, key, value, attention_mask, scaling=None, dropout=0.0, softcap=None, s_aux=None, **kwargs
+):
+    """As `grouped_einsum_attention`, by torch's kernel where it computes what the family does: for a few rows over long
+    caches, where transformers' own call of that kernel spends its time on repeating the keys.
+    """
+    if softcap is not None or s_aux is not None:
+        return grouped_einsum_attention(
+            module, query, key, value, attention_mask, scaling, softcap=softcap, s_aux=s_aux
+        )
+    attend = torch.nn.functional.scaled_dot_product_attention
+    output = attend(query, key, value, attn_mask=attention_mask, scale=scaling, enable_gqa=True)
+    return output.transpose(1, 2), None
+
+
+@contextmanager
+def decoding(model) -> Iterator[None]:
+    """The model attends by `decoding_attention`; its masks are given."""
+    before = model.config._attn_implementation
+    model.config._attn_implementation = DECODING
+    try:
+        yield
+    finally:
+        model.config._attn_implementation = before
+
+
 def _bool_mask(*arguments, **keywords):
     """transformers' own bool mask, which sdpa leaves out where its kernel has a flag for it."""
     return sdpa_mask(*arguments, **keywords | {"allow_is_causal_skip": False})
 
 
 AttentionInterface.register(GROUPED_EINSUM, grouped_einsum_attention)
+AttentionInterface.register(DECODING, decoding_attention)
 AttentionMaskInterface.register(GROUPED_EINSUM, _bool_mask)
+AttentionMaskInterface.register(DECODING, _bool_mask)
