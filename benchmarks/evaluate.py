@@ -13,7 +13,8 @@ from statistics import median
 
 from eagle3_xla.data.tokenizer import load_tokenizer, stop_token_ids
 from eagle3_xla.evaluate.decode import Decoder, Generation
-from eagle3_xla.evaluate.run import EvalOptions, decode_all, decode_prompts, load_pair, prompt_ids, speed, tau
+from eagle3_xla.evaluate.options import EvalOptions
+from eagle3_xla.evaluate.run import decode_all, decode_prompts, load_pair, prompt_ids, speed, tau
 
 
 def main() -> None:

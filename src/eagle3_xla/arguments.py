@@ -11,6 +11,7 @@ import shtab
 from eagle3_xla import __version__
 from eagle3_xla.checks import expected, number
 from eagle3_xla.config import UserError, recipe_names
+from eagle3_xla.data.prompts import SETS
 from eagle3_xla.guide import EXAMPLES
 
 
@@ -57,6 +58,11 @@ class Number:
 def numbers(words: str) -> list[int]:
     """Requests in flight: 1,4,16."""
     return [int(IN_FLIGHT(part)) for part in words.split(",")]
+
+
+def drafts(words: str) -> int:
+    """A number of drafts, 0 for `auto`."""
+    return 0 if words == "auto" else int(DRAFTS(words))
 
 
 COUNT, SIZE, SEED = Number(int, 0), Number(int, 1), Number(int, 0, 2**63 - 1)
@@ -180,10 +186,20 @@ def _add_verbs(subparsers: Any, common: Parser, recipe: Parser) -> None:
     verb = verbs.add_parser("eval", parents=[common], help="acceptance of a head, from real decoding")
     verb.add_argument("--target", required=True)
     verb.add_argument("--draft", required=True, help="an exported head")
-    verb.add_argument("--prompts", required=True, help="JSONL; the first user turn of each row is asked")
+    verb.add_argument("--prompts", required=True, help="a file, or " + ", ".join(SETS) + " from the hub")
     verb.add_argument("--limit", type=COUNT, default=0, help="only the first prompts")
+    verb.add_argument(
+        "--turns", type=COUNT, default=1, help="user turns asked, each after the target's answer (default: 1; 0: all)"
+    )
+    verb.add_argument("--thinking", default="", choices=("on", "off"), help="default: the chat template's own")
     verb.add_argument("--max-new-tokens", type=SIZE, default=128)
-    verb.add_argument("--draft-tokens", type=DRAFTS, default=5, help="drafts checked in a target call (default: 5)")
+    verb.add_argument(
+        "--draft-tokens",
+        type=drafts,
+        default=5,
+        metavar="N|auto",
+        help="drafts checked in a target call (default: 5); auto: the chain that is fastest on this machine",
+    )
     verb.add_argument("--topk", type=DRAFTS, default=1, help="drafts per node: 1 is a chain (default), more a tree")
     verb.add_argument("--steps", type=COUNT, default=0, help="depth of a tree (default: 5)")
     verb.add_argument("--batch-size", type=SIZE, default=16, help="prompts decoded at once (default: 16)")

@@ -200,10 +200,11 @@ def _export(options: Namespace, overrides: list[str]) -> dict:
 
 
 def _eval(options: Namespace, overrides: list[str]) -> dict:
-    from eagle3_xla.evaluate.run import EvalOptions, evaluate
+    from eagle3_xla.evaluate.options import EvalOptions
+    from eagle3_xla.evaluate.run import evaluate
 
-    names = "limit max_new_tokens draft_tokens topk steps batch_size temperature top_p seed device force".split()
-    settings = EvalOptions(**{name: getattr(options, name) for name in names})
+    names = "limit turns thinking max_new_tokens draft_tokens topk steps batch_size temperature top_p seed device force"
+    settings = EvalOptions(**{name: getattr(options, name) for name in names.split()})
     return evaluate(options.target, options.draft, options.prompts, settings, options.report, options.run)
 
 
@@ -229,7 +230,7 @@ def _bench(options: Namespace, overrides: list[str]) -> dict:
 
 
 def _gap(options: Namespace, overrides: list[str]) -> dict:
-    from eagle3_xla.evaluate.run import EvalOptions
+    from eagle3_xla.evaluate.options import EvalOptions
     from eagle3_xla.serve.gap import gap
 
     settings = EvalOptions(options.limit, options.max_new_tokens, dtype=options.dtype)

@@ -18,8 +18,9 @@ from eagle3_xla.data.files import data_file
 from eagle3_xla.data.prepare import prepare
 from eagle3_xla.data.tokenizer import load_tokenizer, stop_token_ids
 from eagle3_xla.evaluate.decode import Generation, SpeculativeDecoder
+from eagle3_xla.evaluate.options import EvalOptions
 from eagle3_xla.evaluate.report import plot_report
-from eagle3_xla.evaluate.run import EvalOptions, evaluate, load_pair, prompt_ids
+from eagle3_xla.evaluate.run import evaluate, load_pair, prompt_ids
 from eagle3_xla.evaluate.tree import Tree
 from eagle3_xla.export import export
 from eagle3_xla.live import Screen, minutes

@@ -1,6 +1,5 @@
 """Chats to tokens: the mask holds what the assistant wrote and its end of turn, and nothing else."""
 
-import json
 import random
 import unicodedata
 
@@ -8,7 +7,7 @@ import pytest
 from data.conftest import SPECIAL
 
 from eagle3_xla.config import DataConfig
-from eagle3_xla.data.chat import ChatEncoder, read_prompts
+from eagle3_xla.data.chat import ChatEncoder
 from eagle3_xla.data.clean import Chat, Unusable
 from eagle3_xla.data.tokenizer import TODAY, load_tokenizer, stop_token_ids
 
@@ -182,17 +181,3 @@ def test_what_a_template_cannot_show_is_left_out(template_targets):
     assert coder.encode([empty])[0].reason == "no_answer_tokens"
     coder.tokenizer.chat_template = "{{ raise_exception('roles must alternate') }}"
     assert "roles must alternate" in str(coder.encode([empty])[0])
-
-
-def test_prompts_in_every_form(tmp_path):
-    rows = [
-        {"prompt": "a"},
-        {"turns": ["a", "b"]},
-        {"messages": [{"role": "system", "content": "s"}, {"role": "user", "content": "a"}]},
-        {"conversations": [{"from": "human", "value": "a"}, {"from": "gpt", "value": "b"}]},
-    ]
-    file = tmp_path / "prompts.jsonl"
-    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    asked = [prompt[-1]["content"] for prompt in read_prompts(file)]
-    assert asked == ["a"] * 4
-    assert [len(prompt) for prompt in read_prompts(file)] == [1, 1, 2, 1]

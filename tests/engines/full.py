@@ -19,7 +19,8 @@ from safetensors.torch import load_file, save_file
 
 from eagle3_xla.data.tokenizer import load_tokenizer, stop_token_ids
 from eagle3_xla.doctor.run import doctor
-from eagle3_xla.evaluate.run import EvalOptions, decode_all, load_pair, prompt_ids, tau
+from eagle3_xla.evaluate.options import EvalOptions
+from eagle3_xla.evaluate.run import decode_all, load_pair, prompt_ids, tau
 from eagle3_xla.serve.bench import run_prompts
 from eagle3_xla.serve.client import Request, connect
 from eagle3_xla.serve.gap import gap

@@ -23,7 +23,8 @@ from transformers import Qwen2Config, Qwen2ForCausalLM
 
 from eagle3_xla.data.tokenizer import load_tokenizer, stop_token_ids
 from eagle3_xla.draft.attention import causal_attention
-from eagle3_xla.evaluate.run import EvalOptions, decode_all, load_pair, prompt_ids, tau
+from eagle3_xla.evaluate.options import EvalOptions
+from eagle3_xla.evaluate.run import decode_all, load_pair, prompt_ids, tau
 from eagle3_xla.serve.patch import patch
 
 HERE = Path(__file__).parent

@@ -14,7 +14,8 @@ from engines.conftest import PROMPTS
 from engines.servers import serve
 
 from eagle3_xla.data.tokenizer import load_tokenizer, stop_token_ids
-from eagle3_xla.evaluate.run import EvalOptions, decode_all, load_pair, prompt_ids, tau
+from eagle3_xla.evaluate.options import EvalOptions
+from eagle3_xla.evaluate.run import decode_all, load_pair, prompt_ids, tau
 from eagle3_xla.serve.bench import run_prompts
 from eagle3_xla.serve.client import Request, connect
 

@@ -14,7 +14,8 @@ from engines.servers import serve
 
 from eagle3_xla.config import RunError, UserError
 from eagle3_xla.data.tokenizer import load_tokenizer
-from eagle3_xla.evaluate.run import EvalOptions, prompt_ids
+from eagle3_xla.evaluate.options import EvalOptions
+from eagle3_xla.evaluate.run import prompt_ids
 from eagle3_xla.serve.bench import run_prompts
 from eagle3_xla.serve.client import Request, connect
 from eagle3_xla.serve.gap import gap

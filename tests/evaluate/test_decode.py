@@ -13,7 +13,9 @@ from eagle3_xla.draft.attention import causal_attention
 from eagle3_xla.draft.model import Eagle3Head, draft_config
 from eagle3_xla.draft.saved import load_head
 from eagle3_xla.evaluate.decode import Generation, SpeculativeDecoder, decode_plain
-from eagle3_xla.evaluate.run import EvalOptions, acceptance_by_position, evaluate, prompt_ids, summary
+from eagle3_xla.evaluate.options import EvalOptions
+from eagle3_xla.evaluate.run import acceptance_by_position, evaluate, prompt_ids, summary
+from eagle3_xla.loss.metrics import AcceptanceSums
 from eagle3_xla.loss.rows import shift_left
 from eagle3_xla.target.model import Target, load_target
 
@@ -83,7 +85,10 @@ def test_figures_by_hand():
     plain, conditional = acceptance_by_position([2, 0, 1], depth=3)
     assert plain == [2 / 3, 1 / 3, 0.0] and conditional == [2 / 3, 1 / 2, 0.0]
     runs = [Generation([1] * 6, 1.0, [2, 0, 1])]
-    figures = summary(runs, [Generation([1] * 6, 2.0)], [[(1, 4), (0, 4)]], EvalOptions(draft_tokens=2))
+    sums = AcceptanceSums(*(torch.tensor(column) for column in ([4, 4], [2, 1], [4, 2], [2, 1], [0, 0])))
+    figures = summary(runs, [Generation([1] * 6, 2.0)], [(sums, sums)], EvalOptions(draft_tokens=2))
+    assert figures["acc_all_positions"] == [0.5, 0.25] and figures["speedup"] == 2.0
+    assert figures["expected_acceptance_conditional"] == [0.5, 0.5] and figures["expected_tau"] == 1.75
     assert figures["tau"] == 2.0 and figures["target_calls_per_token"] == 3 / 5
     assert figures["tokens_per_second"] == 5.0 and figures["baseline_tokens_per_second"] == 2.5
 

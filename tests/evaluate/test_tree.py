@@ -6,7 +6,8 @@ import torch
 from eagle3_xla.config import UserError
 from eagle3_xla.draft.saved import LAYER_IDS, SavedHead, layers_of
 from eagle3_xla.evaluate.decode import Choice, SpeculativeDecoder, decode_plain
-from eagle3_xla.evaluate.run import EvalOptions, tau
+from eagle3_xla.evaluate.options import EvalOptions
+from eagle3_xla.evaluate.run import tau
 from eagle3_xla.evaluate.tree import Tree
 
 
@@ -89,7 +90,7 @@ def test_calls_count_whole(trained, small_pair):
 @pytest.mark.parametrize(
     "settings, part",
     [
-        ({"draft_tokens": 0}, "--draft-tokens is 0; a whole number from 1"),
+        ({"draft_tokens": -1}, "--draft-tokens is -1; a whole number from 0"),
         ({"topk": 4, "steps": 9}, "--steps 9: choose 1 to"),
         ({"steps": 2}, "a chain of 5 drafts takes as many steps"),
         ({"temperature": -1.0}, "--temperature is -1.0; a number from 0"),

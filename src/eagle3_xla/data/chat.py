@@ -1,4 +1,4 @@
-"""Evaluation prompts, and chats to token ids with the mask of what the assistant wrote.
+"""Chats to token ids with the mask of what the assistant wrote.
 
 The mask comes from prefix differences of the target's own chat template. An answer is what the template adds to the
 prompt that an engine would be given at that point (everything before it, plus the generation prompt), up to its
@@ -7,13 +7,11 @@ end-of-turn token; what the template writes after that token (often a newline) i
 
 import random
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 
 from eagle3_xla.config import DataConfig, UserError
-from eagle3_xla.data.clean import ROLES, Chat, Unusable
-from eagle3_xla.data.files import read_rows
+from eagle3_xla.data.clean import Chat, Unusable
 from eagle3_xla.data.tokenizer import TemplateFailed, render_chat
 
 LONGEST_TOKEN = 40  # characters a token, on average over a whole row: no text has so many
@@ -26,57 +24,6 @@ class Encoded:
     ids: np.ndarray
     mask: np.ndarray
     cut: bool
-
-
-def read_prompts(path: Path) -> list[list[dict]]:
-    """Read evaluation prompts: rows with `conversations`, `messages`, `turns` or `prompt`.
-
-    Returns the messages up to and including the first user turn of each row (a system turn before it is kept).
-    """
-    prompts = []
-    for where, row in read_rows(path):
-        if isinstance(row.get("prompt"), list):
-            turns = row["prompt"]
-        elif "prompt" in row:
-            turns = [{"role": "user", "content": row["prompt"]}]
-        elif "turns" in row and isinstance(row["turns"], list):
-            turns = [{"role": "user", "content": turn} for turn in row["turns"][:1]]
-        elif "messages" in row:
-            turns = row["messages"]
-        elif "conversations" in row:
-            turns = row["conversations"]
-        else:
-            raise UserError(f"{where}: none of `conversations`, `messages`, `turns`, `prompt` in this row")
-        if not isinstance(turns, list):
-            raise UserError(f"{where}: the conversation is not a list of turns")
-        role_key, text_key = ("from", "value") if "conversations" in row else ("role", "content")
-        prompt = []
-        for turn in turns:
-            prompt.append(_message(turn, role_key, text_key, where))
-            if prompt[-1]["role"] == "user":
-                break
-        if not prompt or prompt[-1]["role"] != "user":
-            raise UserError(f"{where}: no user turn to ask")
-        prompts.append([message for message in prompt if message["role"] in ("system", "user")])
-    return prompts
-
-
-def read_categories(path: Path) -> list[str]:
-    """What kind of prompt each row of evaluation prompts is: its `category`, or its `source`, or "all"."""
-    return [str(row.get("category") or row.get("source") or "all") for _, row in read_rows(path)]
-
-
-def _message(turn, role_key: str, text_key: str, where: str) -> dict:
-    if not isinstance(turn, dict) or role_key not in turn or text_key not in turn:
-        raise UserError(f"{where}: a turn needs `{role_key}` and `{text_key}`")
-    role, text = turn[role_key], turn[text_key]
-    if not isinstance(role, str) or role not in ROLES:
-        raise UserError(f"{where}: unknown role {role!r}; known: {', '.join(ROLES)}")
-    if not isinstance(text, str):
-        raise UserError(f"{where}: the text of a {role} turn is {type(text).__name__}, not a string")
-    if any("\ud800" <= c <= "\udfff" for c in text):
-        raise UserError(f"{where}: the text of a {role} turn holds half a character (a lone surrogate)")
-    return {"role": ROLES[role], "content": text}
 
 
 class ChatEncoder:

@@ -231,7 +231,7 @@ class SpeculativeDecoder(Decoder):
     ):
         super().__init__(target, slots)
         self.head, self.draft_tokens, self.topk, self.steps = head, draft_tokens, topk, steps or draft_tokens
-        self.draft_ids = (d2t + torch.arange(len(d2t), device=d2t.device)).to(target.device)
+        self.d2t, self.draft_ids = d2t, (d2t + torch.arange(len(d2t), device=d2t.device)).to(target.device)
 
     def _start(self, slot: int, prompt: list[int], choose: Choice) -> _Text:
         text = super()._start(slot, prompt, choose)

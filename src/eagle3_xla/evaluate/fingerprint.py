@@ -11,7 +11,7 @@ from safetensors import SafetensorError, safe_open
 from eagle3_xla import __version__, storage
 from eagle3_xla.checks import read_json
 from eagle3_xla.config import UserError
-from eagle3_xla.data.files import data_file
+from eagle3_xla.data.prompts import fingerprint as prompts_fingerprint
 from eagle3_xla.draft.saved import read_head
 
 VOLATILE = ("_name_or_path", "transformers_version", "torch_dtype", "dtype", "use_cache")  # of a target's config.json
@@ -19,16 +19,13 @@ VOLATILE = ("_name_or_path", "transformers_version", "torch_dtype", "dtype", "us
 
 def measured(verb: str, head: str | None, target: str, prompts: str) -> dict:
     """What `eval` and `bench` write beside their figures, and `push` compares."""
-    file = data_file(prompts)
-    if not file.is_file():
-        raise UserError(f"{file}: no such file")
     return {
         "verb": verb,
         "version": __version__,
         "date": time.strftime("%Y-%m-%d", time.gmtime()),
         "head": head_fingerprint(head) if head else None,
         "target": target_fingerprint(target),
-        "prompts": {"name": file.name, "sha256": hashlib.sha256(file.read_bytes()).hexdigest()},
+        "prompts": prompts_fingerprint(prompts),
     }
 
 

@@ -1,67 +1,31 @@
 """`eval`: acceptance and acceptance length of a head from real decoding with its target."""
 
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
 from tqdm import tqdm
 
-from eagle3_xla.checks import number
-from eagle3_xla.config import LossConfig, UserError
-from eagle3_xla.data.chat import read_categories, read_prompts
-from eagle3_xla.data.files import data_file
+from eagle3_xla.config import UserError
+from eagle3_xla.data.prompts import Prompt, read_prompts
 from eagle3_xla.data.tokenizer import TemplateFailed, load_tokenizer, render_chat, stop_token_ids
 from eagle3_xla.data.vocab import draft_ids_of
 from eagle3_xla.doctor.run import first_failure
 from eagle3_xla.draft.model import Eagle3Head
 from eagle3_xla.draft.saved import SavedHead, layers_of, load_head, read_head
 from eagle3_xla.evaluate.decode import Choice, Decoder, Generation, SpeculativeDecoder
+from eagle3_xla.evaluate.draft_length import LONGEST, MeasuringDecoder
 from eagle3_xla.evaluate.fingerprint import measured
+from eagle3_xla.evaluate.forced import teacher_forced
+from eagle3_xla.evaluate.options import EvalOptions
 from eagle3_xla.evaluate.page import Answer, place_of, readable_run, write_page
-from eagle3_xla.loss.unroll import teacher_positions, unroll
+from eagle3_xla.loss.metrics import AcceptanceSums, add_up, expected_tau, rates
 from eagle3_xla.target.model import Target, load_target
 
 CONTEXTS = (256, 512, 1024, 2048, 4096)  # tokens before a target call: the first of these that holds them
 BEYOND = "more"
-
-
-@dataclass
-class EvalOptions:
-    """limit: first prompts of the file, 0 for all; draft_tokens, topk, steps: the shape of the drafts (decode.py),
-    steps 0: as deep as draft_tokens allow, at most 5 in a tree; batch_size: prompts decoded at once; temperature 0:
-    greedy; device: cpu or cuda; baseline: decode without the head too, for its speed and for `identical`; force: a head
-    that `doctor` fails, too.
-    """
-
-    limit: int = 0
-    max_new_tokens: int = 128
-    draft_tokens: int = 5
-    topk: int = 1
-    steps: int = 0
-    batch_size: int = 16
-    temperature: float = 0.0
-    top_p: float = 1.0
-    seed: int = 0
-    device: str = "cpu"
-    dtype: str = "float32"
-    baseline: bool = True
-    force: bool = False
-
-    def __post_init__(self):
-        least_of = {"limit": 0, "max_new_tokens": 1, "draft_tokens": 1, "topk": 1, "steps": 0, "batch_size": 1}
-        for name, least in least_of.items():
-            number(getattr(self, name), f"--{name.replace('_', '-')}", least, whole=True)
-        number(self.temperature, "--temperature", 0)
-        number(self.top_p, "--top-p", 0, 1, above=True)
-        if self.device == "cuda" and not torch.cuda.is_available():
-            raise UserError("--device cuda: torch finds no GPU here")
-        self.steps = self.steps or (self.draft_tokens if self.topk == 1 else min(5, self.draft_tokens))
-        if self.topk == 1 and self.steps != self.draft_tokens:
-            raise UserError(f"a chain of {self.draft_tokens} drafts takes as many steps, not --steps {self.steps}")
-        if not 1 <= self.steps <= self.draft_tokens:
-            raise UserError(f"--steps {self.steps}: choose 1 to --draft-tokens ({self.draft_tokens})")
 
 
 class Pair(NamedTuple):
@@ -93,21 +57,34 @@ def evaluate(
     about = measured("eval", draft, target_path, prompts)
     pair = load_pair(target_path, draft, options)
     tokenizer = load_tokenizer(target_path)
-    ids = prompt_ids(tokenizer, prompts, options, pair.model.config.max_position_embeddings)
+    longest = pair.model.config.max_position_embeddings
+    asked = read_prompts(prompts, options.limit)
+    ids = template_ids(tokenizer, prompts, [prompt.messages for prompt in asked], options, longest)
     stop_ids = stop_token_ids(target_path, tokenizer)
-    with_head = decode_all(pair, ids, stop_ids, options)
     target, head = pair.on(options)
-    plain = decode_prompts(Decoder(target, options.batch_size), ids, stop_ids, options) if options.baseline else []
-    texts = [prompt + generation.tokens for prompt, generation in zip(ids, with_head)]
-    hits = [teacher_forced_hits(target, head, pair.d2t, text, options.steps) for text in texts]
-    figures = summary(with_head, plain, hits, options) | {"measured": about}
-    kinds = read_categories(data_file(prompts))
+    lengths = {}
+    if not options.draft_tokens:
+        choices = [_choice(options, i) for i in range(len(ids))]
+        pilot = MeasuringDecoder(target, head, pair.d2t, LONGEST, slots=options.batch_size)
+        best, rows = pilot.lengths(ids, options.max_new_tokens, stop_ids, choices)
+        options = replace(options, draft_tokens=best)
+        lengths = {"draft_lengths": rows}
+    decoder = _decoder(target, head, pair.d2t, options)
+    turns, left_out = decode_turns(decoder, asked, ids, tokenizer, stop_ids, options, longest)
+    ids, with_head = [turn.ids for turn in turns], [turn.generation for turn in turns]
+    plain = []
+    if options.baseline:
+        numbers = [turn.prompt for turn in turns]
+        plain = decode_prompts(Decoder(target, options.batch_size), ids, stop_ids, options, numbers)
+    forced = [teacher_forced(target, head, pair.d2t, t.ids, t.generation.tokens, options.steps) for t in turns]
+    figures = summary(with_head, plain, forced, options) | lengths
+    figures |= {"prompts": len(asked), "answers": len(turns), "turns_without_room": left_out, "measured": about}
+    kinds = (asked[turn.prompt].category for turn in turns)
     figures["by_category"] = _grouped((kind, a) for kind, g in zip(kinds, with_head) for a in g.accepted)
     by_context = _grouped(call for prompt, g in zip(ids, with_head) for call in _calls_by_context(len(prompt), g))
     figures["by_context"] = {size: by_context[size] for size in map(str, (*CONTEXTS, BEYOND)) if size in by_context}
     if page:
-        asked = [chat[-1]["content"] for chat in read_prompts(data_file(prompts))]
-        write_page(page, figures, [Answer(*pair) for pair in zip(asked, with_head)], tokenizer, run)
+        write_page(page, figures, [Answer(turn.asked, turn.generation) for turn in turns], tokenizer, run)
         figures["report"] = str(page)
     return figures
 
@@ -145,21 +122,17 @@ def load_pair(target_path: str, draft: str | SavedHead, options: EvalOptions) ->
 
 
 def prompt_ids(tokenizer, prompts: str, options: EvalOptions, longest: int) -> list[list[int]]:
-    """Token ids of the file's prompts in the target's chat template, ready for its answer.
+    """Token ids of the first turns of a file's prompts, as `template_ids`."""
+    chats = [prompt.messages for prompt in read_prompts(prompts, options.limit)]
+    return template_ids(tokenizer, prompts, chats, options, longest)
+
+
+def template_ids(tokenizer, prompts: str, chats: list[list[dict]], options: EvalOptions, longest: int):
+    """Token ids of chats in the target's chat template, ready for its answer. prompts: where they come from.
 
     Raises UserError when one leaves no room for the answer in `longest` tokens.
     """
-    messages = read_prompts(data_file(prompts))[: options.limit or None]
-    ids = []
-    for i, chat in enumerate(messages, 1):
-        try:
-            words = render_chat(tokenizer, chat, add_generation_prompt=True)
-            words.encode()
-        except (TemplateFailed, UnicodeEncodeError) as failure:
-            raise UserError(f"the target's chat template fails on prompt {i} of {prompts} ({failure})") from None
-        ids.append(tokenizer(words, add_special_tokens=False)["input_ids"])
-        if not ids[-1]:
-            raise UserError(f"the target's chat template makes nothing of prompt {i} of {prompts}")
+    ids = [_chat_ids(tokenizer, chat, options, f"prompt {i} of {prompts}") for i, chat in enumerate(chats, 1)]
     for i, prompt in enumerate(ids, 1):
         if len(prompt) + options.max_new_tokens > longest:
             raise UserError(
@@ -169,19 +142,90 @@ def prompt_ids(tokenizer, prompts: str, options: EvalOptions, longest: int) -> l
     return ids
 
 
+def _chat_ids(tokenizer, chat: list[dict], options: EvalOptions, where: str) -> list[int]:
+    thinking = {}
+    if options.thinking:
+        if "enable_thinking" not in str(tokenizer.chat_template):
+            raise UserError(f"--thinking {options.thinking}: the target's chat template does not know enable_thinking")
+        thinking = {"enable_thinking": options.thinking == "on"}
+    try:
+        words = render_chat(tokenizer, chat, add_generation_prompt=True, **thinking)
+        words.encode()
+    except (TemplateFailed, UnicodeEncodeError) as failure:
+        raise UserError(f"the target's chat template fails on {where} ({failure})") from None
+    ids = tokenizer(words, add_special_tokens=False)["input_ids"]
+    if not ids:
+        raise UserError(f"the target's chat template makes nothing of {where}")
+    return ids
+
+
+class Turn(NamedTuple):
+    """One question and its answer. prompt: its number among the prompts; asked: what the user said; ids: the whole
+    text before the answer."""
+
+    prompt: int
+    asked: str
+    ids: list[int]
+    generation: Generation
+
+
+def decode_turns(
+    decoder: Decoder,
+    prompts: list[Prompt],
+    ids: list[list[int]],
+    tokenizer,
+    stop_ids: set[int],
+    options: EvalOptions,
+    longest: int,
+) -> tuple[list[Turn], int]:
+    """Ask the prompts' turns, each later one after the target's own answer to the one before it.
+
+    ids: of the first turns. Returns the turns, by prompt, and how many conversations ended early because the next turn
+    and its answer would exceed `longest` tokens.
+    """
+    chats, numbers = [[*prompt.messages] for prompt in prompts], [*range(len(prompts))]
+    turns, without_room, later = [], 0, 0
+    while numbers:
+        answers = decode_prompts(decoder, ids, stop_ids, options, numbers)
+        turns += [Turn(i, chats[i][-1]["content"], *rest) for i, *rest in zip(numbers, ids, answers)]
+        asked, numbers, ids = numbers, [], []
+        if later + 1 == options.turns:
+            break
+        for i, answer in zip(asked, answers):
+            if later >= len(prompts[i].later):
+                continue
+            said = answer.tokens[:-1] if answer.tokens[-1] in stop_ids else answer.tokens
+            chats[i].append({"role": "assistant", "content": tokenizer.decode(said, skip_special_tokens=True)})
+            chats[i].append({"role": "user", "content": prompts[i].later[later]})
+            following = _chat_ids(tokenizer, chats[i], options, f"turn {later + 2} of prompt {i + 1}")
+            if len(following) + options.max_new_tokens > longest:
+                without_room += 1
+                continue
+            numbers.append(i)
+            ids.append(following)
+        later += 1
+    return sorted(turns, key=lambda turn: turn.prompt), without_room
+
+
 def decode_all(pair: Pair, prompts: list[list[int]], stop_ids: set[int], options: EvalOptions) -> list[Generation]:
     """Decode every prompt with the head."""
-    target, head = pair.on(options)
+    return decode_prompts(_decoder(*pair.on(options), pair.d2t, options), prompts, stop_ids, options)
+
+
+def _decoder(target: Target, head: Eagle3Head, d2t: torch.Tensor, options: EvalOptions) -> SpeculativeDecoder:
     shape = (options.draft_tokens, options.topk, options.steps)
-    decoder = SpeculativeDecoder(target, head, pair.d2t, *shape, options.batch_size)
-    return decode_prompts(decoder, prompts, stop_ids, options)
+    return SpeculativeDecoder(target, head, d2t, *shape, slots=options.batch_size)
 
 
 def decode_prompts(
-    decoder: Decoder, prompts: list[list[int]], stop_ids: set[int], options: EvalOptions
+    decoder: Decoder,
+    prompts: list[list[int]],
+    stop_ids: set[int],
+    options: EvalOptions,
+    numbers: Iterable[int] | None = None,
 ) -> list[Generation]:
-    """Decode every prompt, showing how far it is."""
-    choices = [_choice(options, i) for i in range(len(prompts))]
+    """Decode every prompt, showing how far it is. numbers: what samples depend on (default: 0, 1, ...)."""
+    choices = [_choice(options, i) for i in (range(len(prompts)) if numbers is None else numbers)]
     name = "eval" if isinstance(decoder, SpeculativeDecoder) else "eval, baseline"
     with tqdm(total=len(prompts), desc=name, unit="prompt") as bar:
         return decoder.decode_all(prompts, options.max_new_tokens, stop_ids, choices, bar.update)
@@ -191,28 +235,40 @@ def _choice(options: EvalOptions, prompt: int) -> Choice:
     return Choice(options.temperature, options.top_p, options.seed, prompt)
 
 
-def summary(with_head: list[Generation], plain: list[Generation], hits: list, options: EvalOptions) -> dict:
+def summary(
+    with_head: list[Generation],
+    plain: list[Generation],
+    forced: list[tuple[AcceptanceSums, AcceptanceSums]],
+    options: EvalOptions,
+) -> dict:
     """The figures, by the names that scripts rely on.
 
     tau: 1 + mean accepted drafts per target call, over all calls of all answers together (Generation says what
     counts), which is vLLM's mean acceptance length. SGLang's `spec_accept_length` divides all new tokens by the calls,
     prefill's token included, and is a little higher on short answers; `bench` computes tau from its counts of drafts.
     acceptance[k]: share of the calls that accepted a draft at depth k; acceptance_conditional[k]: of those that
-    accepted all before it; acc_all_positions[k]: hits on teacher-forced text over ALL positions, the user's included:
-    not acceptance, kept to compare with others.
+    accepted all before it; expected_tau, expected_acceptance_conditional: the same of a chain of `steps` drafts at
+    every position of the answers, fed to the head (forced.py): decoding's calls begin where a draft was refused, these
+    everywhere; acc_all_positions[k]: hits on teacher-forced text over ALL positions, the user's included: not
+    acceptance, kept to compare with others. speedup: against the target alone, as many texts at once.
     """
     accepted = [a for generation in with_head for a in generation.accepted]
     acceptance, conditional = acceptance_by_position(accepted, options.steps)
     calls, tokens = len(accepted), sum(len(generation.tokens) for generation in with_head)
-    columns = list(zip(*hits))
+    everywhere, answers = (add_up(list(sums)) for sums in zip(*forced))
+    expected = rates(answers)
+    with_speed, plain_speed = speed(with_head), speed(plain) if plain else None
     return {
         "tau": tau(with_head),
+        "expected_tau": expected_tau(expected["acceptance"]),
         "acceptance": acceptance,
         "acceptance_conditional": conditional,
-        "acc_all_positions": [sum(h for h, _ in column) / sum(n for _, n in column) for column in columns],
+        "expected_acceptance_conditional": expected["acceptance_conditional"],
+        "acc_all_positions": rates(everywhere)["acc"],
         "target_calls_per_token": calls / max(1, tokens - len(with_head)),
-        "tokens_per_second": speed(with_head),
-        "baseline_tokens_per_second": speed(plain) if plain else None,
+        "tokens_per_second": with_speed,
+        "baseline_tokens_per_second": plain_speed,
+        "speedup": with_speed / plain_speed if plain_speed else None,
         "identical": all(a.tokens == b.tokens for a, b in zip(with_head, plain)) if plain else None,
         "prompts": len(with_head),
         "tokens": tokens,
@@ -221,6 +277,7 @@ def summary(with_head: list[Generation], plain: list[Generation], hits: list, op
         "steps": options.steps,
         "batch_size": options.batch_size,
         "temperature": options.temperature,
+        "thinking": options.thinking or None,
         "max_new_tokens": options.max_new_tokens,
     }
 
@@ -237,27 +294,6 @@ def acceptance_by_position(accepted: list[int], depth: int) -> tuple[list[float]
     plain = [reached[k + 1] / len(accepted) if accepted else 0.0 for k in range(depth)]
     conditional = [reached[k + 1] / reached[k] if reached[k] else 0.0 for k in range(depth)]
     return plain, conditional
-
-
-@torch.inference_mode()
-def teacher_forced_hits(target: Target, head, d2t: torch.Tensor, ids: list[int], steps: int) -> list[tuple[int, int]]:
-    """(hits, positions) per TTT step over every position of one text, the prompt's included."""
-    shape = (1, len(ids))
-    batch = {
-        "input_ids": torch.tensor([ids], device=target.device),
-        "position_ids": torch.arange(len(ids), device=target.device)[None],
-        "document_ids": torch.ones(shape, dtype=torch.int64, device=target.device),
-        "loss_mask": torch.ones(shape, dtype=torch.bool, device=target.device),
-    }
-    states = target.states(batch["input_ids"], batch["position_ids"], batch["document_ids"])
-    t2d = torch.zeros(target.model.config.vocab_size, dtype=torch.bool, device=target.device)
-    t2d[draft_ids_of(d2t)] = True
-    d2t = d2t.to(target.device)
-    config = LossConfig(ttt_length=steps, rows="specforge")
-    known = (states.hidden, states.argmax, states.logsumexp)
-    teacher = target.teacher(*(teacher_positions(batch, x) for x in known))
-    sums = unroll(head, target.embed_tokens, batch, states.aux, teacher, t2d, d2t, config).sums
-    return [(int(hits), int(rows)) for hits, rows in zip(sums.hits, sums.drafts)]
 
 
 def speed(generations: list[Generation]) -> float:

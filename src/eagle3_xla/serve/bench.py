@@ -11,7 +11,8 @@ from eagle3_xla.checks import number
 from eagle3_xla.config import RunError, UserError
 from eagle3_xla.data.tokenizer import load_tokenizer
 from eagle3_xla.evaluate.fingerprint import measured
-from eagle3_xla.evaluate.run import EvalOptions, prompt_ids
+from eagle3_xla.evaluate.options import EvalOptions
+from eagle3_xla.evaluate.run import prompt_ids
 from eagle3_xla.serve.client import Answer, Request, Server, connect
 from eagle3_xla.serve.replies import Drafts
 

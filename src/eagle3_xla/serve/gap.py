@@ -12,13 +12,13 @@ from pathlib import Path
 import torch
 
 from eagle3_xla.config import UserError
-from eagle3_xla.data.chat import read_prompts
-from eagle3_xla.data.files import data_file
+from eagle3_xla.data.prompts import read_prompts
 from eagle3_xla.data.tokenizer import load_tokenizer, stop_token_ids
 from eagle3_xla.doctor.run import doctor
 from eagle3_xla.draft.model import Eagle3Head
 from eagle3_xla.draft.saved import SavedHead, read_head
-from eagle3_xla.evaluate.run import EvalOptions, Pair, decode_all, load_pair, prompt_ids, tau
+from eagle3_xla.evaluate.options import EvalOptions
+from eagle3_xla.evaluate.run import Pair, decode_all, load_pair, prompt_ids, tau
 from eagle3_xla.serve.bench import run_prompts
 from eagle3_xla.serve.client import Request, Server, connect
 from eagle3_xla.target.model import aux_layers
@@ -159,7 +159,7 @@ def _positions(pair: Pair, ids: list[list[int]], generations) -> list[str]:
 
 def _template(server: Server, prompts: str, ids: list[list[int]]) -> list[str]:
     """Does the server's own template make of a prompt what the target's does? Here both sides got the same ids."""
-    counts = [server.chat_tokens(messages) for messages in read_prompts(data_file(prompts))[:2]]
+    counts = [server.chat_tokens(prompt.messages) for prompt in read_prompts(prompts, 2)]
     for count, prompt in zip(counts, ids):
         if count is None:
             return ["the server has no chat template: clients that send messages get no answer; give the target one"]

@@ -1,0 +1,43 @@
+"""What a head would draft on text that is given: an answer with its prompt, one pass of the target, no decoding."""
+
+import torch
+
+from eagle3_xla.config import LossConfig
+from eagle3_xla.data.vocab import draft_ids_of
+from eagle3_xla.draft.model import Eagle3Head
+from eagle3_xla.loss.metrics import AcceptanceSums
+from eagle3_xla.loss.rows import shift_left
+from eagle3_xla.loss.unroll import teacher_positions, unroll
+from eagle3_xla.target.model import Target
+
+
+@torch.inference_mode()
+def teacher_forced(
+    target: Target, head: Eagle3Head, d2t: torch.Tensor, prompt: list[int], answer: list[int], steps: int
+) -> tuple[AcceptanceSums, AcceptanceSums]:
+    """Sums per TTT step of one answer that is fed to the head.
+
+    The first: hits are the target's choices, over every position, the prompt's included, which is how others count.
+    The second: hits are the answer's own tokens, over the positions at which an engine could draft. In the target's own
+    answer these are its choices, sampled ones too, so a draft that hits is one that would be accepted there.
+    """
+    ids = torch.tensor([prompt + answer], device=target.device)
+    everywhere = torch.ones_like(ids, dtype=torch.bool)
+    written = torch.arange(ids.shape[1], device=target.device)[None] >= len(prompt)
+    batch = {
+        "input_ids": ids,
+        "position_ids": torch.arange(ids.shape[1], device=target.device)[None],
+        "document_ids": torch.ones_like(ids),
+    }
+    states = target.states(batch["input_ids"], batch["position_ids"], batch["document_ids"])
+    t2d = torch.zeros(target.model.config.vocab_size, dtype=torch.bool, device=target.device)
+    t2d[draft_ids_of(d2t)] = True
+    d2t = d2t.to(target.device)
+
+    def sums(loss_mask: torch.Tensor, choices: torch.Tensor, rows: str) -> AcceptanceSums:
+        masked, config = batch | {"loss_mask": loss_mask}, LossConfig(ttt_length=steps, rows=rows)
+        known = (states.hidden, choices, states.logsumexp)
+        teacher = target.teacher(*(teacher_positions(masked, x) for x in known))
+        return unroll(head, target.embed_tokens, masked, states.aux, teacher, t2d, d2t, config).sums
+
+    return sums(everywhere, states.argmax, "specforge"), sums(written, shift_left(ids, 1), "serving")

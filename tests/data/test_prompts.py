@@ -1,0 +1,55 @@
+"""Evaluation prompts in every form, and sets by name."""
+
+import json
+
+import pytest
+
+from eagle3_xla.config import UserError
+from eagle3_xla.data.prompts import fingerprint, read_prompts
+
+
+def written(file, rows) -> str:
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return str(file)
+
+
+def test_prompts_in_every_form(tmp_path):
+    rows = [
+        {"prompt": "a", "source": "s"},
+        {"turns": ["a", "b"], "category": "writing"},  # MT-Bench, FastChat's file
+        {"prompt": ["a", "b"], "category": "writing", "prompt_id": 1},  # and the hub's
+        {"messages": [{"role": "system", "content": "s"}, {"role": "user", "content": "a"}]},
+        {"conversations": [
+            {"from": "human", "value": "a"}, {"from": "gpt", "value": None}, {"from": "human", "value": "b"}
+        ]},
+        {"prompt": "a", "task_id": "HumanEval/0", "canonical_solution": "x", "test": "t"},
+        {"question": "a", "answer": "1 #### 1"},  # GSM8K
+        {"problem": "a", "solution": "1", "answer": "1", "subject": "Algebra"},  # MATH500
+        {"instruction": "a", "input": "", "output": "o"},  # Alpaca
+        {"instruction": "a", "input": "b", "output": "o"},
+    ]  # fmt: skip
+    found = read_prompts(written(tmp_path / "prompts.jsonl", rows))
+    assert [prompt.messages[-1]["content"] for prompt in found] == ["a"] * 9 + ["a\n\nb"]
+    assert [prompt.later for prompt in found] == [[], ["b"], ["b"], [], ["b"], *[[]] * 5]
+    assert [len(prompt.messages) for prompt in found] == [1, 1, 1, 2, *[1] * 6]
+    assert [prompt.category for prompt in found][:4] == ["s", "writing", "writing", "all"]
+    assert len(read_prompts(str(tmp_path / "prompts.jsonl"), 3)) == 3
+
+
+def test_a_row_without_a_prompt_is_named(tmp_path):
+    file = written(tmp_path / "prompts.jsonl", [{"text": "a"}])
+    with pytest.raises(UserError, match="prompts.jsonl:1: none of .*`question`.* in this row"):
+        read_prompts(file)
+    with pytest.raises(UserError, match="turns is .*|a turn needs|not a string"):
+        read_prompts(written(tmp_path / "other.jsonl", [{"turns": [3]}]))
+
+
+def test_a_set_without_a_network_says_what_to_do(tmp_path, monkeypatch):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError, match="openai/gsm8k.*download it and name the file"):
+        fingerprint("gsm8k")
+    with pytest.raises(UserError, match="no such file; sets that are known by name: mt-bench, humaneval"):
+        fingerprint("mtbench")
+    written(tmp_path / "gsm8k", [{"question": "a"}])  # a file of that name is what is meant
+    assert fingerprint("gsm8k")["name"] == "gsm8k" and len(read_prompts("gsm8k")) == 1
