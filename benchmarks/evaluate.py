@@ -29,7 +29,9 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=3)
     arguments = parser.parse_args()
 
-    options = EvalOptions(arguments.limit, arguments.max_new_tokens, arguments.draft_tokens)
+    options = EvalOptions(
+        limit=arguments.limit, max_new_tokens=arguments.max_new_tokens, draft_tokens=arguments.draft_tokens
+    )
     pair = load_pair(arguments.target, arguments.draft, options)
     tokenizer = load_tokenizer(arguments.target)
     ids = prompt_ids(tokenizer, arguments.prompts, options, pair.model.config.max_position_embeddings)

@@ -233,7 +233,7 @@ def _gap(options: Namespace, overrides: list[str]) -> dict:
     from eagle3_xla.evaluate.options import EvalOptions
     from eagle3_xla.serve.gap import gap
 
-    settings = EvalOptions(options.limit, options.max_new_tokens, dtype=options.dtype)
+    settings = EvalOptions(limit=options.limit, max_new_tokens=options.max_new_tokens, dtype=options.dtype)
     return gap(options.target, options.draft, options.prompts, options.server, settings)
 
 

@@ -8,7 +8,7 @@ from eagle3_xla.checks import number
 from eagle3_xla.config import UserError
 
 
-@dataclass
+@dataclass(kw_only=True)
 class EvalOptions:
     """limit: first prompts of the file, 0 for all; turns: of the user, asked one after the other's answer, 0 for
     all; thinking: "on" or "off" for the chat template, "" for its own default; draft_tokens, topk, steps: the shape of
