@@ -1,6 +1,6 @@
 """Tokens per second of `eval`'s decoding: prompts one at a time and several at once, with and without the head.
 
-    OMP_NUM_THREADS=2 python benchmarks/evaluate.py --target quickstart/target --draft quickstart/head
+    OMP_NUM_THREADS=1 python benchmarks/evaluate.py --target quickstart/target --draft quickstart/head
 
 The same prompts are decoded in each way, the ways in turns in one process, `--repeats` times; the median counts.
 Seconds are those of decoding, prefill apart, which is how `eval` counts. "other answers": prompts whose tokens are not

@@ -130,6 +130,7 @@ def test_duplicates(tmp_path):
 PROMPT = "Compose an engaging travel blog post about a recent trip to Hawaii highlighting cultural experiences"
 EVALUATIONS = {
     "mt_bench": {"question_id": 81, "turns": [PROMPT, "Rewrite it."]},
+    "mt_bench of the hub": {"prompt_id": 81, "prompt": [PROMPT, "Rewrite it."]},
     "humaneval": {"task_id": "HumanEval/0", "prompt": f"def blog():\n    '''{PROMPT}'''"},
     "gsm8k": {"question": PROMPT, "answer": "#### 1"},
     "math500": {"problem": PROMPT, "solution": "x"},

@@ -112,8 +112,9 @@ def _prompts(row: dict) -> Iterator[str]:
     texts = [row.get(key) for key in ("prompt", "question", "problem")]
     if isinstance(row.get("instruction"), str):
         texts.append(f"{row['instruction']} {row.get('input') or ''}".strip())
-    if isinstance(row.get("turns"), list):
-        texts += row["turns"]
+    for key in ("turns", "prompt"):  # the hub's MT-Bench has its turns' texts as `prompt`
+        if isinstance(row.get(key), list):
+            texts += row[key]
     yield from _texts([*texts, *_spoken(row, ("user", "human"))])
 
 
