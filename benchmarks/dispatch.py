@@ -22,7 +22,7 @@ from eagle3_xla.draft.model import Eagle3Head, draft_config
 from eagle3_xla.target.model import Target
 from eagle3_xla.train.optimizer import AdamW
 from eagle3_xla.train.step import TrainStep
-from eagle3_xla.xla import make_backend
+from eagle3_xla.xla.backend import make_backend
 
 LENGTH, VOCABULARY, DRAFT_VOCABULARY = 32, 256, 64
 

@@ -77,7 +77,7 @@ def our_step(path: str, batch: dict[str, torch.Tensor], settings: list[str]):
     from eagle3_xla.target.model import open_target
     from eagle3_xla.train.optimizer import AdamW
     from eagle3_xla.train.step import TrainStep
-    from eagle3_xla.xla import make_backend
+    from eagle3_xla.xla.backend import make_backend
 
     recipe = load_recipe("smollm2-cpu", [f"loss.ttt_length={TTT}", *settings])
     backend = make_backend(recipe.xla)

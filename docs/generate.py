@@ -37,9 +37,9 @@ def table(found: list[Setting]) -> str:
 def settings_page() -> str:
     parts = [
         NOTE,
-        "# Settings\n\nEvery setting, from `src/eagle3_xla/config.py`. Intervals as in mathematics: `[` and "
-        "`]` belong to them, `(` and `)` don't. Given as `--section.key=value`, or in a YAML file (`--config`).\n\n"
-        "`eagle3-xla config --show RECIPE` prints the values that a recipe gives them.",
+        "# Settings\n\nEvery setting, from the `config.py` of the package that owns it. Intervals as in mathematics: "
+        "`[` and `]` belong to them, `(` and `)` don't. Given as `--section.key=value`, or in a YAML file (`--config`)."
+        "\n\n`eagle3-xla config --show RECIPE` prints the values that a recipe gives them.",
     ]
     sections: dict[str, list[Setting]] = {}
     for setting in settings():

@@ -7,8 +7,8 @@ import torch
 from safetensors import safe_open
 from transformers import LlamaConfig
 
-from eagle3_xla.config import LossConfig
 from eagle3_xla.draft.model import Eagle3Head
+from eagle3_xla.loss.config import LossConfig
 from eagle3_xla.loss.unroll import teacher_positions, unroll
 from eagle3_xla.target.model import Teacher
 

@@ -5,10 +5,11 @@ import torch
 from safetensors.torch import load
 
 from eagle3_xla import storage
-from eagle3_xla.config import UserError, load_recipe
+from eagle3_xla.config import load_recipe
 from eagle3_xla.data.prepare import prepare
 from eagle3_xla.doctor.run import doctor
 from eagle3_xla.draft.saved import read_head
+from eagle3_xla.errors import UserError
 from eagle3_xla.export import export
 from eagle3_xla.target.weights import StoredWeights
 from eagle3_xla.train.loop import train

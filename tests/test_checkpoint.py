@@ -17,8 +17,9 @@ import torch
 
 from eagle3_xla import checkpoint as checkpoints
 from eagle3_xla import storage
-from eagle3_xla.config import UserError, load_recipe
+from eagle3_xla.config import load_recipe
 from eagle3_xla.data.prepare import prepare
+from eagle3_xla.errors import UserError
 from eagle3_xla.train.loop import train
 
 

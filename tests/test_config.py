@@ -7,7 +7,8 @@ import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from eagle3_xla.config import Recipe, UserError, load_recipe, recipe_names
+from eagle3_xla.config import Recipe, load_recipe, recipe_names
+from eagle3_xla.errors import UserError
 from eagle3_xla.outputs import claim_output, write_run_file
 
 
@@ -26,6 +27,7 @@ def test_shipped_recipes_load(name, tmp_path):
         ("train.warmupp=0.1", "nearest known one is train.warmup"),
         ("trian.lr=1", "unknown setting trian; the nearest known one is train"),
         ("train.epochs=many", "train.epochs"),
+        ("xla.device=tpu", "setting xla.device is 'tpu'; choose one of xla, cpu, cuda"),
         ("train.epochs=0", "train.epochs is 0; it must be in \\[1, 1000000\\]"),
         ("loss.objective=mse", "choose one of kl, reverse_kl, tv, lk_alpha, lk_lambda, or a sum of them"),
         ("loss.objective=kl+kl", "each once"),

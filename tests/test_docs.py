@@ -18,6 +18,7 @@ import pytest
 from eagle3_xla.arguments import parser
 from eagle3_xla.cli import _overrides
 from eagle3_xla.config import load_recipe
+from eagle3_xla.explain import settings, source_settings
 from eagle3_xla.guide import EXAMPLES
 
 ROOT = Path(__file__).parents[1]
@@ -144,6 +145,15 @@ def test_python_yaml_and_links(tmp_path):
         for path in re.findall(r"`((?:src|tests|docs|launch|benchmarks|patches)/[\w./-]+\.\w+)`", page.read_text()):
             assert (ROOT / path).exists(), f"{page.name}: {path}"
     assert len((ROOT / "README.md").read_text().splitlines()) <= 200
+
+
+def test_every_setting_says_what_it_means():
+    """A comment beside the field or above it, which is that field's alone."""
+    found = settings() + source_settings()
+    assert not [setting.name for setting in found if not setting.meaning]
+    meanings = {setting.name: setting.meaning for setting in found}
+    assert meanings["data.heldout_share"] == "of the training conversations, when there is no heldout source"
+    assert meanings["data.prepared"] == "folder (or gs:// URL) that `prepare` writes and `train` reads"
 
 
 @pytest.fixture

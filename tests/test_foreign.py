@@ -11,9 +11,9 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 from eagle3_xla import cli
-from eagle3_xla.config import UserError
 from eagle3_xla.doctor.run import doctor
 from eagle3_xla.draft.saved import LAYER_IDS, RECORD, layers_of, load_head, read_head
+from eagle3_xla.errors import UserError
 from eagle3_xla.evaluate.fingerprint import measured
 from eagle3_xla.evaluate.results import read_results
 from eagle3_xla.export import export

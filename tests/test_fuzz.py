@@ -11,11 +11,11 @@ from hypothesis import strategies as st
 from safetensors.torch import save_file
 
 from eagle3_xla import export as exports
-from eagle3_xla.config import RunError, UserError
 from eagle3_xla.doctor.files import Target
 from eagle3_xla.doctor.run import examine
 from eagle3_xla.draft.model import Eagle3Head
 from eagle3_xla.draft.saved import LAYER_IDS, RECORD, UNKNOWN, SavedHead, layers_of, load_head, read_d2t, read_head
+from eagle3_xla.errors import RunError, UserError
 from eagle3_xla.evaluate.results import read_results
 from eagle3_xla.serve import replies
 from eagle3_xla.serve.client import VLLM, SGLang

@@ -9,6 +9,10 @@ import eagle3_xla
 
 ROOT = Path(eagle3_xla.__file__).parent
 ORDER = [
+    "storage",
+    "errors",
+    "settings",
+    "config",
     "checks",
     "outputs",
     "data",
@@ -38,6 +42,7 @@ def imports_of(file: Path) -> set[str]:
 
 
 def test_imports_go_one_way():
+    """A package's config.py stands above errors and settings, below everything else; config.py puts them together."""
     files = [
         file for file in ROOT.rglob("*.py") if file.name not in ("__init__.py", "__main__.py") or file.parent != ROOT
     ]
@@ -48,13 +53,13 @@ def test_imports_go_one_way():
             parts = name.split(".")
             if parts[0] == "torch_xla":
                 assert own == "xla", f"{file} imports torch_xla"
-            if parts[0] != "eagle3_xla" or len(parts) < 2:
+            if parts[0] != "eagle3_xla" or parts[1:2] == ["__version__"] or len(parts) < 2:
                 continue
             other = parts[1]
-            if other == "__version__":
-                continue
-            assert own != "storage" and (own != "config" or other == "storage"), f"{own}.py imports {name}"
-            if other not in ("storage", "config", own):
+            if file.name == "config.py":
+                of_a_package = file.parent == ROOT and parts[2:3] == ["config"]
+                assert other in ("errors", "settings") or of_a_package, f"{file} imports {name}"
+            elif other != own:
                 assert ORDER.index(other) < ORDER.index(own), f"{file} imports {name}"
 
 
@@ -67,8 +72,9 @@ def test_the_plain_path_needs_no_torch_xla(tmp_path):
         "importlib.util.find_spec = lambda name, *a: None if name.startswith('torch_xla') else find(name, *a)\n"
         f"sys.path.insert(0, {str(tmp_path)!r})\n"
         "import eagle3_xla.quickstart\n"
-        "from eagle3_xla.config import UserError, XlaConfig\n"
-        "from eagle3_xla.xla import make_backend\n"
+        "from eagle3_xla.errors import UserError\n"
+        "from eagle3_xla.xla.backend import make_backend\n"
+        "from eagle3_xla.xla.config import XlaConfig\n"
         "print(make_backend(XlaConfig(device='cpu')).description)\n"
         "try: make_backend(XlaConfig())\n"
         "except UserError as error: print(error)\n"

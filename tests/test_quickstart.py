@@ -9,7 +9,7 @@ import pytest
 from safetensors.torch import load_file
 
 from eagle3_xla import quickstart as module
-from eagle3_xla.config import UserError
+from eagle3_xla.errors import UserError
 from eagle3_xla.evaluate.decode import Generation
 from eagle3_xla.machine import REFERENCE_GFLOPS, Machine, measure
 from eagle3_xla.quickstart import ALL_TOKENS, LEAST_TOKENS, USEFUL_TOKENS

@@ -10,8 +10,9 @@ import shtab
 
 from eagle3_xla import __version__
 from eagle3_xla.checks import expected, number
-from eagle3_xla.config import UserError, recipe_names
+from eagle3_xla.config import recipe_names
 from eagle3_xla.data.prompts import SETS
+from eagle3_xla.errors import UserError
 from eagle3_xla.guide import EXAMPLES
 
 

@@ -25,7 +25,8 @@ from safetensors.torch import load_file, save_file
 
 from eagle3_xla import storage
 from eagle3_xla.checks import mapping, number, text
-from eagle3_xla.config import Recipe, UserError
+from eagle3_xla.config import Recipe
+from eagle3_xla.errors import UserError
 from eagle3_xla.storage import Location
 
 STATE, META, SUMS = "state.safetensors", "meta.json", "SHA256SUMS"

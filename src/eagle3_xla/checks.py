@@ -7,7 +7,7 @@ import re
 from pathlib import Path
 from typing import Any
 
-from eagle3_xla.config import UserError
+from eagle3_xla.errors import UserError
 
 MARKDOWN = re.compile(r"([\\`*_{}\[\]()#+!|~])")
 LONGEST_SHOWN = 60  # characters of a foreign value in a message

@@ -22,7 +22,8 @@ from safetensors import SafetensorError
 from eagle3_xla import __version__
 from eagle3_xla.arguments import Usage, option_names, parser
 from eagle3_xla.checks import printable, without_credentials
-from eagle3_xla.config import RunError, UserError, load_recipe
+from eagle3_xla.config import load_recipe
+from eagle3_xla.errors import RunError, UserError
 from eagle3_xla.guide import next_step
 
 RAISE = "EAGLE3_XLA_RAISE"  # set: an unexpected error ends in its traceback; the tests run so

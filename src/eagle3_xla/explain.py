@@ -1,18 +1,22 @@
-"""What every setting means: the comments beside config.py's fields, for `config --show` and the documentation."""
+"""What every setting means: the comments at the fields of the settings, for `config --show` and the documentation."""
 
 import ast
 import dataclasses
 import inspect
 import io
+import re
 import tokenize
 from importlib import resources
 from typing import Any, NamedTuple
 
-from eagle3_xla.config import CHOICES, RANGES, SOURCE_RANGES, Recipe, Source, UserError, load_recipe, recipe_names
+from eagle3_xla.config import Recipe, load_recipe, recipe_names
+from eagle3_xla.data.config import Source
+from eagle3_xla.errors import UserError
+from eagle3_xla.settings import allowed
 
 
 class Setting(NamedTuple):
-    """name: section.key; allowed: its choices or interval, "" for any; meaning: the comment beside it."""
+    """name: section.key; allowed: its choices or interval, "" for any; meaning: the comment at its field."""
 
     name: str
     kind: str
@@ -22,43 +26,46 @@ class Setting(NamedTuple):
 
 
 def settings() -> list[Setting]:
-    """Every setting of a recipe, in the order of config.py."""
+    """Every setting of a recipe, in the order of its sections and their fields."""
     sections = {section.name: type(getattr(Recipe(), section.name)) for section in dataclasses.fields(Recipe)}
-    return [found for name, kind in sections.items() for found in _settings_of(kind, f"{name}.", RANGES)]
+    return [found for name, kind in sections.items() for found in _settings_of(kind, f"{name}.")]
 
 
 def source_settings() -> list[Setting]:
     """The fields of a source in data.train or data.heldout."""
-    return _settings_of(Source, "", SOURCE_RANGES)
+    return _settings_of(Source, "")
 
 
-def _settings_of(section: type, prefix: str, ranges: dict[str, str]) -> list[Setting]:
+def _settings_of(section: type, prefix: str) -> list[Setting]:
     comments, plain, found = _comments(section), section(), []
     for field in dataclasses.fields(section):
         default = getattr(plain, field.name)
-        kind = field.type if isinstance(field.type, str) else getattr(field.type, "__name__", str(field.type))
-        kind = str(field.type).replace("eagle3_xla.config.", "") if "[" in str(field.type) else kind
-        name = prefix + field.name
-        allowed = " | ".join(CHOICES[name]) if name in CHOICES else ranges.get(name, "")
-        found.append(Setting(name, kind, default, allowed, comments.get(field.name, "")))
+        kind = re.sub(r"\w+\.", "", inspect.formatannotation(field.type))
+        found.append(Setting(prefix + field.name, kind, default, allowed(field), comments[field.name]))
     return found
 
 
 def _comments(section: type) -> dict[str, str]:
-    """Field -> the comment on its lines."""
+    """Field -> the comment on the lines directly above it and on its own."""
     source = inspect.getsource(section)
+    lines = source.splitlines()
     words = {
         token.start[0]: token.string.lstrip("# ")
         for token in tokenize.generate_tokens(io.StringIO(source).readline)
         if token.type == tokenize.COMMENT
     }
-    fields = [node for node in ast.walk(ast.parse(source)) if isinstance(node, ast.AnnAssign)]
-    return {
-        ast.unparse(node.target): " ".join(
-            words[i] for i in range(node.lineno, (node.end_lineno or 0) + 1) if i in words
-        )
-        for node in fields
-    }
+    definition = ast.parse(source).body[0]
+    assert isinstance(definition, ast.ClassDef)
+    found = {}
+    for node in definition.body:
+        if isinstance(node, ast.AnnAssign):
+            first = node.lineno
+            while lines[first - 2].lstrip().startswith("#"):
+                first -= 1
+            found[ast.unparse(node.target)] = " ".join(
+                words[i] for i in range(first, (node.end_lineno or 0) + 1) if i in words
+            )
+    return found
 
 
 def recipes() -> dict[str, str]:
@@ -107,7 +114,9 @@ def show(name: str, overrides: list[str]) -> dict:
         section = here
         value = flat[setting.name]
         text = OmegaConf.to_yaml(OmegaConf.create({key: value})).rstrip().replace("\n", "\n  ")
-        about = setting.meaning + (f"; in {setting.allowed}" if setting.name in RANGES else "")
+        about = setting.meaning
+        if setting.allowed:
+            about += f"; {setting.allowed}" if " | " in setting.allowed else f"; in {setting.allowed}"
         if value != setting.default:
             about += f"; default: {_short(setting.default)}"
         lines += [f"  # {about}", f"  {text}"]

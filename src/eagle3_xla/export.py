@@ -15,8 +15,8 @@ from safetensors.torch import save_file
 
 from eagle3_xla import checkpoint as checkpoints
 from eagle3_xla import storage
-from eagle3_xla.config import UserError
 from eagle3_xla.draft.saved import ARCHITECTURE, EXPORTED, RECORD, TRAINED
+from eagle3_xla.errors import UserError
 from eagle3_xla.outputs import claim_output
 from eagle3_xla.storage import Location
 

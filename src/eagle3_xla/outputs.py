@@ -5,7 +5,8 @@ from collections.abc import Callable
 from omegaconf import OmegaConf
 
 from eagle3_xla import storage
-from eagle3_xla.config import Recipe, UserError
+from eagle3_xla.config import Recipe
+from eagle3_xla.errors import UserError
 from eagle3_xla.storage import Location
 
 RUN_FILE = "run.yaml"

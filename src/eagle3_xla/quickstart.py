@@ -13,10 +13,11 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from eagle3_xla.checks import number, printable, read_json
-from eagle3_xla.config import Recipe, UserError, load_recipe
+from eagle3_xla.config import Recipe, load_recipe
 from eagle3_xla.data.files import data_file
 from eagle3_xla.data.prepare import prepare
 from eagle3_xla.data.tokenizer import load_tokenizer, stop_token_ids
+from eagle3_xla.errors import UserError
 from eagle3_xla.evaluate.decode import Generation, SpeculativeDecoder
 from eagle3_xla.evaluate.options import EvalOptions
 from eagle3_xla.evaluate.report import plot_report

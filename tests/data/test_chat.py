@@ -6,9 +6,9 @@ import unicodedata
 import pytest
 from data.conftest import SPECIAL
 
-from eagle3_xla.config import DataConfig
 from eagle3_xla.data.chat import ChatEncoder
 from eagle3_xla.data.clean import Chat, Unusable
+from eagle3_xla.data.config import DataConfig
 from eagle3_xla.data.tokenizer import TODAY, load_tokenizer, stop_token_ids
 
 WORDS = (

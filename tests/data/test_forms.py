@@ -6,11 +6,12 @@ import shutil
 import pytest
 from data.test_surprises import chats, recipe, write
 
-from eagle3_xla.config import DataConfig, UserError
 from eagle3_xla.data.chat import ChatEncoder
 from eagle3_xla.data.clean import Chat, Repairs, Unusable, clean
+from eagle3_xla.data.config import DataConfig
 from eagle3_xla.data.prepare import load_prepared, prepare
 from eagle3_xla.data.tokenizer import shows_reasoning, stop_token_ids
+from eagle3_xla.errors import UserError
 
 QUESTION, ANSWER = {"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}
 SYSTEM = {"role": "system", "content": "s"}

@@ -13,11 +13,13 @@ from pathlib import Path
 
 import pytest
 
-from eagle3_xla.config import DataConfig, Source, UserError, load_recipe
+from eagle3_xla.config import load_recipe
 from eagle3_xla.data import documents, filters, mix, prepare, spool
+from eagle3_xla.data.config import DataConfig, Source
 from eagle3_xla.data.evaluations import Evaluations
 from eagle3_xla.data.parallel import batched, ordered_map
 from eagle3_xla.data.spool import read_chat
+from eagle3_xla.errors import UserError
 
 WORDS = [f"word{i}" for i in range(4000)]
 

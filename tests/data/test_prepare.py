@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from eagle3_xla.cli import main
-from eagle3_xla.config import UserError, load_recipe
+from eagle3_xla.config import load_recipe
 from eagle3_xla.data import prepare as prepare_module
 from eagle3_xla.data.batches import Batches
 from eagle3_xla.data.files import data_file, read_rows
@@ -17,6 +17,7 @@ from eagle3_xla.data.packing import pack, row_arrays
 from eagle3_xla.data.prepare import load_prepared, prepare
 from eagle3_xla.data.show import marked
 from eagle3_xla.data.vocab import coverage, d2t_t2d, draft_ids_of, draft_vocabulary
+from eagle3_xla.errors import UserError
 
 
 def test_packing_keeps_every_document_once_and_fits():

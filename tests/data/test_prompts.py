@@ -4,8 +4,8 @@ import json
 
 import pytest
 
-from eagle3_xla.config import UserError
 from eagle3_xla.data.prompts import fingerprint, read_prompts
+from eagle3_xla.errors import UserError
 
 
 def written(file, rows) -> str:

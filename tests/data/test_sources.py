@@ -8,11 +8,13 @@ import pytest
 import zstandard
 from pyarrow import parquet
 
-from eagle3_xla.config import DataConfig, Source, UserError, load_recipe
+from eagle3_xla.config import load_recipe
 from eagle3_xla.data import sources
 from eagle3_xla.data.clean import Chat, Repairs, Unusable, clean
+from eagle3_xla.data.config import DataConfig, Source
 from eagle3_xla.data.files import read_rows
 from eagle3_xla.data.prepare import load_prepared, prepare
+from eagle3_xla.errors import UserError
 
 
 def share(*turns, **more):

@@ -8,11 +8,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from eagle3_xla.config import UserError, load_recipe
+from eagle3_xla.config import load_recipe
 from eagle3_xla.data import documents
 from eagle3_xla.data.manifest import read_manifest
 from eagle3_xla.data.prepare import load_prepared, prepare
 from eagle3_xla.data.workfiles import read_work_file, write_work_file
+from eagle3_xla.errors import UserError
 from eagle3_xla.outputs import write_run_file
 from eagle3_xla.quickstart import quickstart
 from eagle3_xla.regenerate.run import Options, regenerate

@@ -9,11 +9,11 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from transformers import Phi3Config
 
-from eagle3_xla.config import UserError
 from eagle3_xla.doctor.config_rules import max_positions
 from eagle3_xla.doctor.files import Target
 from eagle3_xla.doctor.run import doctor
 from eagle3_xla.draft.saved import read_head
+from eagle3_xla.errors import UserError
 
 IDS = "eagle_aux_hidden_state_layer_ids"
 

@@ -12,8 +12,8 @@ import pytest
 from engines.conftest import PROMPTS
 from engines.servers import serve
 
-from eagle3_xla.config import RunError, UserError
 from eagle3_xla.data.tokenizer import load_tokenizer
+from eagle3_xla.errors import RunError, UserError
 from eagle3_xla.evaluate.options import EvalOptions
 from eagle3_xla.evaluate.run import prompt_ids
 from eagle3_xla.serve.bench import run_prompts

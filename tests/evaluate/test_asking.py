@@ -7,9 +7,9 @@ import pytest
 import torch
 
 from eagle3_xla import cli
-from eagle3_xla.config import UserError
 from eagle3_xla.data.prompts import read_prompts
 from eagle3_xla.data.tokenizer import load_tokenizer, stop_token_ids
+from eagle3_xla.errors import UserError
 from eagle3_xla.evaluate.decode import Choice, SpeculativeDecoder
 from eagle3_xla.evaluate.draft_length import LONGEST, MeasuringDecoder
 from eagle3_xla.evaluate.forced import teacher_forced

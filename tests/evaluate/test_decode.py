@@ -94,7 +94,7 @@ def test_figures_by_hand():
 
 
 def test_a_head_for_another_target_is_refused(trained, embedded_target, chat_file):
-    from eagle3_xla.config import UserError
+    from eagle3_xla.errors import UserError
 
     with pytest.raises(UserError, match="target_size: fc.weight is .*a head for another target"):
         evaluate(str(embedded_target), str(trained), str(chat_file), EvalOptions(limit=1))

@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from eagle3_xla.config import UserError
 from eagle3_xla.draft.saved import LAYER_IDS, SavedHead, layers_of
+from eagle3_xla.errors import UserError
 from eagle3_xla.evaluate.decode import Choice, SpeculativeDecoder, decode_plain
 from eagle3_xla.evaluate.options import EvalOptions
 from eagle3_xla.evaluate.run import tau

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from eagle3_xla.config import LossConfig
+from eagle3_xla.loss.config import LossConfig
 from eagle3_xla.loss.objectives import StepRows, unroll_loss
 from eagle3_xla.loss.rows import shift_right
 from eagle3_xla.target.model import Teacher

@@ -8,8 +8,9 @@ import torch
 from regenerate.conftest import rows_of, write_questions
 
 from eagle3_xla.cli import main
-from eagle3_xla.config import Recipe, RunError
+from eagle3_xla.config import Recipe
 from eagle3_xla.data.tokenizer import load_tokenizer, stop_token_ids
+from eagle3_xla.errors import RunError
 from eagle3_xla.evaluate.decode import decode_plain
 from eagle3_xla.regenerate.conversation import Refused, Sampling
 from eagle3_xla.regenerate.local import LocalTarget

@@ -14,9 +14,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from regenerate.conftest import lines_of, rows_of, wait_for, write_questions
 
-from eagle3_xla.config import Recipe, RunError, UserError, load_recipe
+from eagle3_xla.config import Recipe, load_recipe
 from eagle3_xla.data.files import read_rows
 from eagle3_xla.data.prepare import prepare
+from eagle3_xla.errors import RunError, UserError
 from eagle3_xla.regenerate import servers
 from eagle3_xla.regenerate.conversation import Sampling
 from eagle3_xla.regenerate.journal import Journal

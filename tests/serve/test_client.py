@@ -9,7 +9,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 import pytest
 
 from eagle3_xla import cli
-from eagle3_xla.config import RunError, UserError
+from eagle3_xla.errors import RunError, UserError
 from eagle3_xla.evaluate.fingerprint import measured
 from eagle3_xla.serve.bench import BenchOptions, _against, _drafts, bench, run_prompts, screen
 from eagle3_xla.serve.client import VLLM, Answer, Request, connect

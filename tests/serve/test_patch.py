@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from eagle3_xla.config import UserError
+from eagle3_xla.errors import UserError
 from eagle3_xla.serve.patch import ENGINES, MODEL, patch, patch_file
 
 ROOT = Path(__file__).parents[2]

@@ -11,9 +11,10 @@ from huggingface_hub import ModelCard
 from huggingface_hub.utils import reset_sessions
 
 from eagle3_xla import cli
-from eagle3_xla.config import UserError, load_recipe
+from eagle3_xla.config import load_recipe
 from eagle3_xla.data.prepare import prepare
 from eagle3_xla.draft.saved import read_head
+from eagle3_xla.errors import UserError
 from eagle3_xla.evaluate.fingerprint import measured
 from eagle3_xla.evaluate.page import write_page
 from eagle3_xla.export import export

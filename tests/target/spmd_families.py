@@ -10,14 +10,15 @@ from pathlib import Path
 import torch
 from target.family_models import SHALLOW_AUX
 
-from eagle3_xla.config import XlaConfig, load_recipe
+from eagle3_xla.config import load_recipe
 from eagle3_xla.data.tokenizer import load_config
 from eagle3_xla.data.vocab import d2t_t2d
 from eagle3_xla.draft.model import Eagle3Head, draft_config
 from eagle3_xla.target.model import Target, _empty
 from eagle3_xla.train.optimizer import AdamW
 from eagle3_xla.train.step import TrainStep
-from eagle3_xla.xla import make_backend
+from eagle3_xla.xla.backend import make_backend
+from eagle3_xla.xla.config import XlaConfig
 
 MESHES, STEPS = ((2, 2), (1, 4)), 3
 BACKENDS = {mesh: make_backend(XlaConfig(dp=mesh[0], tp=mesh[1])) for mesh in MESHES}

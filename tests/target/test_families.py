@@ -13,8 +13,8 @@ from target.family_models import CONFIGS, SHALLOW, SHALLOW_AUX, VOCABULARY, WIND
 from transformers import CONFIG_MAPPING
 
 from eagle3_xla.cli import main
-from eagle3_xla.config import UserError
 from eagle3_xla.draft.model import Eagle3Head, draft_config
+from eagle3_xla.errors import UserError
 from eagle3_xla.evaluate.decode import SpeculativeDecoder, decode_plain
 from eagle3_xla.plan.depth import layer_kinds, with_layers
 from eagle3_xla.target.families import FAMILIES, ONLY, SHAPE, WITHOUT_EFFECT, check, load_target_config

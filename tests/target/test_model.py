@@ -4,7 +4,7 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM, Qwen2Config, Qwen2ForCausalLM, Qwen3Config, Qwen3ForCausalLM
 
-from eagle3_xla.config import UserError
+from eagle3_xla.errors import UserError
 from eagle3_xla.target.model import Target, aux_layers, load_target
 
 SIZES = dict(

@@ -9,7 +9,7 @@ from target.family_models import small_model
 from target.test_families import DRAFT_IDS, packed_rows
 from transformers import AutoModelForCausalLM, Mxfp4Config
 
-from eagle3_xla.config import UserError
+from eagle3_xla.errors import UserError
 from eagle3_xla.target.experts import route_experts
 from eagle3_xla.target.model import Target, load_target, open_target
 

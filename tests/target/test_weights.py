@@ -17,7 +17,7 @@ from transformers import (
     Qwen3ForCausalLM,
 )
 
-from eagle3_xla.config import UserError
+from eagle3_xla.errors import UserError
 from eagle3_xla.target.model import Target, load_target, open_target
 
 SIZES = dict(
@@ -92,8 +92,8 @@ def test_placed_tensor_by_tensor_it_is_the_same_target(folders):
 SHARDED = """
 import json, re, sys
 import torch, torch_xla
-from eagle3_xla.config import XlaConfig
-from eagle3_xla.xla import make_backend
+from eagle3_xla.xla.config import XlaConfig
+from eagle3_xla.xla.backend import make_backend
 backend = make_backend(XlaConfig(dp=1, tp=4))
 from eagle3_xla.target.model import open_target
 

@@ -4,9 +4,9 @@ import numpy as np
 import pytest
 import torch
 
-from eagle3_xla.config import LossConfig
 from eagle3_xla.data.batches import Batches, share_of_process
 from eagle3_xla.draft.model import Eagle3Head, draft_config
+from eagle3_xla.loss.config import LossConfig
 from eagle3_xla.loss.unroll import unroll
 from eagle3_xla.target.model import Target, load_target
 

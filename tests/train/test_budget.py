@@ -7,9 +7,10 @@ SCRIPT = """
 import os
 os.environ.update(PJRT_DEVICE="CPU", CPU_NUM_DEVICES="1")
 import torch
-from eagle3_xla.config import RunError, XlaConfig
+from eagle3_xla.errors import RunError
+from eagle3_xla.xla.config import XlaConfig
 from eagle3_xla.train.budget import CompileBudget
-from eagle3_xla.xla import make_backend
+from eagle3_xla.xla.backend import make_backend
 
 backend = make_backend(XlaConfig())
 scale = 0.25

@@ -8,8 +8,9 @@ import pytest
 import torch
 
 from eagle3_xla import checkpoint as checkpoints
-from eagle3_xla.config import UserError, load_recipe
+from eagle3_xla.config import load_recipe
 from eagle3_xla.data.prepare import prepare
+from eagle3_xla.errors import UserError
 from eagle3_xla.export import export
 from eagle3_xla.train.loop import train
 

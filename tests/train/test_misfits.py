@@ -7,12 +7,14 @@ import pytest
 import torch
 
 from eagle3_xla import checkpoint as checkpoints
-from eagle3_xla.config import UserError, XlaConfig, load_recipe
+from eagle3_xla.config import load_recipe
 from eagle3_xla.data.prepare import prepare
+from eagle3_xla.errors import UserError
 from eagle3_xla.target.model import TargetStates
 from eagle3_xla.target.states import StatesStore
 from eagle3_xla.train.loop import train
-from eagle3_xla.xla import make_backend
+from eagle3_xla.xla.backend import make_backend
+from eagle3_xla.xla.config import XlaConfig
 
 
 def test_without_held_out_rows(small_run, capsys, tmp_path):

@@ -12,8 +12,9 @@ import torch
 from safetensors.torch import load_file
 
 from eagle3_xla import checkpoint as checkpoints
-from eagle3_xla.config import UserError, load_recipe
+from eagle3_xla.config import load_recipe
 from eagle3_xla.data.prepare import prepare
+from eagle3_xla.errors import UserError
 from eagle3_xla.train.loop import train
 
 

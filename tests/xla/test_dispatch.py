@@ -17,8 +17,8 @@ import os, warnings
 os.environ.update(PJRT_DEVICE="CPU", CPU_NUM_DEVICES="1")
 import torch
 import torch_xla
-from eagle3_xla.config import XlaConfig
-from eagle3_xla.xla import make_backend
+from eagle3_xla.xla.config import XlaConfig
+from eagle3_xla.xla.backend import make_backend
 
 backend = make_backend(XlaConfig())
 scale, calls = 0.25, 0
@@ -97,8 +97,8 @@ import os
 os.environ.update(PJRT_DEVICE="CPU", CPU_NUM_DEVICES="2")
 from concurrent.futures import ThreadPoolExecutor
 import torch
-from eagle3_xla.config import XlaConfig
-from eagle3_xla.xla import make_backend
+from eagle3_xla.xla.config import XlaConfig
+from eagle3_xla.xla.backend import make_backend
 
 backend = make_backend(XlaConfig(dp=2, tp=1))
 

@@ -9,18 +9,20 @@ import pytest
 import torch
 
 from eagle3_xla import checkpoint
-from eagle3_xla.config import XlaConfig, load_recipe
+from eagle3_xla.config import load_recipe
 from eagle3_xla.draft.model import Eagle3Head, draft_config
 from eagle3_xla.plan.depth import layer_period, with_layers
 from eagle3_xla.plan.disk import checkpoint_bytes, disk_bytes
 from eagle3_xla.target.known import plan_config
 from eagle3_xla.train.optimizer import AdamW
-from eagle3_xla.xla import make_backend
+from eagle3_xla.xla.backend import make_backend
+from eagle3_xla.xla.config import XlaConfig
 
 # Verdicts of all layers and of few of them, and what an unknown flag of the compiler gives.
 PLANS = """
 import json, os, sys
-from eagle3_xla.config import UserError, load_recipe
+from eagle3_xla.config import load_recipe
+from eagle3_xla.errors import UserError
 from eagle3_xla.plan.verdict import compile_verdict
 for change in ("plan.layers=0", "plan.layers=8", "plan.xla_flags='--xla_nonsense=1'"):
     try:

@@ -7,7 +7,7 @@ import sys
 import numpy as np
 import pytest
 
-from eagle3_xla.config import UserError
+from eagle3_xla.errors import UserError
 from eagle3_xla.xla.mesh import mesh_devices, part_of_host
 from eagle3_xla.xla.tpu import TOPOLOGIES, find_topology
 
@@ -43,7 +43,7 @@ def test_a_host_reads_the_part_of_its_replicas():
 
 PARTS = """
 import os, torch, torch_xla
-from eagle3_xla.config import XlaConfig
+from eagle3_xla.xla.config import XlaConfig
 from eagle3_xla.xla.spmd import SpmdBackend
 from eagle3_xla.xla.tpu import find_topology
 backend = SpmdBackend(XlaConfig(dp=4, tp=4), coordinates=find_topology("v5e-16").coordinates())

@@ -10,9 +10,10 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from eagle3_xla.config import DataConfig, UserError
 from eagle3_xla.data.clean import Chat, Unusable
+from eagle3_xla.data.config import DataConfig
 from eagle3_xla.data.tokenizer import TemplateFailed, render_chat
+from eagle3_xla.errors import UserError
 
 LONGEST_TOKEN = 40  # characters a token, on average over a whole row: no text has so many
 

@@ -9,7 +9,8 @@ web page.
 import re
 from dataclasses import dataclass, field
 
-from eagle3_xla.config import DataConfig, UserError
+from eagle3_xla.data.config import DataConfig
+from eagle3_xla.errors import UserError
 
 ROLES = {
     "human": "user",

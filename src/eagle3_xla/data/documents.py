@@ -12,13 +12,14 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
-from eagle3_xla.config import DataConfig, UserError
 from eagle3_xla.data.chat import ChatEncoder
 from eagle3_xla.data.clean import Unusable
+from eagle3_xla.data.config import DataConfig
 from eagle3_xla.data.parallel import ordered_map
 from eagle3_xla.data.spool import Chats, read_chat
 from eagle3_xla.data.tokenizer import load_tokenizer
 from eagle3_xla.data.workfiles import read_work_file, write_work_file
+from eagle3_xla.errors import UserError
 
 CHUNK = 250  # conversations a worker gets at a time
 OPEN_FILES = 128

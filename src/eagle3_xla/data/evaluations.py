@@ -12,8 +12,8 @@ from collections import Counter
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
-from eagle3_xla.config import UserError
 from eagle3_xla.data.files import data_file, read_rows
+from eagle3_xla.errors import UserError
 
 # (units of a run that is enough, units of a short prompt that is looked for within turns): words, characters.
 RUN, INSIDE = (13, 25), (5, 8)

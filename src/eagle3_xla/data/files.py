@@ -15,7 +15,7 @@ from importlib import resources
 from pathlib import Path
 
 from eagle3_xla import storage
-from eagle3_xla.config import UserError
+from eagle3_xla.errors import UserError
 
 PACKAGED = "package:"  # package:train.jsonl is a file shipped in eagle3_xla/data/chats
 LONGEST_ROW = 64 << 20  # bytes of a line, characters of an array element

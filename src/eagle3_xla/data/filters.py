@@ -8,8 +8,8 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
-from eagle3_xla.config import DataConfig
 from eagle3_xla.data.clean import Chat
+from eagle3_xla.data.config import DataConfig
 from eagle3_xla.data.evaluations import Evaluations, grams
 from eagle3_xla.data.parallel import batched, ordered_map
 from eagle3_xla.data.seen import PERMUTATIONS, Seen

@@ -3,7 +3,7 @@
 from pathlib import Path
 
 from eagle3_xla.checks import listing, mapping, number, read_json, text
-from eagle3_xla.config import UserError
+from eagle3_xla.errors import UserError
 
 MANIFEST = "manifest.json"
 LONGEST_ROW, MOST_TOKENS, MOST_ROWS = 131_072, 1 << 24, 1 << 40

@@ -10,11 +10,12 @@ from pathlib import Path
 
 import numpy as np
 
-from eagle3_xla.config import DataConfig, Source, UserError
 from eagle3_xla.data import sources
+from eagle3_xla.data.config import DataConfig, Source
 from eagle3_xla.data.filters import Filters
 from eagle3_xla.data.spool import Chats, Spool, spool
 from eagle3_xla.data.workfiles import read_work_file, write_work_file
+from eagle3_xla.errors import UserError
 
 
 @dataclass

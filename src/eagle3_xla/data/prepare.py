@@ -18,14 +18,16 @@ import torch
 
 from eagle3_xla import storage
 from eagle3_xla.checks import listing, number, parse_json
-from eagle3_xla.config import DataConfig, Recipe, Source, UserError
+from eagle3_xla.config import Recipe
 from eagle3_xla.data import sources
+from eagle3_xla.data.config import DataConfig, Source
 from eagle3_xla.data.documents import Documents, tokenize
 from eagle3_xla.data.manifest import MANIFEST, read_manifest
 from eagle3_xla.data.mix import Mix, mix
 from eagle3_xla.data.rows import SPLIT_FILES, write_rows
 from eagle3_xla.data.tokenizer import load_config, load_tokenizer, shows_reasoning, stop_token_ids
 from eagle3_xla.data.vocab import coverage, draft_vocabulary
+from eagle3_xla.errors import UserError
 from eagle3_xla.outputs import RUN_FILE, claim_output, write_run_file
 from eagle3_xla.storage import Location
 

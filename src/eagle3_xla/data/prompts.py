@@ -7,10 +7,11 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from eagle3_xla.config import Source, UserError
 from eagle3_xla.data import sources
 from eagle3_xla.data.clean import ROLES
+from eagle3_xla.data.config import Source
 from eagle3_xla.data.files import data_file, read_rows
+from eagle3_xla.errors import UserError
 
 # Hub ids; what their columns mean is found by `_turns`, in a local copy of them too.
 SETS = {

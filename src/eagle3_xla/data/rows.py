@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
-from eagle3_xla.config import DataConfig
+from eagle3_xla.data.config import DataConfig
 from eagle3_xla.data.documents import Documents
 from eagle3_xla.data.packing import bucket, pack, row_arrays
 

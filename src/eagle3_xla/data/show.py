@@ -6,10 +6,11 @@ from itertools import groupby
 
 import numpy as np
 
-from eagle3_xla.config import Recipe, UserError
+from eagle3_xla.config import Recipe
 from eagle3_xla.data.packing import PADDING
 from eagle3_xla.data.prepare import load_prepared
 from eagle3_xla.data.tokenizer import load_tokenizer
+from eagle3_xla.errors import UserError
 
 COLOUR, BRACKETS = ("\033[1;32m", "\033[0m"), ("⟦", "⟧")
 

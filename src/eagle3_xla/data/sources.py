@@ -5,8 +5,9 @@ from collections.abc import Iterator
 from dataclasses import asdict, replace
 from pathlib import Path
 
-from eagle3_xla.config import Source, UserError
+from eagle3_xla.data.config import Source
 from eagle3_xla.data.files import PACKAGED, data_file, read_rows
+from eagle3_xla.errors import UserError
 
 KNOWN = {
     "sharegpt": Source(

@@ -11,11 +11,12 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
-from eagle3_xla.config import DataConfig, Source, UserError
 from eagle3_xla.data import sources
 from eagle3_xla.data.clean import REASONING, Chat, Repairs, Unusable, clean, clean_questions
+from eagle3_xla.data.config import DataConfig, Source
 from eagle3_xla.data.parallel import batched, ordered_map
 from eagle3_xla.data.workfiles import file_is, read_work_file, write_work_file
+from eagle3_xla.errors import UserError
 
 CHUNK = 500  # rows a worker gets at a time
 

@@ -4,7 +4,7 @@ import datetime
 
 from eagle3_xla import storage
 from eagle3_xla.checks import listing, mapping, number, text
-from eagle3_xla.config import UserError
+from eagle3_xla.errors import UserError
 
 SIZES = """vocab_size hidden_size intermediate_size num_hidden_layers num_attention_heads num_key_value_heads head_dim
 max_position_embeddings""".split()

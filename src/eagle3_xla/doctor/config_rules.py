@@ -4,9 +4,9 @@ What a rule holds the file against: the weights where they tell, the record of t
 target else. Without a record a doubt about the training is a warning, and no fix is offered for it.
 """
 
-from eagle3_xla.config import UserError
 from eagle3_xla.doctor.files import Finding, Target
 from eagle3_xla.draft.saved import ARCHITECTURE, FLAGS, LAYER_IDS, UNKNOWN, SavedHead, layer_ids
+from eagle3_xla.errors import UserError
 from eagle3_xla.target.families import MIN_LAYERS, aux_layers, context_length, is_longrope
 
 RULED = (

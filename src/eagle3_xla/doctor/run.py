@@ -5,10 +5,10 @@ import os
 from pathlib import Path
 
 from eagle3_xla import storage
-from eagle3_xla.config import UserError
 from eagle3_xla.doctor import config_rules, weight_rules
 from eagle3_xla.doctor.files import Finding, Target, read_target
 from eagle3_xla.draft.saved import SavedHead, read_head
+from eagle3_xla.errors import UserError
 from eagle3_xla.storage import Location
 
 

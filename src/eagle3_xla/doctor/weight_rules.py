@@ -7,10 +7,10 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from eagle3_xla.checks import mapping, read_json
-from eagle3_xla.config import UserError
 from eagle3_xla.data.tokenizer import stop_token_ids
 from eagle3_xla.doctor.files import Finding, Target
 from eagle3_xla.draft.saved import SavedHead, d2t_problem, expected_shapes
+from eagle3_xla.errors import UserError
 
 EMBEDDING = "embed_tokens.weight"
 FLOATS = (torch.bfloat16, torch.float16, torch.float32)

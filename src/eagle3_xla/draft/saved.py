@@ -16,8 +16,8 @@ from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
 from eagle3_xla import storage
 from eagle3_xla.checks import mapping, number, parse_json, read_json, shown
-from eagle3_xla.config import UserError
 from eagle3_xla.draft.model import Eagle3Head
+from eagle3_xla.errors import UserError
 from eagle3_xla.storage import Location
 
 EXPORTED = "model.safetensors"

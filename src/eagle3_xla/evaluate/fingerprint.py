@@ -10,9 +10,9 @@ from safetensors import SafetensorError, safe_open
 
 from eagle3_xla import __version__, storage
 from eagle3_xla.checks import read_json
-from eagle3_xla.config import UserError
 from eagle3_xla.data.prompts import fingerprint as prompts_fingerprint
 from eagle3_xla.draft.saved import read_head
+from eagle3_xla.errors import UserError
 
 VOLATILE = ("_name_or_path", "transformers_version", "torch_dtype", "dtype", "use_cache")  # of a target's config.json
 

@@ -2,9 +2,9 @@
 
 import torch
 
-from eagle3_xla.config import LossConfig
 from eagle3_xla.data.vocab import draft_ids_of
 from eagle3_xla.draft.model import Eagle3Head
+from eagle3_xla.loss.config import LossConfig
 from eagle3_xla.loss.metrics import AcceptanceSums
 from eagle3_xla.loss.rows import shift_left
 from eagle3_xla.loss.unroll import teacher_positions, unroll

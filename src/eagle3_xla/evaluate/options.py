@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import torch
 
 from eagle3_xla.checks import number
-from eagle3_xla.config import UserError
+from eagle3_xla.errors import UserError
 
 
 @dataclass(kw_only=True)

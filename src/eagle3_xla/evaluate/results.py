@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from eagle3_xla.checks import listing, mapping, number, read_json, shown, text
-from eagle3_xla.config import UserError
+from eagle3_xla.errors import UserError
 
 
 @dataclass

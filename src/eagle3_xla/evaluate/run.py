@@ -8,13 +8,13 @@ from typing import NamedTuple
 import torch
 from tqdm import tqdm
 
-from eagle3_xla.config import UserError
 from eagle3_xla.data.prompts import Prompt, read_prompts
 from eagle3_xla.data.tokenizer import TemplateFailed, load_tokenizer, render_chat, stop_token_ids
 from eagle3_xla.data.vocab import draft_ids_of
 from eagle3_xla.doctor.run import first_failure
 from eagle3_xla.draft.model import Eagle3Head
 from eagle3_xla.draft.saved import SavedHead, layers_of, load_head, read_head
+from eagle3_xla.errors import UserError
 from eagle3_xla.evaluate.decode import Choice, Decoder, Generation, SpeculativeDecoder
 from eagle3_xla.evaluate.draft_length import LONGEST, MeasuringDecoder
 from eagle3_xla.evaluate.fingerprint import measured

@@ -7,8 +7,8 @@ from typing import NamedTuple
 
 import torch
 
-from eagle3_xla.config import LossConfig, objective_terms
 from eagle3_xla.draft.attention import softmax
+from eagle3_xla.loss.config import LossConfig, objective_terms
 from eagle3_xla.loss.rows import shift_left, shift_right
 from eagle3_xla.target.model import Teacher
 from eagle3_xla.target.order import after
@@ -38,7 +38,7 @@ class Statistics(NamedTuple):
 
 
 def step_loss(terms: dict[str, float], statistics: Statistics, rows, denominator) -> torch.Tensor:
-    """Scalar loss of one TTT step: the weighted sum of objectives (config.objective_terms).
+    """Scalar loss of one TTT step: the weighted sum of objectives (objective_terms).
 
     rows [G, R] float32, 1 where a row counts; denominator: of the sums of `kl` and `reverse_kl`. `tv` is the total
     variation distance of q and the target's real distribution, 1 less the acceptance, as a mean over the rows that

@@ -8,9 +8,9 @@ from typing import NamedTuple
 
 import torch
 
-from eagle3_xla.config import LossConfig
 from eagle3_xla.draft.attention import causal_attention
 from eagle3_xla.draft.model import Eagle3Head
+from eagle3_xla.loss.config import LossConfig
 from eagle3_xla.loss.metrics import AcceptanceSums
 from eagle3_xla.loss.objectives import StepRows, unroll_loss
 from eagle3_xla.loss.rows import Rows, shift_left

@@ -8,7 +8,8 @@ grow by it. benchmarks/README.md compares such figures with those of all layers.
 
 from typing import NamedTuple
 
-from eagle3_xla.config import Recipe, UserError
+from eagle3_xla.config import Recipe
+from eagle3_xla.errors import UserError
 from eagle3_xla.plan.depth import layer_period, with_layers
 from eagle3_xla.plan.lowering import lower_step, lower_target
 from eagle3_xla.target.families import MIN_LAYERS

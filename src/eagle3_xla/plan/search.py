@@ -14,7 +14,8 @@ from omegaconf import OmegaConf
 from tqdm import tqdm
 
 import eagle3_xla
-from eagle3_xla.config import Recipe, UserError
+from eagle3_xla.config import Recipe
+from eagle3_xla.errors import UserError
 from eagle3_xla.target.known import plan_config
 from eagle3_xla.xla.tpu import find_topology
 

@@ -5,7 +5,8 @@ import os
 import time
 
 from eagle3_xla import storage
-from eagle3_xla.config import Recipe, UserError
+from eagle3_xla.config import Recipe
+from eagle3_xla.errors import UserError
 from eagle3_xla.plan.report import verdict_screen
 from eagle3_xla.target.known import plan_config
 from eagle3_xla.train.flops import flops_per_token

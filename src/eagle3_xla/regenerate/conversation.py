@@ -4,8 +4,8 @@ from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from eagle3_xla.config import UserError
 from eagle3_xla.data.clean import Chat, Unusable
+from eagle3_xla.errors import UserError
 
 
 @dataclass

@@ -4,7 +4,7 @@ import fcntl
 import json
 from pathlib import Path
 
-from eagle3_xla.config import UserError
+from eagle3_xla.errors import UserError
 
 
 class Journal:

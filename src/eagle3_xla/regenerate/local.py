@@ -9,8 +9,8 @@ from dataclasses import dataclass, field
 
 import torch
 
-from eagle3_xla.config import RunError, UserError
 from eagle3_xla.data.tokenizer import TemplateFailed, first_line, load_tokenizer, render_chat, stop_token_ids
+from eagle3_xla.errors import RunError, UserError
 from eagle3_xla.regenerate.conversation import Refused, Reply, Sampling
 from eagle3_xla.target.attention import GROUPED_EINSUM
 from eagle3_xla.target.cache import SlotCache

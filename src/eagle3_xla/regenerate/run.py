@@ -22,11 +22,13 @@ from tqdm import tqdm
 
 from eagle3_xla import storage
 from eagle3_xla.checks import read_json
-from eagle3_xla.config import DataConfig, Recipe, RunError, Source, UserError
+from eagle3_xla.config import Recipe
 from eagle3_xla.data import sources
 from eagle3_xla.data.clean import Unusable
+from eagle3_xla.data.config import DataConfig, Source
 from eagle3_xla.data.mix import mix
 from eagle3_xla.data.spool import read_chat
+from eagle3_xla.errors import RunError, UserError
 from eagle3_xla.outputs import claim_output, write_run_file
 from eagle3_xla.regenerate.conversation import Sampling, rewrite
 from eagle3_xla.regenerate.journal import Journal

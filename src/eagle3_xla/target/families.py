@@ -6,8 +6,8 @@ engine serves looks well in training and dies in serving. tests/target/test_fami
 
 import math
 
-from eagle3_xla.config import UserError
 from eagle3_xla.data.tokenizer import load_config, written_config
+from eagle3_xla.errors import UserError
 from eagle3_xla.target import quantised
 
 MIN_LAYERS = 8

@@ -7,8 +7,8 @@ import torch
 from torch import nn
 
 from eagle3_xla import storage
-from eagle3_xla.config import UserError
 from eagle3_xla.data.tokenizer import UNREADABLE, first_line
+from eagle3_xla.errors import UserError
 from eagle3_xla.target.experts import RoutedExperts
 from eagle3_xla.target.families import (
     attention_masks,

@@ -9,8 +9,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load
 
 from eagle3_xla import storage
-from eagle3_xla.config import UserError
 from eagle3_xla.data.tokenizer import first_line
+from eagle3_xla.errors import UserError
 from eagle3_xla.storage import Location
 from eagle3_xla.target import quantised
 

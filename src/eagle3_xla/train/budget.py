@@ -4,7 +4,7 @@ from collections.abc import Callable
 
 import torch
 
-from eagle3_xla.config import RunError
+from eagle3_xla.errors import RunError
 
 
 class CompileBudget:

@@ -11,7 +11,8 @@ import signal
 import sys
 
 from eagle3_xla import storage
-from eagle3_xla.config import Recipe, UserError
+from eagle3_xla.config import Recipe
+from eagle3_xla.errors import UserError
 from eagle3_xla.storage import Location
 from eagle3_xla.train.budget import CompileBudget
 from eagle3_xla.train.flops import flops_per_token

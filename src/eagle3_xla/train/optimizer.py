@@ -8,7 +8,7 @@ import math
 
 import torch
 
-from eagle3_xla.config import TrainConfig
+from eagle3_xla.train.config import TrainConfig
 
 EPSILON = 1e-8
 

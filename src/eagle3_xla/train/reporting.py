@@ -10,8 +10,9 @@ from pathlib import Path
 from tqdm import tqdm
 
 from eagle3_xla import storage
-from eagle3_xla.config import TrainConfig, UserError
+from eagle3_xla.errors import UserError
 from eagle3_xla.loss.metrics import add_up, rates
+from eagle3_xla.train.config import TrainConfig
 from eagle3_xla.train.step import unpack_metrics
 
 WAITS = ("input", "save", "evaluation")

@@ -6,13 +6,14 @@ import torch
 
 from eagle3_xla import checkpoint as checkpoints
 from eagle3_xla import storage
-from eagle3_xla.config import Recipe, UserError
+from eagle3_xla.config import Recipe
 from eagle3_xla.data.batches import Batches
 from eagle3_xla.data.prepare import load_prepared
 from eagle3_xla.data.vocab import d2t_t2d, draft_ids_of
 from eagle3_xla.draft.initialise import InputMoments, initialise_head
 from eagle3_xla.draft.model import Eagle3Head, draft_config
 from eagle3_xla.draft.saved import layers_of, load_head, read_head
+from eagle3_xla.errors import UserError
 from eagle3_xla.outputs import claim_output, write_run_file
 from eagle3_xla.storage import Location
 from eagle3_xla.target.families import linear_rows, load_target_config, norm_offset
@@ -22,7 +23,7 @@ from eagle3_xla.train.heldout import HeldOut
 from eagle3_xla.train.loader import Loader, buckets_of, training_batches
 from eagle3_xla.train.optimizer import AdamW
 from eagle3_xla.train.step import TrainStep
-from eagle3_xla.xla import make_backend
+from eagle3_xla.xla.backend import make_backend
 from eagle3_xla.xla.hosts import Hosts
 
 

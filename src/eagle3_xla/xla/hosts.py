@@ -19,7 +19,7 @@ from datetime import timedelta
 import torch
 import torch.distributed as dist
 
-from eagle3_xla.config import RunError, UserError
+from eagle3_xla.errors import RunError, UserError
 
 ARRIVE = timedelta(minutes=30)
 PATIENCE = timedelta(days=14)  # a host that is gone is noticed at once

@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from eagle3_xla.config import UserError
+from eagle3_xla.errors import UserError
 
 HOST = 2  # a host has HOST x HOST chips
 

@@ -5,7 +5,8 @@ import resource
 
 import torch
 
-from eagle3_xla.config import UserError, XlaConfig
+from eagle3_xla.errors import UserError
+from eagle3_xla.xla.config import XlaConfig
 from eagle3_xla.xla.hosts import Hosts
 from eagle3_xla.xla.memory import keep_freed_memory
 

@@ -13,9 +13,10 @@ import torch_xla.debug.metrics as xla_metrics
 import torch_xla.distributed.spmd as spmd
 import torch_xla.runtime as runtime
 
-from eagle3_xla.config import UserError, XlaConfig
+from eagle3_xla.errors import UserError
 from eagle3_xla.target.attention import GROUPED_EINSUM
 from eagle3_xla.target.experts import PARTED, RoutedExperts, route_experts
+from eagle3_xla.xla.config import XlaConfig
 from eagle3_xla.xla.dispatch import alone, compiled
 from eagle3_xla.xla.hosts import Hosts
 from eagle3_xla.xla.memory import keep_freed_memory

@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from eagle3_xla.config import UserError
+from eagle3_xla.errors import UserError
 
 
 class Chip(NamedTuple):

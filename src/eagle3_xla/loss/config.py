@@ -1,0 +1,40 @@
+"""The settings of the loss."""
+
+import re
+from dataclasses import dataclass
+
+from eagle3_xla.errors import UserError
+from eagle3_xla.settings import setting
+
+OBJECTIVES = ("kl", "reverse_kl", "tv", "lk_alpha", "lk_lambda")
+
+
+@dataclass
+class LossConfig:
+    # steps of the unroll: as many drafts as the head learns to write on its own states
+    ttt_length: int = setting(7, within="[1, 64]")
+    decay: float = setting(0.8, within="(0, 1]")  # step k weighs decay**k
+    objective: str = "kl"  # kl | reverse_kl | tv | lk_alpha | lk_lambda, or a weighted sum: "kl + 0.5*tv"
+    # serving: the rows an engine drafts at | specforge: row t counts by the mask of token t
+    rows: str = setting("serving", among=("serving", "specforge"))
+    # rows: rows that count | all: all B*T rows, as SpecForge
+    mean_over: str = setting("rows", among=("rows", "all"))
+
+    def check(self) -> None:
+        """Raises UserError for an objective that is none."""
+        objective_terms(self.objective)
+
+
+def objective_terms(text: str) -> dict[str, float]:
+    """Name -> weight of the objectives that "kl" or "kl + 0.5*tv" adds up. Raises UserError."""
+    terms: dict[str, float] = {}
+    for term in text.split("+"):
+        match = re.fullmatch(r"\s*(?:(\d+\.?\d*|\.\d+)\s*\*\s*)?(\w+)\s*", term, re.ASCII)
+        weight, name = (float(match[1] or 1), match[2]) if match else (0.0, "")
+        if name not in OBJECTIVES or name in terms or not 0 < weight < 1e6:
+            raise UserError(
+                f"setting loss.objective is {text!r}; choose one of {', '.join(OBJECTIVES)}, or a sum of them, each "
+                "once, with weights above 0, such as kl + 0.5*tv"
+            )
+        terms[name] = weight
+    return terms
