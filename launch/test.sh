@@ -1,8 +1,6 @@
 #!/usr/bin/env bash
 # The whole test suite from a fresh clone:  bash launch/test.sh [pytest arguments]
 source "$(dirname "${BASH_SOURCE[0]}")/install.sh"
-"$python" -m ruff check .
-"$python" -m mypy
 if [ $# -eq 0 ]; then
   # The engines' environments are installed while the other tests run; the engine tests wait for them.
   mkdir -p .engines
@@ -13,4 +11,6 @@ if [ $# -eq 0 ]; then
   fi
   set -- --numprocesses=auto --dist=loadgroup
 fi
+"$python" -m ruff check .
+"$python" -m mypy
 exec "$python" -m pytest "$@"

@@ -7,6 +7,9 @@ import subprocess
 import sys
 from pathlib import Path
 
+# The environments are installed without bytecode (launch/install.sh): what starts first writes it for the rest.
+os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
+sys.dont_write_bytecode = False
 os.environ.setdefault("PJRT_DEVICE", "CPU")
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 os.environ["HF_HUB_OFFLINE"] = "1"

