@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import dataclasses
 import json
 import os
 import random
@@ -64,6 +65,24 @@ def test_everything_comes_back(tmp_path):
     assert back.optimizer.keys() == at(3).optimizer.keys()
     assert back.d2t.tolist() == [0, 1, 2, 3] and back.t2d.dtype == torch.bool
     subprocess.run(["sha256sum", "--check", "--quiet", "SHA256SUMS"], cwd=path, check=True)
+
+
+def test_what_a_continued_run_may_change():
+    """What changes no weight: paths (data_key knows what lies there), workers, logging, saving, what `plan` takes."""
+    begun = at(3)
+    begun.recipe = dataclasses.asdict(load_recipe(None, []))
+    free = "target.path=a data.prepared=b data.workers=2 train.out=c train.log_every=1 train.save_every=7 train.keep=5"
+    free += " train.tracker=none plan.topology=v5e-16 plan.tokens=9 plan.price_per_chip_hour=1 plan.layers=4"
+    checkpoints.refuse_changed_run(begun, load_recipe(None, [*free.split(), "plan.xla_flags=--xla_a=1"]), "key")
+    for changed in (
+        "data.seed: 0 -> 1",
+        "xla.remat: False -> True",
+        "train.eval_every: 0 -> 5",
+        "train.lr: 0.0008 -> 0.1",
+    ):
+        name, _, _, now = changed.replace(":", "").split()
+        with pytest.raises(UserError, match=f"changed: {changed}. Give the old settings back"):
+            checkpoints.refuse_changed_run(begun, load_recipe(None, [f"{name}={now}"]), "key")
 
 
 @pytest.fixture

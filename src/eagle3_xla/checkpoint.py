@@ -27,26 +27,11 @@ from eagle3_xla import storage
 from eagle3_xla.checks import mapping, number, text
 from eagle3_xla.config import Recipe
 from eagle3_xla.errors import UserError
+from eagle3_xla.settings import binding
 from eagle3_xla.storage import Location
 
 STATE, META, SUMS = "state.safetensors", "meta.json", "SHA256SUMS"
 STEP = "step-"
-
-# Settings that may differ between a run and its continuation: they change no weight.
-FREE = (
-    "target.path",
-    "train.out",
-    "train.log_every",
-    "train.save_every",
-    "train.keep",
-    "train.tracker",
-    "data.prepared",
-    "plan.topology",
-    "plan.tokens",
-    "plan.price_per_chip_hour",
-    "plan.layers",
-    "plan.xla_flags",
-)
 
 
 class SaveFailed(OSError):
@@ -126,12 +111,12 @@ def load(path: Location) -> Checkpoint:
 
 def refuse_changed_run(saved: Checkpoint, recipe: Recipe, data_key: str) -> None:
     """Raises UserError listing every setting that differs and would change the weights of the continued run."""
-    now = dataclasses.asdict(recipe)
+    now = {section.name: binding(getattr(recipe, section.name)) for section in dataclasses.fields(recipe)}
     changes = [
         f"{section}.{key}: {saved.recipe.get(section, {}).get(key)!r} -> {value!r}"
         for section, settings in now.items()
         for key, value in settings.items()
-        if f"{section}.{key}" not in FREE and saved.recipe.get(section, {}).get(key) != value
+        if saved.recipe.get(section, {}).get(key) != value
     ]
     if not changes and saved.data_key != data_key:
         changes = [f"the content of data.prepared ({recipe.data.prepared}) or of the target"]

@@ -9,22 +9,29 @@ from typing import Any
 
 from eagle3_xla.errors import UserError
 
-AMONG, WITHIN = "among", "within"  # keys of a field's metadata
+AMONG, WITHIN, FREE = "among", "within", "free"  # keys of a field's metadata
 STORABLE = 2**63  # whole numbers below it fit everywhere
 
 
-def setting(default: Any, *, among: tuple[str, ...] = (), within: str = "") -> Any:
+def setting(default: Any, *, among: tuple[str, ...] = (), within: str = "", free: bool = False) -> Any:
     """The field of a setting that is one of `among`, or lies within an interval.
 
-    within: as in mathematics, "[0, 1)": `[` and `]` belong to it, `(` and `)` don't. A plain field is a setting whose
-    value is only of its type, finite and storable.
+    within: as in mathematics, "[0, 1)": `[` and `]` belong to it, `(` and `)` don't; free: no row and no weight
+    depends on its value (a path: what lies there is compared instead), so that what was begun with one value goes on
+    with another. A plain field is a setting whose value is only of its type, finite and storable, and not free.
     """
-    return dataclasses.field(default=default, metadata={AMONG: among, WITHIN: within})
+    return dataclasses.field(default=default, metadata={AMONG: among, WITHIN: within, FREE: free})
 
 
 def allowed(field: dataclasses.Field) -> str:
     """What a setting may be, "a | b" or "[0, 1)"; "" for anything of its type."""
     return " | ".join(field.metadata.get(AMONG, ())) or field.metadata.get(WITHIN, "")
+
+
+def binding(values: Any) -> dict[str, Any]:
+    """Name -> value of the settings that rows or weights depend on, of a dataclass; what it holds as dictionaries."""
+    free = {field.name for field in dataclasses.fields(values) if field.metadata.get(FREE)}
+    return {name: value for name, value in dataclasses.asdict(values).items() if name not in free}
 
 
 def check_values(values: Any, section: str) -> None:

@@ -27,7 +27,7 @@ class DataConfig:
     heldout: list[Source] = field(default_factory=list)  # empty: heldout_share of the training conversations
     # of the training conversations, when there is no heldout source
     heldout_share: float = setting(0.02, within="[0, 1)")
-    prepared: str = ""  # folder (or gs:// URL) that `prepare` writes and `train` reads
+    prepared: str = setting("", free=True)  # folder (or gs:// URL) that `prepare` writes and `train` reads
     conversations: int = setting(0, within="[0, inf)")  # size of the mix when the sources have shares
     # near: also near-duplicates (MinHash, Jaccard 0.8)
     deduplicate: str = setting("near", among=("near", "exact", "none"))
@@ -60,7 +60,8 @@ class DataConfig:
     # stop after so many training tokens (in a seeded order of the chats); 0: all
     max_tokens: int = setting(0, within="[0, inf)")
     seed: int = setting(0, within="[0, inf)")  # of the order of the chats, the mix and the held-out share
-    workers: int = setting(0, within="[0, 1024]")  # processes; 0: one per core. The result does not depend on it
+    # processes; 0: one per core. The result does not depend on it
+    workers: int = setting(0, within="[0, 1024]", free=True)
 
     def check(self) -> None:
         """Raises UserError for settings that don't go together."""

@@ -11,7 +11,6 @@ manifest.json       what was read, kept and dropped and why, token counts, cover
 import hashlib
 import json
 import shutil
-from dataclasses import asdict
 from pathlib import Path
 
 import torch
@@ -29,10 +28,10 @@ from eagle3_xla.data.tokenizer import load_config, load_tokenizer, shows_reasoni
 from eagle3_xla.data.vocab import coverage, draft_vocabulary
 from eagle3_xla.errors import UserError
 from eagle3_xla.outputs import RUN_FILE, claim_output, write_run_file
+from eagle3_xla.settings import binding
 from eagle3_xla.storage import Location
 
 SPLITS = ("train", "heldout")
-FREE = ("prepared", "workers")  # settings that shape no row
 
 
 def prepare(recipe: Recipe, overwrite: bool = False) -> dict:
@@ -199,10 +198,9 @@ def _inputs_key(data: DataConfig, prints: dict, tokenizer, stop_ids: set[int], v
         digest.update(file.read_bytes())
     for name in data.decontaminate:
         digest.update(sources.fingerprint(Source(path=name)).encode())
-    settings = {key: value for key, value in asdict(data).items() if key not in FREE}
     special = [tokenizer.pad_token_id, tokenizer.bos_token, sorted(tokenizer.all_special_ids), sorted(stop_ids)]
     special.append(vocab_size)
-    digest.update(json.dumps([settings, prints, tokenizer.chat_template, special], sort_keys=True).encode())
+    digest.update(json.dumps([binding(data), prints, tokenizer.chat_template, special], sort_keys=True).encode())
     digest.update(tokenizer.backend_tokenizer.to_str().encode())
     return digest.hexdigest()
 

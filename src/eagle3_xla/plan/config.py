@@ -7,10 +7,11 @@ from eagle3_xla.settings import setting
 
 @dataclass
 class PlanConfig:
-    topology: str = "v4-32"  # the slice that `plan` compiles for (xla/tpu.py lists them)
+    topology: str = setting("v4-32", free=True)  # the slice that `plan` compiles for (xla/tpu.py lists them)
     # positions of the whole run, padding included; 0: what the prepared data and the epochs give
-    tokens: int = setting(0, within="[0, inf)")
-    price_per_chip_hour: float = setting(0.0, within="[0, inf)")  # dollars; 0: no price is printed
+    tokens: int = setting(0, within="[0, inf)", free=True)
+    price_per_chip_hour: float = setting(0.0, within="[0, inf)", free=True)  # dollars; 0: no price is printed
     # compile so many of the target's layers, extend the figures to all (plan/compiled.py); 0: all
-    layers: int = setting(0, within="[0, inf)")
-    xla_flags: str = ""  # of the TPU compiler: "--xla_...=... --xla_...=..."; a run takes them as LIBTPU_INIT_ARGS
+    layers: int = setting(0, within="[0, inf)", free=True)
+    # of the TPU compiler: "--xla_...=... --xla_...=..."; a run takes them as LIBTPU_INIT_ARGS
+    xla_flags: str = setting("", free=True)

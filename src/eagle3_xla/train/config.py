@@ -7,7 +7,7 @@ from eagle3_xla.settings import setting
 
 @dataclass
 class TrainConfig:
-    out: str = ""  # folder (or gs:// URL) of checkpoints, metrics.jsonl, tracker logs
+    out: str = setting("", free=True)  # folder (or gs:// URL) of checkpoints, metrics.jsonl, tracker logs
     epochs: int = setting(3, within="[1, 1000000]")  # passes over the prepared rows
     batch_size: int = setting(4, within="[1, 65536]")  # rows per data-parallel replica in a micro-step
     gradient_accumulation: int = setting(1, within="[1, 65536]")  # micro-steps of an optimizer step
@@ -22,13 +22,15 @@ class TrainConfig:
     init_rows: int = setting(64, within="[1, inf)")  # rows whose target states shape the start
     reuse_states: bool = False  # run the target once over the data and keep its states on disk
     seed: int = setting(0, within="[0, inf)")  # of the start and the order of the rows
-    log_every: int = setting(10, within="[1, inf)")  # micro-steps between rows of metrics.jsonl
-    save_every: int = setting(500, within="[1, inf)")  # optimizer steps
+    log_every: int = setting(10, within="[1, inf)", free=True)  # micro-steps between rows of metrics.jsonl
+    save_every: int = setting(500, within="[1, inf)", free=True)  # optimizer steps
     heldout_rows: int = setting(64, within="[0, inf)")  # rows of an evaluation, of all sources together; 0: none
     # optimizer steps between evaluations; 0: at the end of each epoch
     eval_every: int = setting(0, within="[0, inf)")
     # stop after so many evaluations without a better acceptance length; 0: never
     patience: int = setting(0, within="[0, inf)")
-    keep: int = setting(2, within="[1, inf)")  # the newest checkpoints; the best by acceptance length is kept too
+    # the newest checkpoints; the best by acceptance length is kept too
+    keep: int = setting(2, within="[1, inf)", free=True)
     warm_start: str = ""  # an exported head whose weights and draft vocabulary the run starts from
-    tracker: str = setting("tensorboard", among=("tensorboard", "wandb", "none"))  # of the figures in metrics.jsonl
+    # of the figures in metrics.jsonl
+    tracker: str = setting("tensorboard", among=("tensorboard", "wandb", "none"), free=True)
