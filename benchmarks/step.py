@@ -91,14 +91,14 @@ def our_step(path: str, batch: dict[str, torch.Tensor], settings: list[str]):
     return lambda: float(step.run(0, backend.put(batch))[0][0])
 
 
-def eager_step(path: str, batch: dict[str, torch.Tensor]):
-    """The reference: what a first version in plain torch would do."""
+def eager_step(model, batch: dict[str, torch.Tensor], draft_vocabulary: int, ttt: int, wait: bool = True):
+    """The reference: what a first version in plain torch would do. wait: for each loss on the host."""
     from eagle3_xla.draft.model import Eagle3Head, draft_config
     from eagle3_xla.target.families import aux_layers
-    from eagle3_xla.target.model import document_masks, load_target
+    from eagle3_xla.target.model import document_masks
 
-    model = load_target(path, torch.float32)
-    head = Eagle3Head(draft_config(model.config, DRAFT_VOCABULARY))
+    length = batch["input_ids"].shape[1]
+    head = Eagle3Head(draft_config(model.config, draft_vocabulary)).to(model.device)
     optimizer = torch.optim.AdamW(head.parameters(), lr=8e-4)
     ids, positions, answer = batch["input_ids"].long(), batch["position_ids"].long(), batch["loss_mask"]
     masks = document_masks(model.config, batch["document_ids"])
@@ -116,10 +116,10 @@ def eager_step(path: str, batch: dict[str, torch.Tensor]):
             )
             aux = torch.cat([output.hidden_states[i + 1] for i in aux_layers(model.config.num_hidden_layers)], -1)
             full = output.logits
-            in_vocabulary = full.argmax(-1) < DRAFT_VOCABULARY
-            teacher = full[..., :DRAFT_VOCABULARY].softmax(-1)
+            in_vocabulary = full.argmax(-1) < draft_vocabulary
+            teacher = full[..., :draft_vocabulary].softmax(-1)
         hidden, keys, values, loss, drafted = head.fc(aux), [], [], 0.0, shift(answer, 1)
-        for k in range(TTT):
+        for k in range(ttt):
             embeds = model.get_input_embeddings()(shift(ids, 1 + k))
 
             def attend(query, key, value):
@@ -129,12 +129,12 @@ def eager_step(path: str, batch: dict[str, torch.Tensor]):
                 scores = [(query @ keys[0].transpose(-1, -2) * scale).masked_fill(~mask, float("-inf"))]
                 scores += [(query * key).sum(-1, keepdim=True) * scale for key in keys[1:]]
                 weights = torch.cat(scores, -1).softmax(-1)
-                out = weights[..., :LENGTH] @ values[0]
+                out = weights[..., :length] @ values[0]
                 for i, value in enumerate(values[1:]):
-                    out = out + weights[..., LENGTH + i : LENGTH + i + 1] * value
+                    out = out + weights[..., length + i : length + i + 1] * value
                 return out.transpose(1, 2)
 
-            hidden = head.midlayer(embeds, hidden, head.rope(hidden, positions + k), attend)
+            hidden = head.midlayer(head.embedded(embeds), hidden, head.rope(hidden, positions + k), attend)
             drafted = drafted & shift(answer, 2 + k)
             rows = (drafted & shift(in_vocabulary, 1 + k)).float()
             cross_entropy = -(shift(teacher, 1 + k) * head.logits(hidden).log_softmax(-1)).sum(-1)
@@ -143,7 +143,7 @@ def eager_step(path: str, batch: dict[str, torch.Tensor]):
         loss.backward()
         torch.nn.utils.clip_grad_norm_(head.parameters(), 0.5)
         optimizer.step()
-        return float(loss.detach())
+        return float(loss.detach()) if wait else None
 
     return step
 
@@ -161,7 +161,12 @@ def matmul_gflops() -> float:
 def serve(kind: str, path: str, batch_file: str) -> None:
     """In a process of its own: one step now and one for each line of stdin; what each took."""
     batch = load_file(batch_file)
-    step = eager_step(path, batch) if kind == EAGER else our_step(path, batch, OURS[kind])
+    if kind == EAGER:
+        from eagle3_xla.target.model import load_target
+
+        step = eager_step(load_target(path, torch.float32), batch, DRAFT_VOCABULARY, TTT)
+    else:
+        step = our_step(path, batch, OURS[kind])
     while True:
         started, before = time.perf_counter(), resource.getrusage(resource.RUSAGE_SELF)
         step()

@@ -1,6 +1,6 @@
 """Answers from the target in this process: continuous batching, for small targets and machines without an engine.
 
-Every step decodes one token of each running answer; a finished one gives its slot to the next question at once.
+Every step decodes one token of each running answer; a finished one gives its slot to the next question.
 """
 
 import asyncio
@@ -17,6 +17,9 @@ from eagle3_xla.target.cache import SlotCache
 from eagle3_xla.target.families import attention_masks
 from eagle3_xla.target.model import document_masks, load_target
 from eagle3_xla.target.sampling import choose_tokens
+
+# On a GPU a forward over one prompt takes as long as one over many: new questions wait for each other, but not long.
+TOGETHER, STEPS_TO_WAIT = 64, 8
 
 
 @dataclass
@@ -39,6 +42,8 @@ class LocalTarget:
         self.target.config._attn_implementation = GROUPED_EINSUM  # no repeated keys: half the time of a step
         self.model, self.sampling, self.slots, self.device = path, sampling, slots, device
         self.context = self.target.config.max_position_embeddings
+        self.together = TOGETHER if device == "cuda" else 1  # questions
+        self.steps = 0
         self.cache = SlotCache(slots, device)
         self.waiting: deque[_Question] = deque()
         self.running: list[_Question] = []  # question i has slot i
@@ -65,7 +70,7 @@ class LocalTarget:
         prompt = self.tokenizer(words, add_special_tokens=False)["input_ids"]
         if len(prompt) >= self.context:
             raise Refused(f"{len(prompt)} tokens; the target's context is {self.context}")
-        generator = torch.Generator().manual_seed(seed)
+        generator = torch.Generator(self.device).manual_seed(seed)
         question = _Question(prompt, generator, asyncio.get_running_loop().create_future())
         self.waiting.append(question)
         self.wake.set()
@@ -77,11 +82,15 @@ class LocalTarget:
                 if not self.waiting and not self.running:
                     self.wake.clear()
                     await self.wake.wait()
-                while self.waiting and len(self.running) < self.slots:
-                    self._start(self.waiting[0])
-                    self.waiting.popleft()
+                enough = len(self.waiting) >= self.together or self.steps % STEPS_TO_WAIT == 0 or not self.running
+                while enough and self.waiting and len(self.running) < self.slots:
+                    count = min(self.together, len(self.waiting), self.slots - len(self.running))
+                    self._start([self.waiting[i] for i in range(count)])
+                    for _ in range(count):
+                        self.waiting.popleft()
                 if self.running:
                     self._step()
+                self.steps += 1
                 await asyncio.sleep(0)  # finished conversations ask their next question
         except Exception as error:
             self.failure = RunError(f"the target can't go on answering: {first_line(error)}")
@@ -90,20 +99,27 @@ class LocalTarget:
                     question.answer.set_exception(self.failure)
 
     @torch.inference_mode()
-    def _start(self, question: _Question) -> None:
-        """Prefill into the next free slot; the first token of the answer."""
-        length = len(question.prompt)
-        positions = torch.arange(length, device=self.device)[None]
-        self.cache.place(len(self.running), positions, length)
+    def _start(self, questions: list[_Question]) -> None:
+        """Prefill into the next free slots; the first token of each answer."""
+        lengths = [len(question.prompt) for question in questions]
+        first, longest = len(self.running), max(lengths)
+        # What the padding leaves in a slot, the answer writes over before it can see it.
+        ids = torch.tensor([[*q.prompt, *[0] * (longest - len(q.prompt))] for q in questions], device=self.device)
+        positions = torch.arange(longest, device=self.device).repeat(len(ids), 1)
+        self.cache.place(first, positions, longest)
+        ends = sorted(set(lengths))
         logits = self.target(
-            input_ids=torch.tensor([question.prompt], device=self.device),
+            input_ids=ids,
             position_ids=positions,
-            attention_mask=document_masks(self.target.config, torch.zeros(1, length, device=self.device)),
+            attention_mask=document_masks(self.target.config, torch.zeros_like(ids)),
             past_key_values=self.cache,
-            logits_to_keep=1,
-        ).logits[:, -1]
-        self.running.append(question)
-        self._take(len(self.running) - 1, self._choose(logits, [question])[0])
+            logits_to_keep=torch.tensor(ends, device=self.device) - 1,
+        ).logits
+        logits = torch.stack([own[ends.index(length)] for own, length in zip(logits, lengths)])
+        tokens = self._choose(logits, questions)
+        self.running += questions
+        for slot in reversed(range(first, len(self.running))):  # from the end: one that ends moves the last one
+            self._take(slot, tokens[slot - first])
 
     @torch.inference_mode()
     def _step(self) -> None:

@@ -1,4 +1,4 @@
-"""Eager torch on one CPU or GPU, for debugging and for machines without XLA."""
+"""Plain torch on one CPU (eager) or one GPU (CUDA graphs): no XLA."""
 
 import contextlib
 import resource
@@ -6,13 +6,14 @@ import resource
 import torch
 
 from eagle3_xla.errors import UserError
+from eagle3_xla.xla.captured import Captured
 from eagle3_xla.xla.config import XlaConfig
 from eagle3_xla.xla.hosts import Hosts
 from eagle3_xla.xla.memory import keep_freed_memory
 
 
 class PlainBackend:
-    """One device, nothing compiled."""
+    """One device, nothing compiled; on a GPU each step is recorded once and played again (captured.py)."""
 
     def __init__(self, config: XlaConfig, hosts: Hosts | None = None):
         self.hosts, self.part = hosts or Hosts(), 0
@@ -28,10 +29,13 @@ class PlainBackend:
         self.data_parallel = self.draft_groups = 1
         self.peak_flops = config.peak_tflops * 1e12
         self._autocast = config.autocast
+        self._pool = torch.cuda.graph_pool_handle() if config.device == "cuda" else None  # of all its graphs
 
     @property
     def description(self) -> str:
-        return f"{self.device.type}, eager torch"
+        if self.device.type == "cpu":
+            return "cpu, eager torch"
+        return f"{torch.cuda.get_device_name()}, CUDA graphs"
 
     def place_target(self, target):
         return target.place(lambda tensor: tensor.to(self.device))
@@ -70,7 +74,7 @@ class PlainBackend:
         return torch.autocast(self.device.type, dtype=torch.bfloat16)
 
     def compile(self, function, state=()):
-        return function
+        return function if self.device.type == "cpu" else Captured(function, list(state), self._pool)
 
     def compilations(self) -> int:
         return 0

@@ -1,0 +1,449 @@
+"""What a change of the recipe brings: acceptance lengths of heads trained at an equal budget, several seeds of each.
+
+    python benchmarks/recipes.py --set NAME [--target DIR] [--work DIR] [--device DEVICE] [--jobs N] [--seeds 0,1,2]
+
+Each run is the product's own: prepare, train, export, eval, in a folder of its own below --work; a run that is done is
+not done again, one that was interrupted goes on. The figures go to benchmarks/recipes/NAME.json (with --out: there),
+their plot beside it, their table to stdout. A set's first recipe is what the others are compared with.
+
+Variants that the product does not have are below, as patches of it: what helps moves there, what doesn't stays here.
+"""
+
+import argparse
+import contextlib
+import dataclasses
+import hashlib
+import json
+import multiprocessing
+import os
+import platform
+import sys
+import time
+from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from importlib import metadata
+from pathlib import Path
+from statistics import mean, stdev
+from typing import NamedTuple
+from unittest.mock import patch
+
+import torch
+
+from eagle3_xla.config import load_recipe
+from eagle3_xla.data.prepare import prepare
+from eagle3_xla.evaluate.options import EvalOptions
+from eagle3_xla.evaluate.run import evaluate
+from eagle3_xla.export import export
+from eagle3_xla.target.embedded import write_embedded_target
+from eagle3_xla.train import setup
+from eagle3_xla.train.loop import train
+from eagle3_xla.train.optimizer import AdamW
+
+FOLDER = Path(__file__).parent / "recipes"
+HELDOUT = "package:heldout.jsonl"
+PROMPTS, TOKENS, SAMPLED_TOKENS = 40, 128, 64  # of an evaluation, and new tokens of an answer
+PACKAGES = ("torch", "transformers")
+
+# What all runs have in common: one pass over the shipped chats, bf16 as on a TPU, the trained length of the quickstart.
+COMMON = {
+    "data.max_tokens": "0",
+    "data.workers": "1",  # runs stand beside each other
+    "loss.ttt_length": "7",
+    "train.epochs": "1",
+    "train.batch_size": "4",
+    "train.init_rows": "400",
+    "train.heldout_rows": "64",
+    "train.save_every": "1000000",
+    "train.keep": "1",
+    "train.tracker": "none",
+}
+DEVICE = {  # and what belongs to the device
+    "cuda": {"target.dtype": "bfloat16", "xla.autocast": "true", "train.reuse_states": "false"},
+    "cpu": {"target.dtype": "float32", "xla.autocast": "false", "train.reuse_states": "true"},
+    "xla": {"target.dtype": "float32", "xla.autocast": "false", "train.reuse_states": "true"},
+}
+# The plain reference: KL over all positions that the mask of the answer marks, everything random, torch's own start.
+REFERENCE = {
+    "train.init": "random",
+    "train.lr": "8e-4",
+    "loss.rows": "specforge",
+    "train.beta2": "0.999",
+    "patch": "plain_start",
+}
+SETS: dict[str, dict[str, dict[str, str]]] = {
+    "default": {
+        "reference": REFERENCE,
+        "default": {},
+        "default, 2 passes": {"train.epochs": "2"},
+        "reference, 2 passes": REFERENCE | {"train.epochs": "2"},
+    },
+    "start": {
+        "default": {},
+        "lm_head and norm the target's": {"train.init": "target"},
+        "random, inputs scaled": {"train.init": "random"},
+        "random, torch's own": {"train.init": "random", "patch": "plain_start"},
+        "frozen lm_head": {"patch": "frozen_lm_head"},
+    },
+    "loss": {
+        "default": {},
+        "rows as SpecForge": {"loss.rows": "specforge"},
+        "tv": {"loss.objective": "tv"},
+        "lk_alpha": {"loss.objective": "lk_alpha"},
+        "lk_lambda": {"loss.objective": "lk_lambda"},
+        "kl + tv": {"loss.objective": "kl + tv"},
+        "reverse_kl": {"loss.objective": "reverse_kl"},
+        "decay 0.6": {"loss.decay": "0.6"},
+        "decay 1": {"loss.decay": "1.0"},
+        "TTT 1": {"loss.ttt_length": "1"},
+        "TTT 3": {"loss.ttt_length": "3"},
+        "TTT 5": {"loss.ttt_length": "5"},
+    },
+    "optimizer": {
+        "default": {},
+        "lr 2.5e-4": {"train.lr": "2.5e-4"},
+        "lr 1e-3": {"train.lr": "1e-3"},
+        "lr 2e-3": {"train.lr": "2e-3"},
+        "beta2 0.99": {"train.beta2": "0.99"},
+        "beta2 0.999": {"train.beta2": "0.999"},
+        "weight decay 0.1": {"train.weight_decay": "0.1"},
+        "warm-up 10%": {"train.warmup": "0.1"},
+        "2 rows an update": {"train.batch_size": "2"},
+        "8 rows an update": {"train.batch_size": "8"},
+        "Muon": {"patch": "muon"},
+        "EMA 0.99": {"patch": "ema"},
+        "noise on aux states": {"patch": "noise"},
+        "dropout on aux states": {"patch": "dropout"},
+    },
+    "data": {
+        "default": {},
+        "draft vocabulary 4,096": {"data.draft_vocab_size": "4096"},
+        "draft vocabulary 16,384": {"data.draft_vocab_size": "16384"},
+        "half of the chats, 2 passes": {"data.max_tokens": "260000", "train.epochs": "2"},
+        "quarter of the chats, 4 passes": {"data.max_tokens": "130000", "train.epochs": "4"},
+        "system prompts varied": {"data.vary_system": "0.5"},
+        "rows of 512": {"data.row_length": "512", "train.batch_size": "2"},
+        "rows of 1,024": {"data.row_length": "1024", "train.batch_size": "1"},
+    },
+    # With --train: more chats than are shipped (`eagle3-xla regenerate` with another seed).
+    "tokens": {
+        "130,000 tokens": {"data.max_tokens": "130000"},
+        "260,000 tokens": {"data.max_tokens": "260000"},
+        "520,000 tokens": {"data.max_tokens": "520000"},
+        "1,000,000 tokens": {"data.max_tokens": "1000000"},
+        "2,000,000 tokens": {"data.max_tokens": "2000000"},
+        "all": {},
+        "all, 3 passes": {"train.epochs": "3"},
+        "all, 3 passes, 8 rows an update, lr 1e-3": {
+            "train.epochs": "3",
+            "train.batch_size": "8",
+            "train.lr": "1e-3",
+        },
+    },
+}
+
+
+# Variants that are not in the product. Each replaces something of it for one run.
+
+
+def _plain_start(recipe, backend, data, target, head, lm_head_rows, states_of):
+    """torch's own initialisation, no learning rate of its own for fc's inputs."""
+    torch.manual_seed(recipe.train.seed)
+    for module in head.modules():
+        if isinstance(module, torch.nn.Linear):
+            module.reset_parameters()
+    return {}
+
+
+class _FrozenLmHead(AdamW):
+    def step(self) -> torch.Tensor:
+        self.parameters["lm_head.weight"].grad.zero_()
+        return super().step()
+
+
+class _Muon(AdamW):
+    """Muon (Jordan et al., 2024) on the 2-D weights of fc and the layer, AdamW on lm_head and the norms."""
+
+    def __init__(self, parameters, *arguments):
+        super().__init__(parameters, *arguments)
+        inner = {name: p for name, p in parameters.items() if p.ndim == 2 and name != "lm_head.weight"}
+        self.momentum = {name: torch.zeros_like(p) for name, p in inner.items()}
+
+    @torch.no_grad()
+    def step(self) -> torch.Tensor:
+        before = {name: self.parameters[name].clone() for name in self.momentum}
+        gradients = {name: self.parameters[name].grad.clone() for name in self.momentum}
+        norm = super().step()
+        lr = self.lr(self.step_count)
+        for name, moment in self.momentum.items():
+            moment.mul_(0.95).add_(gradients[name])
+            update = _orthogonal(gradients[name] + 0.95 * moment)
+            scale = 0.2 * max(update.shape) ** 0.5  # the RMS of an update is AdamW's (Moonlight)
+            rate = lr * self.lr_scale[name] / self.lr_scale[name].mean() if name in self.lr_scale else lr
+            self.parameters[name].copy_(before[name] - rate * scale * update)
+        return norm
+
+
+def _orthogonal(x: torch.Tensor) -> torch.Tensor:
+    """Newton-Schulz iteration towards the nearest orthogonal matrix."""
+    a, b, c = 3.4445, -4.7750, 2.0315
+    tall = x.shape[0] > x.shape[1]
+    x = (x.T if tall else x).bfloat16()
+    x = x / (x.norm() + 1e-7)
+    for _ in range(5):
+        gram = x @ x.T
+        x = a * x + (b * gram + c * gram @ gram) @ x
+    return (x.T if tall else x).float()
+
+
+class _Ema(AdamW):
+    """Weights averaged over about the last 100 steps; `_run` exports them."""
+
+    averages: dict[str, torch.Tensor] = {}  # of the newest run
+
+    def __init__(self, parameters, *arguments):
+        super().__init__(parameters, *arguments)
+        _Ema.averages = {name: p.detach().clone() for name, p in parameters.items()}
+
+    @torch.no_grad()
+    def step(self) -> torch.Tensor:
+        norm = super().step()
+        for name, p in self.parameters.items():
+            _Ema.averages[name].lerp_(p, 1 - 0.99)
+        return norm
+
+
+def _on_aux(change):
+    """A features() of the head that sees changed aux states while it learns."""
+    from eagle3_xla.draft.model import Eagle3Head
+
+    plain = Eagle3Head.features
+
+    def features(self, aux):
+        return plain(self, change(aux) if torch.is_grad_enabled() else aux)
+
+    return patch.object(Eagle3Head, "features", features)
+
+
+def _noise(aux):
+    scale = aux.square().mean((0, 1), keepdim=True).sqrt()
+    return aux + 0.1 * scale * torch.randn_like(aux)
+
+
+def _dropout(aux):
+    return torch.nn.functional.dropout(aux, 0.1)
+
+
+PATCHES = {
+    "plain_start": lambda: patch.object(setup, "_initialise", _plain_start),
+    "frozen_lm_head": lambda: patch.object(setup, "AdamW", _FrozenLmHead),
+    "muon": lambda: patch.object(setup, "AdamW", _Muon),
+    "ema": lambda: patch.object(setup, "AdamW", _Ema),
+    "noise": lambda: _on_aux(_noise),
+    "dropout": lambda: _on_aux(_dropout),
+}
+
+
+class Where(NamedTuple):
+    """What all runs of a call share. train: a file of chats in place of the shipped ones."""
+
+    device: str
+    target: Path
+    work: Path
+    train: str
+
+
+def overrides(settings: dict[str, str], seed: int, where: Where) -> list[str]:
+    """--section.key=value of a run, but for its folder."""
+    values = COMMON | DEVICE[where.device] | settings | {"train.seed": str(seed), "xla.device": where.device}
+    if where.train:
+        values["data.train"] = f"[{where.train}]"
+    values.pop("patch", None)
+    of_data = {key: value for key, value in values.items() if key.startswith("data.")}
+    data = hashlib.sha256(json.dumps(of_data, sort_keys=True).encode()).hexdigest()[:12]
+    values |= {"target.path": str(where.target), "data.prepared": str(where.work / f"data-{data}")}
+    return [f"{key}={value}" for key, value in values.items()]
+
+
+@contextlib.contextmanager
+def _quiet(log: Path) -> Iterator[None]:
+    log.parent.mkdir(parents=True, exist_ok=True)
+    with log.open("a") as file, contextlib.redirect_stdout(file), contextlib.redirect_stderr(file):
+        yield
+
+
+def _prepare(given: list[str], log: Path) -> dict:
+    with _quiet(log):
+        return prepare(load_recipe("smollm2-cpu", given))
+
+
+def _run(name: str, settings: dict[str, str], seed: int, where: Where) -> dict:
+    """One run; its result is kept in its folder."""
+    given, target = overrides(settings, seed, where), str(where.target)
+    what = [*given, f"patch={settings.get('patch', '')}", f"evaluation={PROMPTS, TOKENS, SAMPLED_TOKENS}"]
+    out = where.work / f"run-{hashlib.sha256(json.dumps(what).encode()).hexdigest()[:16]}"
+    file = out / "result.json"
+    if file.exists():
+        return json.loads(file.read_text())
+    recipe = load_recipe("smollm2-cpu", [*given, f"train.out={out / 'train'}"])
+    with _quiet(out / "log.txt"), PATCHES[settings["patch"]]() if "patch" in settings else contextlib.nullcontext():
+        started = time.perf_counter()
+        training = train(recipe)
+        seconds = time.perf_counter() - started
+        export(out / "train", out / "head")
+        if settings.get("patch") == "ema":
+            _write_averages(out / "head" / "model.safetensors")
+        options = EvalOptions(limit=PROMPTS, max_new_tokens=TOKENS, batch_size=PROMPTS, baseline=False)
+        options.device = "cuda" if where.device == "cuda" else "cpu"
+        sampled = dataclasses.replace(options, max_new_tokens=SAMPLED_TOKENS, temperature=1.0, seed=seed)
+        greedy, at_1 = (evaluate(target, str(out / "head"), HELDOUT, how) for how in (options, sampled))
+    result = {
+        "recipe": name,
+        "seed": seed,
+        "settings": settings,
+        "tau": round(greedy["tau"], 4),
+        "tau_at_temperature_1": round(at_1["tau"], 4),
+        "heldout_tau": round(training["tau"], 4),
+        "micro_steps": training["micro_steps"],
+        "train_seconds": round(seconds, 1),
+    }
+    partial = file.with_suffix(".partial")
+    partial.write_text(json.dumps(result, indent=1) + "\n")
+    partial.replace(file)
+    return result
+
+
+def _write_averages(file: Path) -> None:
+    from safetensors import safe_open
+    from safetensors.torch import save_file
+
+    with safe_open(file, framework="pt") as saved:
+        tensors, about = {name: saved.get_tensor(name) for name in saved.keys()}, saved.metadata()
+    for name, average in _Ema.averages.items():
+        tensors[name] = average.to("cpu", tensors[name].dtype).contiguous()
+    save_file(tensors, file, metadata=about)
+
+
+def summary(results: list[dict]) -> list[dict]:
+    """Of each recipe: means and standard deviations over its seeds."""
+    rows: list[dict] = []
+    for name in dict.fromkeys(result["recipe"] for result in results):
+        of_it = [result for result in results if result["recipe"] == name]
+        row = {"recipe": name, "seeds": len(of_it), "train_seconds": mean(r["train_seconds"] for r in of_it)}
+        for key in ("tau", "tau_at_temperature_1", "heldout_tau"):
+            values = [result[key] for result in of_it]
+            row[key], row[f"{key}_spread"] = mean(values), stdev(values) if len(values) > 1 else 0.0
+        rows.append(row)
+    return rows
+
+
+def table(results: list[dict]) -> str:
+    lines = [
+        "| recipe | seeds | tau, greedy | against the first | tau, temperature 1 | against the first | held-out rows |",
+        "|---" * 7 + "|",
+    ]
+    rows = summary(results)
+    for row in rows:
+        cells = [row["recipe"], str(row["seeds"])]
+        for key in ("tau", "tau_at_temperature_1"):
+            cells.append(f"{row[key]:.3f} ± {row[f'{key}_spread']:.3f}")
+            cells.append(f"{row[key] / rows[0][key] - 1:+.1%}" if row is not rows[0] else "")
+        cells.append(f"{row['heldout_tau']:.3f} ± {row['heldout_tau_spread']:.3f}")
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def plot(results: list[dict], file: Path) -> None:
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    names = [*dict.fromkeys(result["recipe"] for result in results)][::-1]
+    figure, axes = pyplot.subplots(figsize=(7, 0.9 + 0.33 * len(names)), layout="constrained")
+    for key, marker, label in (("tau", "o", "greedy"), ("tau_at_temperature_1", "x", "temperature 1")):
+        places = [names.index(result["recipe"]) for result in results]
+        axes.plot([result[key] for result in results], places, marker, label=label, alpha=0.8)
+    axes.set_yticks(range(len(names)), names)
+    axes.set_xlabel(f"acceptance length tau, {PROMPTS} held-out prompts, chain of 5")
+    axes.grid(axis="x", alpha=0.3)
+    axes.legend(loc="best")
+    figure.savefig(file)
+    pyplot.close(figure)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--set", action="append", required=True, choices=[*SETS], dest="sets")
+    parser.add_argument("--target", type=Path, default=Path("quickstart/target"), help="made when it is not there")
+    parser.add_argument("--work", type=Path, default=Path("recipes-work"))
+    parser.add_argument("--out", type=Path, default=FOLDER)
+    parser.add_argument("--train", default="", help="a file of chats instead of the shipped ones")
+    parser.add_argument("--device", default="cpu", choices=[*DEVICE])
+    parser.add_argument("--jobs", type=int, default=1, help="runs at once")
+    parser.add_argument("--seeds", default="0,1,2")
+    parser.add_argument("--only", default="", help="recipes of the set, separated by ;")
+    arguments = parser.parse_args()
+    write_embedded_target(arguments.target)
+    arguments.out.mkdir(parents=True, exist_ok=True)
+    seeds = [int(seed) for seed in arguments.seeds.split(",")]
+    only = [name for name in arguments.only.split(";") if name]
+    wanted = [
+        (of, name, settings, seed)
+        for seed in seeds
+        for of in arguments.sets
+        for name, settings in SETS[of].items()
+        if not only or name in only
+    ]
+    where = Where(arguments.device, arguments.target, arguments.work, arguments.train)
+    processes = ProcessPoolExecutor(arguments.jobs, multiprocessing.get_context("spawn"))
+    with processes as pool:
+        # The data first: runs share it.
+        given = [overrides(settings, 0, where) for _, _, settings, _ in wanted]
+        datasets = {next(x for x in each if x.startswith("data.prepared=")): each for each in given}
+        for number, _ in enumerate(
+            pool.map(_prepare, datasets.values(), [arguments.work / f"{i}.log" for i in range(len(datasets))])
+        ):
+            print(f"data {number + 1} of {len(datasets)}", file=sys.stderr)
+        # A recipe that several sets have runs once for each seed.
+        runs: dict[str, list[tuple]] = {}
+        for run in wanted:
+            runs.setdefault(json.dumps([run[2], run[3]], sort_keys=True), []).append(run)
+        futures = {pool.submit(_run, *of_it[0][1:], where): of_it for of_it in runs.values()}
+        results: dict[str, list[dict]] = {}
+        for future in as_completed(futures):
+            try:
+                result = future.result()
+            except Exception as error:
+                print(f"{futures[future][0]}: {type(error).__name__} {error}", file=sys.stderr)
+                continue
+            for of, name, _, seed in futures[future]:
+                order = [*SETS[of]]
+                results.setdefault(of, []).append(result | {"recipe": name})
+                results[of].sort(key=lambda result: (order.index(result["recipe"]), result["seed"]))
+                _write(arguments, of, results[of])
+                print(f"{of}: {name}, seed {seed}: tau {result['tau']}", file=sys.stderr, flush=True)
+    for of in arguments.sets:
+        if of in results:
+            plot(results[of], arguments.out / f"{of}.svg")
+            print(f"\n{of}\n\n{table(results[of])}")
+
+
+def _write(arguments: argparse.Namespace, of: str, results: list[dict]) -> None:
+    device = torch.cuda.get_device_name() if arguments.device == "cuda" else platform.processor() or platform.machine()
+    train = f" --train {Path(arguments.train).name}" if arguments.train else ""
+    command = f"python benchmarks/recipes.py --set {of} --device {arguments.device} --seeds {arguments.seeds}{train}"
+    about = {
+        "command": command,
+        "device": f"{device}, {os.cpu_count()} cores",
+        "versions": {package: metadata.version(package) for package in PACKAGES},
+        "evaluation": f"first {PROMPTS} of {HELDOUT}, chain of 5, {TOKENS} new tokens ({SAMPLED_TOKENS} sampled)",
+        "common": COMMON | DEVICE[arguments.device],
+    }
+    file = arguments.out / f"{of}.json"
+    partial = file.with_suffix(".partial")
+    partial.write_text(json.dumps(about | {"runs": results}, indent=1) + "\n")
+    partial.replace(file)
+
+
+if __name__ == "__main__":
+    main()
