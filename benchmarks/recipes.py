@@ -44,13 +44,12 @@ HELDOUT = "package:heldout.jsonl"
 PROMPTS, TOKENS, SAMPLED_TOKENS = 40, 128, 64  # of an evaluation, and new tokens of an answer
 PACKAGES = ("torch", "transformers")
 
-# What all runs have in common: one pass over the shipped chats, bf16 as on a TPU, the trained length of the quickstart.
+# What all runs have in common: one pass over the chats, the row length of the quickstart, the reference's TTT length.
 COMMON = {
-    "data.max_tokens": "0",
     "data.workers": "1",  # runs stand beside each other
     "loss.ttt_length": "7",
     "train.epochs": "1",
-    "train.batch_size": "4",
+    "train.batch_size": "2",
     "train.init_rows": "400",
     "train.heldout_rows": "64",
     "train.save_every": "1000000",
@@ -107,7 +106,7 @@ SETS: dict[str, dict[str, dict[str, str]]] = {
         "beta2 0.999": {"train.beta2": "0.999"},
         "weight decay 0.1": {"train.weight_decay": "0.1"},
         "warm-up 10%": {"train.warmup": "0.1"},
-        "2 rows an update": {"train.batch_size": "2"},
+        "4 rows an update": {"train.batch_size": "4"},
         "8 rows an update": {"train.batch_size": "8"},
         "Muon": {"patch": "muon"},
         "EMA 0.99": {"patch": "ema"},
@@ -118,11 +117,10 @@ SETS: dict[str, dict[str, dict[str, str]]] = {
         "default": {},
         "draft vocabulary 4,096": {"data.draft_vocab_size": "4096"},
         "draft vocabulary 16,384": {"data.draft_vocab_size": "16384"},
-        "half of the chats, 2 passes": {"data.max_tokens": "260000", "train.epochs": "2"},
-        "quarter of the chats, 4 passes": {"data.max_tokens": "130000", "train.epochs": "4"},
+        "260,000 tokens, 2 passes": {"data.max_tokens": "260000", "train.epochs": "2"},  # against all, once
+        "130,000 tokens, 4 passes": {"data.max_tokens": "130000", "train.epochs": "4"},
         "system prompts varied": {"data.vary_system": "0.5"},
-        "rows of 512": {"data.row_length": "512", "train.batch_size": "2"},
-        "rows of 1,024": {"data.row_length": "1024", "train.batch_size": "1"},
+        "rows of 512": {"data.row_length": "512", "train.batch_size": "1"},
     },
     # With --train: more chats than are shipped (`eagle3-xla regenerate` with another seed).
     "tokens": {
@@ -244,17 +242,19 @@ PATCHES = {
 
 
 class Where(NamedTuple):
-    """What all runs of a call share. train: a file of chats in place of the shipped ones."""
+    """What all runs of a call share. train: a file of chats in place of the shipped ones; tokens: of the chats."""
 
     device: str
     target: Path
     work: Path
     train: str
+    tokens: int
 
 
 def overrides(settings: dict[str, str], seed: int, where: Where) -> list[str]:
     """--section.key=value of a run, but for its folder."""
-    values = COMMON | DEVICE[where.device] | settings | {"train.seed": str(seed), "xla.device": where.device}
+    values = COMMON | {"data.max_tokens": str(where.tokens)} | DEVICE[where.device] | settings
+    values |= {"train.seed": str(seed), "xla.device": where.device}
     if where.train:
         values["data.train"] = f"[{where.train}]"
     values.pop("patch", None)
@@ -378,6 +378,7 @@ def main() -> None:
     parser.add_argument("--work", type=Path, default=Path("recipes-work"))
     parser.add_argument("--out", type=Path, default=FOLDER)
     parser.add_argument("--train", default="", help="a file of chats instead of the shipped ones")
+    parser.add_argument("--tokens", type=int, default=0, help="to train on, of the chats (default: all)")
     parser.add_argument("--device", default="cpu", choices=[*DEVICE])
     parser.add_argument("--jobs", type=int, default=1, help="runs at once")
     parser.add_argument("--seeds", default="0,1,2")
@@ -394,7 +395,7 @@ def main() -> None:
         for name, settings in SETS[of].items()
         if not only or name in only
     ]
-    where = Where(arguments.device, arguments.target, arguments.work, arguments.train)
+    where = Where(arguments.device, arguments.target, arguments.work, arguments.train, arguments.tokens)
     processes = ProcessPoolExecutor(arguments.jobs, multiprocessing.get_context("spawn"))
     with processes as pool:
         # The data first: runs share it.
@@ -430,8 +431,9 @@ def main() -> None:
 
 def _write(arguments: argparse.Namespace, of: str, results: list[dict]) -> None:
     device = torch.cuda.get_device_name() if arguments.device == "cuda" else platform.processor() or platform.machine()
-    train = f" --train {Path(arguments.train).name}" if arguments.train else ""
-    command = f"python benchmarks/recipes.py --set {of} --device {arguments.device} --seeds {arguments.seeds}{train}"
+    command = f"python benchmarks/recipes.py --set {of} --device {arguments.device} --seeds {arguments.seeds}"
+    command += f" --tokens {arguments.tokens}" if arguments.tokens else ""
+    command += f" --train {Path(arguments.train).name}" if arguments.train else ""
     about = {
         "command": command,
         "device": f"{device}, {os.cpu_count()} cores",

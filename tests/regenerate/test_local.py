@@ -19,9 +19,10 @@ from eagle3_xla.target.model import Target, load_target
 from eagle3_xla.target.sampling import choose_tokens
 
 
-def answers(target, prompts, sampling, slots):
+def answers(target, prompts, sampling, slots, together=1):
     async def ask():
         async with LocalTarget(str(target), sampling, slots, "cpu") as local:
+            local.together = together
             return await asyncio.gather(*(local.ask(prompt, seed) for seed, prompt in enumerate(prompts)))
 
     return asyncio.run(ask())
@@ -31,12 +32,13 @@ def prompts_of(count):
     return [[{"role": "user", "content": "word " * (i % 7) + f"question {i}"}] for i in range(count)]
 
 
-def test_greedy_is_the_targets_own_decoding(small_target):
+@pytest.mark.parametrize("together", [1, 3])
+def test_greedy_is_the_targets_own_decoding(small_target, together):
     """Prompts of several lengths, more than slots, answers of several lengths: slots are moved and taken again."""
     tokenizer, stop_ids = load_tokenizer(str(small_target)), stop_token_ids(str(small_target), None)
     target = Target(load_target(str(small_target), torch.float32), torch.arange(8))
     prompts = prompts_of(11)
-    replies = answers(small_target, prompts, Sampling(0.0, max_tokens=12), slots=4)
+    replies = answers(small_target, prompts, Sampling(0.0, max_tokens=12), slots=4, together=together)
     for prompt, reply in zip(prompts, replies, strict=True):
         ids = tokenizer.apply_chat_template(prompt, add_generation_prompt=True)
         tokens = decode_plain(target, ids, 12, stop_ids).tokens

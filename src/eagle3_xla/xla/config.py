@@ -7,7 +7,7 @@ from eagle3_xla.settings import setting
 
 @dataclass
 class XlaConfig:
-    device: str = setting("xla", among=("xla", "cpu", "cuda"))  # cpu, cuda: eager torch on one device
+    device: str = setting("xla", among=("xla", "cpu", "cuda"))  # cpu, cuda: plain torch on one device
     dp: int = setting(1, within="[1, 65536]")  # data-parallel replicas; dp * tp = devices
     tp: int = setting(1, within="[1, 65536]")  # tensor-parallel devices in a replica
     draft_data_parallel: bool = False  # the draft phase is not split over tp: rows over all dp * tp devices instead
