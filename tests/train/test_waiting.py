@@ -35,7 +35,7 @@ def test_batches_come_ahead_in_order(small_run):
     def indices():
         for step in range(6):
             asked.append(step)
-            yield batches.indices(step)
+            yield step, batches.indices(step)
 
     ahead = loader.ahead(indices())
     first = next(ahead)
@@ -49,7 +49,7 @@ def test_batches_come_ahead_in_order(small_run):
         assert all(torch.equal(batch[name], expected[name]) for name in batch)
 
     with pytest.raises(IndexError):  # where the row is read, not lost in the thread
-        list(loader.ahead([batches.indices(0), np.array([10**6, 0])]))
+        list(loader.ahead([(0, batches.indices(0)), (1, np.array([10**6, 0]))]))
 
     heldout = HeldOut(heldout_rows, manifest["heldout_sources"], [[64, 0, len(heldout_rows)]], 4, 2)
     loader, backend.placed = Loader(heldout.rows, None, 2, backend), 0

@@ -29,12 +29,13 @@ def losses(out: Path) -> list[dict]:
         (2, 2, 1, False, ["xla.draft_data_parallel=true"]),
         (1, 1, 2, False, []),
         (2, 1, 1, True, []),
+        (1, 4, 1, False, ["loss.anchors=0.3", "loss.ttt_length=4"]),
     ],
-    ids=["4x4", "2x2, remat", "2x2, draft dp 4", "accumulation", "states reused, dp 2"],
+    ids=["4x4", "2x2, remat", "2x2, draft dp 4", "accumulation", "states reused, dp 2", "anchors"],
 )
 def test_spmd_equals_plain_torch(cli, small_run, tmp_path, dp, tp, accumulation, reuse, settings):
     shape = [f"train.gradient_accumulation={accumulation}", f"train.reuse_states={reuse}", "train.epochs=20"]
-    shape += ["train.init=least_squares"]
+    shape += ["train.init=least_squares", *(setting for setting in settings if setting.startswith("loss."))]
     plain = load_recipe(None, [*small_run, *shape, "train.batch_size=4"])
     prepare(plain)
     train(plain, max_steps=STEPS)

@@ -5,6 +5,8 @@ A batch is `replicas` groups of rows, one for each device that shares the draft 
 of an epoch hold about the same number of drafted positions: what a device computes is as large as its largest group.
 """
 
+import math
+
 import numpy as np
 import torch
 
@@ -104,3 +106,22 @@ def list_rows(loss_mask: torch.Tensor, groups: int, capacity: int) -> dict[str, 
     slots = np.full(drafted.shape, capacity, np.int32)
     np.put_along_axis(slots, rows, np.arange(capacity, dtype=np.int32)[None], axis=1)
     return {"rows": torch.from_numpy(rows.astype(np.int32)), "slots": torch.from_numpy(slots)}
+
+
+def draw_anchors(drafted: np.ndarray, count: int, seed: int, step: int, first: int) -> dict[str, torch.Tensor]:
+    """`anchors` [groups, count] and `anchor_slots` [groups, R] int32 of a batch, as loss/unroll.py takes them.
+
+    drafted [groups, R] bool: which of the listed rows an engine drafts at: anchors are some of these, and others only
+    where there are too few; first: the number of the first group among those of all hosts, which draw alike.
+    """
+    groups, rows = drafted.shape
+    random = np.stack([np.random.default_rng([seed, step, first + group, 2]).random(rows) for group in range(groups)])
+    anchors = np.sort(np.argsort(random + ~drafted, axis=1)[:, :count], axis=1)
+    slots = np.full(drafted.shape, count, np.int32)
+    np.put_along_axis(slots, anchors, np.arange(count, dtype=np.int32)[None], axis=1)
+    return {"anchors": torch.from_numpy(anchors.astype(np.int32)), "anchor_slots": torch.from_numpy(slots)}
+
+
+def anchor_count(share: float, rows: int) -> int:
+    """Of `rows` listed ones, as a multiple of ROUND."""
+    return rounded(math.ceil(share * rows), rows)

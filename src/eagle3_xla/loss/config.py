@@ -17,12 +17,16 @@ class LossConfig:
     objective: str = "kl"  # kl | reverse_kl | tv | lk_alpha | lk_lambda, or a weighted sum: "kl + 0.5*tv"
     # serving: the rows an engine drafts at | specforge: row t counts by the mask of token t
     rows: str = setting("serving", among=("serving", "specforge"))
+    # share of a step's rows at which TTT steps after the first are unrolled, drawn anew each step; 1: all of them
+    anchors: float = setting(1.0, within="(0, 1]")
     # rows: rows that count | all: all B*T rows, as SpecForge
     mean_over: str = setting("rows", among=("rows", "all"))
 
     def check(self) -> None:
-        """Raises UserError for an objective that is none."""
+        """Raises UserError for an objective that is none, and for settings that don't go together."""
         objective_terms(self.objective)
+        if self.anchors < 1 and (self.rows, self.mean_over) != ("serving", "rows"):
+            raise UserError("setting loss.anchors is below 1: only for loss.rows=serving with loss.mean_over=rows")
 
 
 def objective_terms(text: str) -> dict[str, float]:

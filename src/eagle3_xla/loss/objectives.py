@@ -9,7 +9,7 @@ import torch
 
 from eagle3_xla.draft.attention import softmax
 from eagle3_xla.loss.config import LossConfig, objective_terms
-from eagle3_xla.loss.rows import shift_left, shift_right
+from eagle3_xla.loss.rows import gather, shift_left, shift_right
 from eagle3_xla.target.model import Teacher
 from eagle3_xla.target.order import after
 
@@ -69,18 +69,25 @@ def step_loss(terms: dict[str, float], statistics: Statistics, rows, denominator
 
 
 def unroll_loss(
-    config: LossConfig, teacher: Teacher, steps: list[StepRows], weight, normed: list, in_order: bool = False
+    config: LossConfig,
+    teacher: Teacher,
+    steps: list[StepRows],
+    weight,
+    normed: list,
+    in_order: bool = False,
+    anchors: torch.Tensor | None = None,
 ):
     """sum_k decay**k * step_loss over all TTT steps.
 
     teacher [G, R, ...] at step 0's positions (step k's are k further on); weight [D, H]: lm_head; normed: K hidden
     states [G, R, H] after the final norm. Returns the loss with gradient, and detached: the unweighted step losses
     [K], the head's choices [K] of [G, R] int64 (draft ids) and its acceptance [K] of [G, R] float32. in_order: each
-    step's logits only after the step before has used its own (target/order.py), for the memory.
+    step's logits only after the step before has used its own (target/order.py), for the memory. anchors [G, N]: the
+    rows at which all steps but the first are unrolled; R is then N in what belongs to these.
     """
     length = len(normed)
     loss, step_losses, *rest = _UnrollLoss.apply(
-        config, teacher, steps, torch.is_grad_enabled(), in_order, weight, *normed
+        config, teacher, steps, torch.is_grad_enabled(), in_order, anchors, weight, *normed
     )
     return loss, step_losses, rest[:length], rest[length:]
 
@@ -90,18 +97,24 @@ class _UnrollLoss(torch.autograd.Function):
     one [G, R, D] float32 tensor exists where plain autograd keeps several for each step."""
 
     @staticmethod
-    def forward(ctx, config, teacher, steps, with_gradient, in_order, weight, *normed):
+    def forward(ctx, config, teacher, steps, with_gradient, in_order, anchors, weight, *normed):
         terms = objective_terms(config.objective)
-        p, logsumexp = softmax(teacher.logits)  # [G, R, D] float32
-        in_vocabulary = (logsumexp - teacher.logsumexp).exp()  # the draft vocabulary's share
+        every_p, every_logsumexp = softmax(teacher.logits)  # [G, R, D] float32
+        # p, its logits, their logsumexp over the draft vocabulary, and its share of the full one
+        every = (every_p, teacher.logits, every_logsumexp, (every_logsumexp - teacher.logsumexp).exp())
         # One sum for each group until the end: the partitioner then reduces over dp once, not at every step.
-        d_weight = torch.zeros(len(p), *weight.shape, dtype=torch.float32, device=weight.device)
+        d_weight = torch.zeros(len(every_p), *weight.shape, dtype=torch.float32, device=weight.device)
         total, step_losses, choices, overlaps, d_normed = 0.0, [], [], [], []
         before = ()  # with in_order: what step k - 1 computes from its logits
         for k, (hidden, rows) in enumerate(zip(normed, steps)):
-            # The states go to their teachers, not the other way: no part of p is copied, and every shape is the same.
-            hidden, trained = shift_right(hidden, k), shift_right(rows.trained, k)
-            hidden = after(hidden, *before)
+            if anchors is None or k == 0:
+                # The states go to their teachers, not the other way: no part of p is copied, every shape is the same.
+                hidden, trained, back = shift_right(hidden, k), shift_right(rows.trained, k), k
+                p, teacher_logits, logsumexp, in_vocabulary = every
+            else:
+                at, trained, back = (anchors + k).clamp(max=every_p.shape[1] - 1), rows.trained, 0
+                p, teacher_logits, logsumexp, in_vocabulary = (gather(x, at) for x in every)
+            hidden = after(hidden, *(x[:, : hidden.shape[1]] for x in before))
             logits = torch.einsum("grh,dh->grd", hidden, weight).float()
             q, log_norm = softmax(logits)
             real_p = p * in_vocabulary[..., None]
@@ -110,7 +123,7 @@ class _UnrollLoss(torch.autograd.Function):
                 acceptance = torch.minimum(real_p, q).sum(-1).requires_grad_(with_gradient)
                 reverse = torch.zeros_like(log_norm)
                 if "reverse_kl" in terms:
-                    reverse = (q * (logits - teacher.logits)).sum(-1) - (log_norm - logsumexp)
+                    reverse = (q * (logits - teacher_logits)).sum(-1) - (log_norm - logsumexp)
                 statistics = Statistics(cross_entropies, acceptance, reverse.requires_grad_(with_gradient))
                 loss = step_loss(terms, statistics, trained, rows.denominator)
                 decayed = config.decay**k * loss
@@ -124,16 +137,16 @@ class _UnrollLoss(torch.autograd.Function):
                     limiting = torch.where(q < real_p, q, 0.0)  # where q, not p, limits the acceptance
                     d_logits = d_logits + d_rows[1][..., None] * (limiting - q * limiting.sum(-1, keepdim=True))
                 if d_rows[2] is not None:
-                    log_ratio = logits - teacher.logits - (log_norm - logsumexp)[..., None]
+                    log_ratio = logits - teacher_logits - (log_norm - logsumexp)[..., None]
                     d_logits = d_logits + d_rows[2][..., None] * q * (log_ratio - reverse.detach()[..., None])
                 d_logits = d_logits.to(hidden.dtype)
                 d_hidden = torch.einsum("grd,dh->grh", d_logits, weight).to(hidden.dtype)
-                d_normed.append(shift_left(d_hidden, k))
+                d_normed.append(shift_left(d_hidden, back))
                 d_weight += torch.einsum("grd,grh->gdh", d_logits, hidden).float()
             total = total + decayed.detach()
             step_losses.append(loss.detach())
-            choices.append(shift_left(logits.argmax(-1), k))
-            overlaps.append(shift_left(acceptance.detach(), k))
+            choices.append(shift_left(logits.argmax(-1), back))
+            overlaps.append(shift_left(acceptance.detach(), back))
             if in_order:  # not d_hidden: with tensor parallelism its reduction would have to be waited for
                 before = [x.detach()[..., None] for x in (cross_entropies, acceptance, choices[-1])] + [d_weight[:, :1]]
         ctx.save_for_backward(d_weight.sum(0), *d_normed)
@@ -144,4 +157,4 @@ class _UnrollLoss(torch.autograd.Function):
     @staticmethod
     def backward(ctx, d_loss, *_):
         d_weight, *d_normed = ctx.saved_tensors
-        return None, None, None, None, None, d_loss * d_weight, *(d_loss.to(d.dtype) * d for d in d_normed)
+        return None, None, None, None, None, None, d_loss * d_weight, *(d_loss.to(d.dtype) * d for d in d_normed)

@@ -1,5 +1,7 @@
 """The rows that an engine would draft at, brought together: after the causal context nothing else is computed.
 
+TTT steps after the first may be unrolled at some of these alone, the anchors (`loss.anchors`).
+
 A row outside an answer has no loss, and from TTT step 1 on a row sees only its own later keys and step 0's context.
 """
 
@@ -34,6 +36,15 @@ class Rows:
         x = x.reshape(self.groups, -1, *x.shape[2:])
         return x if self.index is None else _Take.apply(x, self.index, self.slots)
 
+    def at(self, anchors: "Rows") -> "Rows":
+        """The rows that `anchors` list among these; anchors.index [G, N], anchors.slots [G, R]."""
+        if self.index is None:
+            return anchors
+        listed = self.slots < anchors.slots.shape[1]
+        slots = gather(anchors.slots, self.slots.clamp(max=anchors.slots.shape[1] - 1))
+        slots = torch.where(listed, slots, anchors.index.shape[1])
+        return Rows(self.groups, gather(self.index, anchors.index), slots)
+
     def put(self, y: torch.Tensor, batch: int) -> torch.Tensor:
         """[G, R, ...] -> [batch, T, ...], zeros in the rows that are not listed."""
         y = y if self.index is None else _Put.apply(y, self.index, self.slots)
@@ -45,7 +56,7 @@ class _Take(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, index, slots):
         ctx.save_for_backward(index, slots)
-        return _gather(x, index)
+        return gather(x, index)
 
     @staticmethod
     def backward(ctx, d_y):
@@ -62,17 +73,18 @@ class _Put(torch.autograd.Function):
     @staticmethod
     def backward(ctx, d_x):
         index, slots = ctx.saved_tensors
-        return _gather(d_x, index), None, None
+        return gather(d_x, index), None, None
 
 
-def _gather(x: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
+def gather(x: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
+    """x [G, R, ...], index [G, N] -> [G, N, ...]."""
     group = torch.arange(x.shape[0], device=x.device)[:, None]
     return x[group, index]
 
 
 def _gather_or_zero(y: torch.Tensor, slots: torch.Tensor) -> torch.Tensor:
     listed = slots < y.shape[1]
-    x = _gather(y, slots.clamp(max=y.shape[1] - 1))
+    x = gather(y, slots.clamp(max=y.shape[1] - 1))
     return torch.where(
         listed.view(*listed.shape, *(1,) * (x.ndim - 2)), x, torch.zeros((), dtype=x.dtype, device=x.device)
     )

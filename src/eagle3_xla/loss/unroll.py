@@ -13,7 +13,7 @@ from eagle3_xla.draft.model import Eagle3Head
 from eagle3_xla.loss.config import LossConfig
 from eagle3_xla.loss.metrics import AcceptanceSums
 from eagle3_xla.loss.objectives import StepRows, unroll_loss
-from eagle3_xla.loss.rows import Rows, shift_left
+from eagle3_xla.loss.rows import Rows, gather, shift_left
 from eagle3_xla.target.model import Teacher
 from eagle3_xla.target.order import after
 
@@ -41,27 +41,38 @@ def unroll(
     """Unroll the head `config.ttt_length` steps over packed rows.
 
     batch: input_ids, position_ids, document_ids [B, T] int, loss_mask [B, T] bool (token t was written by the
-    assistant), and, unless all rows count, `rows` and `slots` (loss/rows.py); aux [B, T, 3H]: the target's states at
+    assistant), unless all rows count `rows` and `slots` (loss/rows.py), and, unless every step is unrolled at all of
+    them, `anchors` and `anchor_slots`, which list some of those likewise; aux [B, T, 3H]: the target's states at
     every row; teacher [G, R, ...]: its distributions at the position after each listed row (`teacher_positions`);
     t2d [V] bool, d2t [D]. remat(function, *tensors): the caller's rematerialisation of one step; given, the steps
     begin after the target's last logits, and the loss too is made one step after the other. groups: G, how many
     devices share the batch (default: B).
     """
     input_ids, position_ids, loss_mask = batch["input_ids"], batch["position_ids"], batch["loss_mask"]
-    rows = rows_of(batch, groups)
+    rows, anchors = rows_of(batch, groups), None
+    if "anchors" in batch:
+        anchors = Rows(len(batch["anchors"]), batch["anchors"], batch["anchor_slots"])
+    rows_at = [rows] + [rows.at(anchors) if anchors else rows] * (config.ttt_length - 1)  # of each step
+
+    def from_list(x, k):
+        """x [G, R, ...] at the rows of `teacher` -> as step k needs it, k rows further on."""
+        if anchors is None or k == 0:
+            return shift_left(x, k)
+        return gather(x, (anchors.index + k).clamp(max=x.shape[1] - 1))
+
     features = head.features(aux)
     embedded = head.embedded(embed_tokens(input_ids).to(aux.dtype))
     key0, value0 = head.context([shift_left(x, 1) for x in embedded], features, position_ids)
-    row_positions = rows.take(position_ids)
 
     def step_function(k):
         def step(query, key, value, hidden, key0, value0, *own):
             def attend_context(query):
-                query = rows.put(query, len(input_ids))
-                return map(rows.take, causal_attention(query, key0, value0, batch["document_ids"]))
+                query = rows_at[k].put(query, len(input_ids))
+                return map(rows_at[k].take, causal_attention(query, key0, value0, batch["document_ids"]))
 
             embedded, keys, values = (query, key, value), own[: len(own) // 2], own[len(own) // 2 :]
-            return head.ttt_step(k, embedded, hidden, row_positions + k, attend_context, keys, values)
+            positions = rows_at[k].take(position_ids) + k
+            return head.ttt_step(k, embedded, hidden, positions, attend_context, keys, values)
 
         return step
 
@@ -69,7 +80,9 @@ def unroll(
     if remat:  # no step before the target has its last logits
         hidden = after(hidden, teacher.logsumexp[:, -1:, None])
     for k in range(config.ttt_length):
-        shares = [rows.take(shift_left(x, 1 + k)) for x in embedded]
+        if anchors and k == 1:
+            hidden = anchors.take(hidden)
+        shares = [rows_at[k].take(shift_left(x, 1 + k)) for x in embedded]
         tensors = (*shares, hidden, key0, value0, *keys, *values)
         hidden, key, value = remat(step_function(k), *tensors) if remat else step_function(k)(*tensors)
         normed.append(head.norm(hidden))
@@ -83,24 +96,26 @@ def unroll(
     for k in range(config.ttt_length):
         if config.rows == "serving":
             serving_rows = serving_rows & shift_left(loss_mask, 2 + k)  # x_{t+2+k} is the answer's too
-            drafted = rows.take(serving_rows)
+            drafted = rows_at[k].take(serving_rows)
         else:
-            drafted = rows.take(shift_left(loss_mask, k))
-        trained = drafted & shift_left(reachable, k)
+            drafted = rows_at[k].take(shift_left(loss_mask, k))
+        trained = drafted & from_list(reachable, k)
         if config.mean_over == "all":
             denominator = float(trained.numel())
         else:
             denominator = trained.float().sum().clamp_min(1.0)
         steps.append(StepRows(drafted, trained.float(), denominator))
     loss, step_losses, choices, overlaps = unroll_loss(
-        config, teacher, steps, head.lm_head.weight, normed, remat is not None
+        config, teacher, steps, head.lm_head.weight, normed, remat is not None, anchors and anchors.index
     )
 
     with torch.no_grad():
         sums, chain = [], torch.ones_like(steps[0].drafted)
         for k, (choice, overlap) in enumerate(zip(choices, overlaps)):
             drafted = steps[k].drafted
-            hit = (choice + d2t[choice] == shift_left(teacher.argmax, k)) & drafted
+            hit = (choice + d2t[choice] == from_list(teacher.argmax, k)) & drafted
+            if anchors and k == 1:
+                chain = anchors.take(chain)
             in_chain = chain & drafted
             chain = in_chain & hit
             sums.append([x.float().sum() for x in (drafted, hit, in_chain, chain, overlap * drafted)])

@@ -4,6 +4,7 @@ import torch
 
 from eagle3_xla import storage
 from eagle3_xla.config import Recipe
+from eagle3_xla.data.batches import anchor_count
 from eagle3_xla.data.prepare import load_prepared
 from eagle3_xla.draft.model import Eagle3Head, draft_config
 from eagle3_xla.target.model import Target
@@ -34,9 +35,13 @@ def lower_step(recipe: Recipe, target_config, coordinates: list | None = None) -
         d2t, t2d = torch.zeros(draft_vocabulary, dtype=torch.int64), torch.zeros(vocabulary, dtype=torch.bool)
         step = TrainStep(recipe, backend, target, head, d2t, t2d, optimizer)
         batch = _rows(recipe, backend)
+        groups, positions = backend.draft_groups, batch["input_ids"].numel()
         if listed:
-            groups, positions = backend.draft_groups, batch["input_ids"].numel()
             for name, count in (("rows", listed), ("slots", positions // groups)):
+                batch[name] = torch.zeros(groups, count, dtype=torch.int32)
+        if recipe.loss.anchors < 1:
+            rows = listed or positions // groups
+            for name, count in (("anchors", anchor_count(recipe.loss.anchors, rows)), ("anchor_slots", rows)):
                 batch[name] = torch.zeros(groups, count, dtype=torch.int32)
         batch = backend.put(batch)
     state = {f"head.{name}": parameter for name, parameter in parameters.items()} | optimizer.state()

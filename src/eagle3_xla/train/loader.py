@@ -8,7 +8,15 @@ import numpy as np
 import torch
 
 from eagle3_xla.config import Recipe
-from eagle3_xla.data.batches import Batches, drafted_positions, list_rows, share_of_process, to_tensors
+from eagle3_xla.data.batches import (
+    Batches,
+    anchor_count,
+    drafted_positions,
+    draw_anchors,
+    list_rows,
+    share_of_process,
+    to_tensors,
+)
 from eagle3_xla.target.model import TargetStates
 
 # Listing rows moves data; it must spare at least this share of the positions to be worth it.
@@ -20,12 +28,12 @@ class Loader:
     """Batches of one split.
 
     rows: the prepared dataset; capacities: row length -> positions that a group lists (Batches.capacities), or None
-    when every row of a batch is computed; group: rows of a group; store: its target states, when they are kept
-    (target/states.py).
+    when every row of a batch is computed; group: rows of a group; anchors: share of the computed rows at which later
+    TTT steps are unrolled, drawn by `seed`; store: its target states, when they are kept (target/states.py).
     """
 
-    def __init__(self, rows, capacities: dict[int, int] | None, group: int, backend, store=None):
-        self.rows, self.backend, self.store = rows, backend, store
+    def __init__(self, rows, capacities: dict[int, int] | None, group: int, backend, anchors=1.0, seed=0):
+        self.rows, self.backend, self.anchors, self.seed, self.store = rows, backend, anchors, seed, None
         self.listed = {
             length: capacity
             for length, capacity in (capacities or {}).items()
@@ -40,8 +48,11 @@ class Loader:
             batch |= self.store.read(mine)._asdict()
         return batch
 
-    def load(self, indices: np.ndarray, counts: np.ndarray | None = None) -> tuple[dict[str, torch.Tensor], int]:
-        """(batch on the devices, its tokens on all hosts). counts [len(indices)] bool: rows that carry a loss."""
+    def load(
+        self, indices: np.ndarray, counts: np.ndarray | None = None, step: int = 0
+    ) -> tuple[dict[str, torch.Tensor], int]:
+        """(batch on the devices, its tokens on all hosts). counts [len(indices)] bool: rows that carry a loss; step:
+        what the anchors depend on."""
         batch = self.host_batch(indices)
         if counts is not None:
             mine = share_of_process(counts, self.backend.part, self.backend.hosts.count)
@@ -51,14 +62,21 @@ class Loader:
         capacity = self.listed.get(batch["input_ids"].shape[1])
         if capacity:
             batch |= list_rows(batch["loss_mask"], groups, capacity)
+        if self.anchors < 1:
+            drafted = drafted_positions(batch["loss_mask"].numpy()).reshape(groups, -1)
+            if capacity:
+                drafted = np.take_along_axis(drafted, batch["rows"].numpy(), axis=1)
+            first, count = self.backend.part * groups, anchor_count(self.anchors, drafted.shape[1])
+            batch |= draw_anchors(drafted, count, self.seed, step, first)
         return self.backend.put(batch), tokens
 
-    def ahead(self, batches: Iterable[np.ndarray]) -> Iterator[tuple[dict[str, torch.Tensor], int]]:
-        """`load` of each; a thread reads, lists and transfers the next ones while the caller works with one."""
+    def ahead(self, batches: Iterable[tuple[int, np.ndarray]]) -> Iterator[tuple[dict[str, torch.Tensor], int]]:
+        """`load` of each (step, indices); a thread reads, lists and transfers the next ones while the caller works with
+        one."""
         loading = deque()
         with ThreadPoolExecutor(1, "load") as thread:
-            for indices in batches:
-                loading.append(thread.submit(self.load, indices))
+            for step, indices in batches:
+                loading.append(thread.submit(self.load, indices, step=step))
                 if len(loading) > AHEAD:
                     yield loading.popleft().result()
             while loading:
@@ -79,7 +97,7 @@ def training_batches(recipe: Recipe, rows, manifest: dict, backend) -> tuple[Bat
     batches = Batches(drafted, buckets, group, backend.draft_groups, recipe.train.seed)
     # An answer's positions are all that is computed, where the loss counts these (loss/rows.py).
     capacities = batches.capacities(recipe.train.epochs) if recipe.loss.rows == "serving" else None
-    return batches, Loader(rows, capacities, group, backend)
+    return batches, Loader(rows, capacities, group, backend, recipe.loss.anchors, recipe.train.seed)
 
 
 def buckets_of(manifest: dict, split: str, rows: int) -> list:

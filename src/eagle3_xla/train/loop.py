@@ -102,7 +102,7 @@ class Loop:
         self._begin(last_step)
         window = []  # what the steps since the last log returned
         steps = range(run.first_step, last_step)
-        batches = run.data.loader.ahead(run.data.batches.indices(micro_step) for micro_step in steps)
+        batches = run.data.loader.ahead((step, run.data.batches.indices(step)) for step in steps)
         with contextlib.ExitStack() as tracing, contextlib.closing(batches):
             for micro_step in steps:
                 with reporter.waiting("input"):
