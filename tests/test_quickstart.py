@@ -9,8 +9,12 @@ import pytest
 from safetensors.torch import load_file
 
 from eagle3_xla import quickstart as module
+from eagle3_xla.data.prompts import read_prompts
 from eagle3_xla.errors import UserError
 from eagle3_xla.evaluate.decode import Generation
+from eagle3_xla.evaluate.options import EvalOptions
+from eagle3_xla.evaluate.run import evaluate
+from eagle3_xla.live import Screen
 from eagle3_xla.machine import REFERENCE_GFLOPS, Machine, measure
 from eagle3_xla.quickstart import ALL_TOKENS, LEAST_TOKENS, USEFUL_TOKENS
 
@@ -29,7 +33,7 @@ def test_quickstart(quickstart_run, installed_wheel):
     assert result["eval"]["identical"]
     assert result["training"]["tau"] > 1.05  # held-out rows; half a minute of training on 5,000 tokens
     assert load_file(out / "head" / "model.safetensors")["lm_head.weight"].shape == (8192, 576)
-    assert (out / "report.png").read_bytes().startswith(b"\x89PNG")
+    assert "before training" in (out / "report.html").read_text() and result["eval"]["by_source"]
     assert list((out / "run" / "tensorboard").rglob("events.out.tfevents.*"))
     rows = [json.loads(line) for line in (out / "run" / "metrics.jsonl").read_text().splitlines()]
     # The step and the held-out evaluation: nothing compiles after the first steps.
@@ -82,7 +86,23 @@ def test_pieces_of_an_answer(tokenizer):
     generation = Generation([*ids, stop], 1.0, [2, 0, len(ids)])
     pieces = module.drafted_pieces(tokenizer, generation, {stop})
     assert "".join(words for words, _ in pieces) == "The capital of France is Paris."
-    assert pieces[:3] == [["The", False], [" capital of", True], [" France is", False]]
+    assert pieces[:3] == [("The", False), (" capital of", True), (" France is", False)]
+
+
+def test_the_first_answer_is_shown_while_it_is_measured(small_target, exported_head, tokenizer, tmp_path):
+    screen, answers, shown = Screen([], tmp_path / "metrics.jsonl", "", tmp_path / "log.txt"), {}, []
+    first = module._FirstAnswer(small_target, screen)
+
+    def watch(prompt, generation):
+        first(prompt, generation)
+        answers[prompt] = generation
+        shown.append("".join(words for words, _ in screen.spoken))
+
+    options = EvalOptions(limit=2, max_new_tokens=6, batch_size=1, baseline=False)
+    evaluate(str(small_target), str(exported_head), module.HELDOUT, options, watch=watch)
+    assert len(answers) == 2 and shown[0] and len(set(shown)) > 3 and shown == sorted(shown, key=len)
+    assert shown[-1] == tokenizer.decode(answers[0].tokens, skip_special_tokens=True)  # the first one's, to the end
+    assert first.result()["prompt"] == read_prompts(module.HELDOUT, 1)[0].messages[-1]["content"]
 
 
 def test_the_screen_on_a_terminal(tmp_path):
@@ -95,7 +115,7 @@ def test_the_screen_on_a_terminal(tmp_path):
         "with screen.shown(), screen.stage(0):\n"
         "    print('noise')\n"
         '    (folder / \'metrics.jsonl\').write_text(\'{"step": 2, "heldout_tau": 1.25}\\n{"half a li\')\n'
-        "    screen.say('Paris', True)\n"
+        "    screen.spoken = [('Paris', True)]\n"
     )
     command = ["script", "-qec", f"{sys.executable} -c {shlex.quote(code)}", "/dev/null"]
     done = subprocess.run(command, capture_output=True, text=True, stdin=subprocess.DEVNULL, timeout=120)

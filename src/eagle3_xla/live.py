@@ -50,7 +50,7 @@ class Screen:
     def __init__(self, stages: list[tuple[str, float]], metrics: Path, heading: str, log: Path):
         self.stages = [Stage(name, expected) for name, expected in stages]
         self.metrics, self.heading, self.log, self.steps = metrics, heading, log, 0
-        self.spoken: list[tuple[str, bool]] = []  # pieces of the answer that is written, and whether they were drafted
+        self.spoken: list[tuple[str, bool]] = []  # the answer that is written: its parts, and whether they were drafted
         self.live = sys.stderr.isatty()
 
     @contextlib.contextmanager
@@ -96,10 +96,6 @@ class Screen:
             print(f"{number + 1}/{len(self.stages)} {stage.name}{about} (all that is left: {minutes(left)})")
         yield
         stage.ended = time.perf_counter()
-
-    def say(self, piece: str, drafted: bool) -> None:
-        """A piece of the answer that the target writes with the head."""
-        self.spoken.append((piece, drafted))
 
     def taus(self) -> list[float]:
         """Held-out expected tau, from the start on."""

@@ -7,22 +7,19 @@ import json
 import os
 import sys
 import time
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from eagle3_xla.checks import number, printable, read_json
 from eagle3_xla.config import Recipe, load_recipe
-from eagle3_xla.data.files import data_file
 from eagle3_xla.data.prepare import prepare
+from eagle3_xla.data.prompts import read_prompts
 from eagle3_xla.data.tokenizer import load_tokenizer, stop_token_ids
 from eagle3_xla.errors import UserError
-from eagle3_xla.evaluate.decode import Generation, SpeculativeDecoder
+from eagle3_xla.evaluate.decode import Generation
 from eagle3_xla.evaluate.options import EvalOptions
-from eagle3_xla.evaluate.report import plot_report
-from eagle3_xla.evaluate.run import evaluate, load_pair, prompt_ids
-from eagle3_xla.evaluate.tree import Tree
+from eagle3_xla.evaluate.run import evaluate
 from eagle3_xla.export import export
 from eagle3_xla.live import Screen, minutes
 from eagle3_xla.machine import Machine, measure
@@ -100,25 +97,20 @@ def quickstart(out: Path, asked: float | None) -> dict:
             export(out / "run", head)
             export(out / "run" / "initial" / "step-00000000", untrained)
         with screen.stage(4):
-            shown = _one_answer(target, head, screen)
-            figures = {
-                "untrained": evaluate(str(target), str(untrained), HELDOUT, replace(options, baseline=False)),
-                "trained": evaluate(str(target), str(head), HELDOUT, options, out, out / "run"),
-            }
-    picture = out / "report.png"
-    plot_report(out / "run", figures, picture)
+            first = _FirstAnswer(target, screen)
+            before = evaluate(str(target), str(untrained), HELDOUT, replace(options, baseline=False))
+            trained = evaluate(str(target), str(head), HELDOUT, options, out, out / "run", before, first)
     result = {
         "target": str(target),
         "head": str(head),
-        "report": figures["trained"]["report"],
-        "picture": str(picture),
+        "report": trained["report"],
         "machine": machine._asdict(),
         "data": manifest,
         "training": training,
         "heldout_taus": screen.taus(),
-        "untrained": figures["untrained"],
-        "eval": figures["trained"],
-        "answer": shown,
+        "untrained": before,
+        "eval": trained,
+        "answer": first.result(),
         "minutes": round((time.perf_counter() - started) / 60, 1),
     }
     (out / "result.json").write_text(json.dumps(result, indent=1) + "\n")
@@ -175,52 +167,38 @@ def _heading(machine: Machine, budget: Budget) -> str:
     return "\n".join(lines)
 
 
-class _Told(SpeculativeDecoder):
-    """Says each piece as soon as it is decided."""
+class _FirstAnswer:
+    """Shows the answer to the first held-out prompt while the evaluation decodes it, and keeps its parts."""
 
-    def tell(self, tokenizer: Any, say: Callable[[str, bool], None]) -> None:
-        self._tokenizer, self._say = tokenizer, say
+    def __init__(self, target: Path, screen: Screen):
+        self.screen, self.tokenizer = screen, load_tokenizer(str(target))
+        self.stops = stop_token_ids(str(target), self.tokenizer)
 
-    def _accept(self, tree: Tree, logits: Any, position: int, choose: Any) -> tuple[list[int], list[int]]:
-        kept, new = super()._accept(tree, logits, position, choose)
-        for place, token in enumerate(new):
-            self._say(self._tokenizer.decode([token]), place < len(new) - 1)
-        return kept, new
+    def __call__(self, prompt: int, generation: Generation) -> None:
+        if prompt == 0:
+            self.screen.spoken = drafted_pieces(self.tokenizer, generation, self.stops)
 
-
-def _one_answer(target: Path, head: Path, screen: Screen) -> dict:
-    """The first held-out prompt, answered with the head while the screen shows it."""
-    options = replace(EVALUATION, limit=1)
-    pair = load_pair(str(target), str(head), options)
-    tokenizer = load_tokenizer(str(target))
-    prompt = prompt_ids(tokenizer, HELDOUT, options, pair.model.config.max_position_embeddings)[0]
-    model, trained = pair.on(options)
-    decoder = _Told(model, trained, pair.d2t, options.draft_tokens, options.topk, options.steps)
-    decoder.tell(tokenizer, screen.say)
-    stops = stop_token_ids(str(target), tokenizer)
-    generation = decoder.decode(prompt, options.max_new_tokens, stops)
-    with data_file(HELDOUT).open() as file:
-        asked = json.loads(next(file))["conversations"][0]["value"]
-    return {"prompt": asked, "pieces": drafted_pieces(tokenizer, generation, stops)}
+    def result(self) -> dict:
+        return {"prompt": read_prompts(HELDOUT, 1)[0].messages[-1]["content"], "pieces": self.screen.spoken}
 
 
-def drafted_pieces(tokenizer: Any, generation: Generation, stops: set[int]) -> list[list]:
-    """[text, whether the head drafted it] of an answer, in order; without its end-of-turn token.
+def drafted_pieces(tokenizer: Any, generation: Generation, stops: set[int]) -> list[tuple[str, bool]]:
+    """(text, whether the head drafted it) of an answer, in order; without its end-of-turn token.
 
     The first token is the prefill's; each call then brings its accepted drafts and one token of the target's own.
     """
     drafted = [False]
     for accepted in generation.accepted:
         drafted += [True] * accepted + [False]
-    pieces: list[list] = []
+    pieces: list[tuple[list[int], bool]] = []
     for token, is_draft in zip(generation.tokens, drafted):
         if token in stops:
             break
         if pieces and pieces[-1][1] == is_draft:
             pieces[-1][0].append(token)
         else:
-            pieces.append([[token], is_draft])
-    return [[tokenizer.decode(tokens), is_draft] for tokens, is_draft in pieces]
+            pieces.append(([token], is_draft))
+    return [(tokenizer.decode(tokens), is_draft) for tokens, is_draft in pieces]
 
 
 def last_screen(result: dict, recipe: Recipe, colours: tuple[str, str]) -> str:
@@ -270,7 +248,6 @@ Where it lies
   target    {result["target"]}
   run       {recipe.train.out}           (checkpoints, metrics.jsonl, tensorboard)
   page      {result["report"]}   (open it: figures, curves, answers with their drafts)
-  picture   {result["picture"]}
 
 Serve it (SGLang, on a GPU; on this CPU: bash launch/serve_sglang.sh --cpu)
   python -m sglang.launch_server --model-path {result["target"]} \\

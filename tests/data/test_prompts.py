@@ -32,7 +32,8 @@ def test_prompts_in_every_form(tmp_path):
     assert [prompt.messages[-1]["content"] for prompt in found] == ["a"] * 9 + ["a\n\nb"]
     assert [prompt.later for prompt in found] == [[], ["b"], ["b"], [], ["b"], *[[]] * 5]
     assert [len(prompt.messages) for prompt in found] == [1, 1, 1, 2, *[1] * 6]
-    assert [prompt.category for prompt in found][:4] == ["s", "writing", "writing", "all"]
+    assert [prompt.category for prompt in found][:4] == ["", "writing", "writing", ""]
+    assert [prompt.source for prompt in found][:2] == ["s", ""]
     assert len(read_prompts(str(tmp_path / "prompts.jsonl"), 3)) == 3
 
 

@@ -22,12 +22,16 @@ def test_every_answer_is_the_one_of_its_prompt_alone(small_pair, prompts, shape,
     stops = {alone.decode(prompts[1], 4, set(), choices[1]).tokens[3]}  # some end early; their slots go to the next
     expected = [alone.decode(prompt, 24, stops, choose) for prompt, choose in zip(prompts, choices)]
     assert len({len(answer.tokens) for answer in expected}) > 1
-    ended = []
+    ended, seen = [], {}
     together = SpeculativeDecoder(*small_pair, *shape, slots=3)
+    together.watch = lambda prompt, answer: seen.setdefault(prompt, []).append([*answer.tokens])
     answers = together.decode_all(prompts, 24, stops, choices, lambda: ended.append(1))
     assert len(ended) == len(prompts) and any(sum(answer.accepted) for answer in answers)
-    for ours, one in zip(answers, expected):
+    for prompt, (ours, one) in enumerate(zip(answers, expected)):
         assert ours.tokens == one.tokens and ours.accepted == one.accepted
+        grown = seen[prompt]  # after the prefill and after each call
+        assert len(grown) == 1 + len(ours.accepted) and len(grown[0]) == 1 and grown[-1] == ours.tokens
+        assert all(len(a) < len(b) and b[: len(a)] == a for a, b in zip(grown, grown[1:]))
         for (tree, kept), (tree_alone, kept_alone) in zip(ours.rounds, one.rounds, strict=True):
             assert tree.tokens == tree_alone.tokens and tree.parents == tree_alone.parents and kept == kept_alone
     plain = Decoder(small_pair[0], slots=4).decode_all(prompts, 24, stops, choices)

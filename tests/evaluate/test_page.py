@@ -12,12 +12,13 @@ import pytest
 
 from eagle3_xla import cli
 from eagle3_xla.evaluate.decode import Generation
+from eagle3_xla.evaluate.options import EvalOptions
 from eagle3_xla.evaluate.page import MARK
-from eagle3_xla.evaluate.run import _calls_by_context
+from eagle3_xla.evaluate.run import _calls_by_context, evaluate
 
 VOID = {"meta", "br"}
 FLAGS = "--headless --no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking "
-FLAGS += "--disable-component-update --disable-sync --hide-scrollbars --enable-logging=stderr --window-size=1000,1400"
+FLAGS += "--disable-component-update --disable-sync --hide-scrollbars --enable-logging=stderr"
 
 
 class Reader(HTMLParser):
@@ -53,9 +54,9 @@ def page(trained, small_target, tmp_path_factory):
     """(the page of three prompts, one of them hostile, its figures)."""
     folder = tmp_path_factory.mktemp("page")
     rows = [
-        {"prompt": "What is 2 and 3?", "category": "math"},
+        {"prompt": "What is 2 and 3?", "category": "math", "source": "school"},
         {"prompt": "<script>alert('x')</script>&\x1b[2J a\u00a0b\u200dc\u202e", "category": "<b>bold</b>"},
-        {"prompt": "What is 4 and 1? " * 60, "category": "math"},
+        {"prompt": "What is 4 and 1? " * 60, "category": "math", "source": "exams"},
     ]
     (folder / "prompts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     words = ["eval", "--target", small_target, "--draft", trained, "--prompts", folder / "prompts.jsonl", "--json"]
@@ -76,6 +77,7 @@ def test_what_is_on_it(page, tokenizer):
         group["calls"] for group in figures["by_context"].values()
     )
     assert set(figures["by_category"]) == {"math", "<b>bold</b>"}
+    assert set(figures["by_source"]) == {"school", "other", "exams"}
     assert list(figures["by_context"]) == ["256", "512", "1024"]
     both, calls = figures["by_category"].values(), sum(group["calls"] for group in figures["by_category"].values())
     assert sum(group["tau"] * group["calls"] for group in both) / calls == pytest.approx(figures["tau"])
@@ -84,13 +86,34 @@ def test_what_is_on_it(page, tokenizer):
     reader.feed(content)
     assert not reader.open and not reader.loads and not {"\x1b", "\u202e"} & set(content)
     assert "a\u00a0b\u200dc" in content  # what languages and emoji need stays
-    assert f"{figures['tau']:.2f}" in content and "<svg" in content and "&lt;script&gt;alert" in content
+    assert "before training" not in content and all(f"<td>{name}</td>" in content for name in figures["by_source"])
+    assert f"{figures['tau']:.2f}" in content and content.count("<svg") == 2 and "&lt;script&gt;alert" in content
     # Kept drafts, and the target's own tokens: one a call, and one of each answer's prefill.
     kept = len(tokenizer(reader.text["kept"])["input_ids"])
     assert 0 < kept < figures["tokens"] and len(reader.titles) == calls + figures["prompts"]
     assert sum(int(title.rpartition(" ")[2]) for title in reader.titles if "; kept " in title) == round(
         (figures["tau"] - 1) * calls
     )
+
+
+def test_beside_the_untrained_head(page, trained, small_target, tmp_path, tokenizer):
+    """What the quickstart adds: its columns, and each answer as it grows; prompts that have no kind have no table."""
+    (tmp_path / "prompts.jsonl").write_text('{"prompt": "Say hello."}\n')
+    before, grown = page[1] | {"tau": 1.03, "acceptance_conditional": [0.03125, 0.0, 0.0, 0.0, 0.0]}, []
+    figures = evaluate(
+        str(small_target),
+        str(trained),
+        str(tmp_path / "prompts.jsonl"),
+        EvalOptions(max_new_tokens=12, baseline=False),
+        tmp_path,
+        before=before,
+        watch=lambda prompt, answer: grown.append((prompt, len(answer.tokens))),
+    )
+    content = (tmp_path / "report.html").read_text()
+    assert "1.03 before training" in content and '<td class="number">3.1%</td>' in content
+    assert content.count("the same before training") == 1
+    assert figures["by_category"] == figures["by_source"] == {} and "by kind of prompt" not in content
+    assert grown[0] == (0, 1) and grown[-1] == (0, figures["tokens"])
 
 
 def test_beyond_the_last_bucket():
@@ -113,7 +136,8 @@ def test_it_replaces_only_its_own(page, capsys):
     assert "its metrics.jsonl can't be shown" in said and "prompt/s" not in said  # before anything is decoded
 
 
-def test_in_a_browser(page, tmp_path):
+@pytest.mark.parametrize("width", [400, 1200])
+def test_in_a_browser(page, tmp_path, width):
     browser = shutil.which("chromium")
     if browser is None and os.geteuid():
         pytest.skip("chromium is not installed, and only root can: apt-get install chromium")
@@ -124,8 +148,10 @@ def test_in_a_browser(page, tmp_path):
     assert browser, "chromium was not installed; see .engines/chromium.log"
     shot = tmp_path / "shot.png"
     command = [browser, *FLAGS.split(), f"--user-data-dir={tmp_path / 'profile'}", f"--screenshot={shot}"]
+    command += [f"--window-size={width},2400"]
     done = subprocess.run([*command, page[0].as_uri()], capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
     assert "CONSOLE" not in done.stderr  # what the page's own errors and warnings would be
-    pixels = matplotlib.image.imread(shot)
-    assert pixels.shape[:2] == (1400, 1000) and len({tuple(p) for p in pixels[::7, ::7].reshape(-1, 4)}) > 20
+    pixels = matplotlib.image.imread(shot)[..., :3]
+    assert pixels.shape[:2] == (2400, width) and len({tuple(p) for p in pixels[::7, ::7].reshape(-1, 3)}) > 20
+    assert (pixels[:, -10:] == 1).all()  # nothing is wider than the window

@@ -27,6 +27,7 @@ EVAL |= {"prompts": 80, "draft_tokens": 5, "topk": 1, "temperature": 0.0, "max_n
 EVAL |= {"acc_all_positions": [0.5, 0.4]}
 PAGE = {
     "by_category": {},
+    "by_source": {},
     "by_context": {},
     "acceptance_conditional": [0.7, 0.7],
     "tokens": 99,

@@ -27,11 +27,12 @@ FORMS = "`conversations`, `messages`, `turns`, `prompt`, `question`, `problem`, 
 @dataclass
 class Prompt:
     """messages: up to and including the first user turn, a system turn before it too; later: the user's later turns;
-    category: what kind of prompt it is, its `category`, or its `source`, or "all"."""
+    category, source: what kind of prompt it is and where it comes from, "" where its row doesn't say."""
 
     messages: list[dict[str, str]]
     later: list[str]
     category: str
+    source: str
 
 
 def read_prompts(name: str, limit: int = 0) -> list[Prompt]:
@@ -76,7 +77,7 @@ def _prompt(where: str, row: dict[str, Any]) -> Prompt:
     rest = [turn for turn in turns[len(messages) :] if isinstance(turn, dict) and turn.get(role_key) in users]
     later = [_message(turn, role_key, text_key, where)["content"] for turn in rest]
     asked = [message for message in messages if message["role"] in ("system", "user")]
-    return Prompt(asked, later, str(row.get("category") or row.get("source") or "all"))
+    return Prompt(asked, later, str(row.get("category") or ""), str(row.get("source") or ""))
 
 
 def _turns(where: str, row: dict[str, Any]) -> Any:

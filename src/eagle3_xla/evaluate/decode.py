@@ -52,6 +52,9 @@ class Generation:
     rounds: list[tuple[Tree, list[int]]] = field(default_factory=list)
 
 
+Watch = Callable[[int, Generation], object]  # told of an answer's prompt (Choice.prompt) and of what there is of it
+
+
 @dataclass
 class Choice:
     """How the target chooses a token: greedily (temperature 0), or sampled from the top_p share of its distribution.
@@ -88,10 +91,13 @@ class _Text:
 
 
 class Decoder:
-    """The target's own decoding, one token a call and text. slots: texts at once."""
+    """The target's own decoding, one token a call and text. slots: texts at once; watch: told of every answer after its
+    prefill and each of its calls, outside the time that is measured.
+    """
 
     def __init__(self, target: Target, slots: int = 1):
         self.target, self.slots = target, slots
+        self.watch: Watch = lambda prompt, generation: None
 
     def decode(self, prompt: list[int], max_new_tokens: int, stop_ids: set[int], choose: Choice | None = None):
         """The Generation of one prompt."""
@@ -132,12 +138,13 @@ class Decoder:
         return generations
 
     def _retire(self, running: list[_Text], slot: int, max_new_tokens: int, stop_ids: set[int], done) -> None:
-        """Take the text out if its answer has ended."""
-        tokens = running[slot].generation.tokens
+        """Cut the answer at its end and tell of it; take the text out if it has ended."""
+        text, tokens = running[slot], running[slot].generation.tokens
         end = next((i + 1 for i, token in enumerate(tokens[:max_new_tokens]) if token in stop_ids), max_new_tokens)
+        del tokens[end:]
+        self.watch(text.choose.prompt, text.generation)
         if len(tokens) < end:
             return
-        del tokens[end:]
         last = running.pop()
         if slot < len(running):
             running[slot] = last

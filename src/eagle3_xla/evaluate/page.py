@@ -1,15 +1,14 @@
 """The page of `eval --report`: one HTML file, no scripts, no network; what was measured, and the answers in colour."""
 
 import html
-import io
 import unicodedata
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from eagle3_xla.errors import UserError
+from eagle3_xla.evaluate.curves import draw_curves, read_metrics
 from eagle3_xla.evaluate.decode import Generation
-from eagle3_xla.evaluate.report import plot_report, read_metrics
 
 NAME = "report.html"
 MARK = '<meta name="generator" content="eagle3-xla eval">'  # a page without it is someone else's
@@ -18,13 +17,16 @@ body { font: 15px/1.5 system-ui, sans-serif; max-width: 60em; margin: 2em auto; 
 h1 { font-size: 1.5em; } h2 { font-size: 1.15em; margin-top: 2em; border-bottom: 1px solid #ddd; }
 table { border-collapse: collapse; } th, td { padding: .2em 1em .2em 0; text-align: left; vertical-align: top; }
 td.number { text-align: right; font-variant-numeric: tabular-nums; }
-.tau { font-size: 2.6em; font-weight: 600; } .small { color: #666; font-size: .9em; }
-.bar { display: inline-block; height: .8em; background: #2a7fd4; min-width: 1px; }
+.tau { font-size: 2.6em; font-weight: 600; } .small { color: #666; font-size: .9em; overflow-wrap: anywhere; }
+.bar { display: inline-block; height: .8em; background: #2a7fd4; min-width: 1px; width: calc(var(--share) * 12em); }
 .answer { white-space: pre-wrap; background: #f7f7f7; padding: .8em; border-radius: 6px; overflow-wrap: anywhere; }
 .asked { white-space: pre-wrap; font-weight: 600; margin-bottom: .3em; overflow-wrap: anywhere; }
 .call:hover { outline: 2px solid #f0b429; } .kept { background: #bfe8c2; } .own { background: #d5e3f7; }
 .cut { color: #b3261e; text-decoration: line-through; font-size: .8em; opacity: .75; }
 svg { max-width: 100%; height: auto; }
+@media (max-width: 600px) {
+  th, td { padding-right: .6em; } td { overflow-wrap: anywhere; } .bar { width: calc(var(--share) * 3.5em); }
+}
 """
 
 
@@ -55,26 +57,34 @@ def is_page(content: str) -> bool:
     return MARK in content[:1000]
 
 
-def write_page(page: Path, figures: dict, answers: Sequence[Answer], tokenizer: Any, run: str | Path = "") -> None:
-    """figures: what `eval` returns; run: the training folder whose curves are shown, "" for none."""
+def write_page(
+    page: Path,
+    figures: dict,
+    answers: Sequence[Answer],
+    tokenizer: Any,
+    run: str | Path = "",
+    before: dict | None = None,
+) -> None:
+    """figures: what `eval` returns; run: the training folder whose curves are shown, "" for none; before: what `eval`
+    returned for the head before its training, to stand beside.
+    """
     measured = figures["measured"]
     sections = [
-        f"<h1>Acceptance of a draft head</h1>{_headline(figures)}",
-        _table("Acceptance by draft position", ["draft", "of all target calls", "if all before were accepted", ""], [
-            [k + 1, f"{plain:.1%}", f"{conditional:.1%}", _Bar(conditional)]
-            for k, (plain, conditional) in enumerate(zip(figures["acceptance"], figures["acceptance_conditional"]))
-        ]),
+        f"<h1>Acceptance of a draft head</h1>{_headline(figures, before)}",
+        _positions(figures, before),
         _groups("Acceptance length by kind of prompt", "kind", figures["by_category"]),
+        _groups("Acceptance length by source of the prompt", "source", figures["by_source"]),
         _groups("Acceptance length by context", "tokens before, up to", figures["by_context"]),
-    ]  # fmt: skip
+    ]
     if run:
-        sections.append(f"<h2>Training</h2>{_curves(Path(run), figures)}")
+        sections.append(f"<h2>Training</h2>{''.join(draw_curves(Path(run)))}")
     sections += ["<h2>Answers</h2>", LEGEND, *(_answer(answer, tokenizer) for answer in answers)]
     sections.append(
         f'<p class="small">head {_text(measured["head"])}, target {_text(measured["target"])}, prompts '
         f"{_text(measured['prompts']['name'])}, eagle3-xla {_text(measured['version'])}, {_text(measured['date'])}</p>"
     )
-    head = f'<meta charset="utf-8">{MARK}<title>Acceptance of a draft head</title><style>{STYLE}</style>'
+    head = f'<meta charset="utf-8">{MARK}<meta name="viewport" content="width=device-width">'
+    head += f"<title>Acceptance of a draft head</title><style>{STYLE}</style>"
     page.write_text(f'<!DOCTYPE html>\n<html lang="en"><head>{head}</head><body>{"".join(sections)}</body></html>\n')
 
 
@@ -96,7 +106,7 @@ def _text(value: Any) -> str:
     return html.escape(words)
 
 
-def _headline(figures: dict) -> str:
+def _headline(figures: dict, before: dict | None) -> str:
     shape = f"chain of {figures['draft_tokens']} drafts"
     if figures["topk"] > 1:
         shape = f"tree of {figures['draft_tokens']} drafts, {figures['topk']} a node, {figures['steps']} deep"
@@ -106,16 +116,29 @@ def _headline(figures: dict) -> str:
     if figures["baseline_tokens_per_second"]:
         speed += f", {figures['baseline_tokens_per_second']:.1f} without; the same tokens: "
         speed += "yes" if figures["identical"] else "NO"
+    untrained = f"; {before['tau']:.2f} before training" if before else ""
     return (
-        f'<div><span class="tau">{figures["tau"]:.2f}</span> tokens per target call (acceptance length)</div>'
+        f'<div><span class="tau">{figures["tau"]:.2f}</span> tokens per target call (acceptance length)'
+        f"{untrained}</div>"
         f"<p>{figures['prompts']} prompts, {figures['tokens']:,} tokens, {chosen}, {shape}{at_once}<br>{speed}</p>"
     )
+
+
+def _positions(figures: dict, before: dict | None) -> str:
+    heads = ["draft", "of all target calls", "if all before were accepted", ""]
+    shares = zip(figures["acceptance"], figures["acceptance_conditional"])
+    rows = [[k, f"{plain:.1%}", f"{share:.1%}", _Bar(share)] for k, (plain, share) in enumerate(shares, 1)]
+    if before:
+        heads += ["the same before training", ""]
+        for row, share in zip(rows, before["acceptance_conditional"]):
+            row += [f"{share:.1%}", _Bar(share)]
+    return _table("Acceptance by draft position", heads, rows)
 
 
 def _table(title: str, heads: list[str], rows: list[list]) -> str:
     def cell(value: Any) -> str:
         if isinstance(value, _Bar):
-            return f'<td><span class="bar" style="width: {12 * value:.2f}em"></span></td>'
+            return f'<td><span class="bar" style="--share: {value:.3f}"></span></td>'
         number = "" if isinstance(value, str) and not value[:1].isdigit() else ' class="number"'
         return f"<td{number}>{_text(value)}</td>"
 
@@ -125,7 +148,9 @@ def _table(title: str, heads: list[str], rows: list[list]) -> str:
 
 
 def _groups(title: str, kind: str, groups: dict[str, dict]) -> str:
-    longest = max((group["tau"] for group in groups.values()), default=1.0)
+    if not groups:
+        return ""
+    longest = max(group["tau"] for group in groups.values())
     rows = [[name, g["calls"], f"{g['tau']:.2f}", _Bar(g["tau"] / longest)] for name, g in groups.items()]
     return _table(title, [kind, "target calls", "acceptance length", ""], rows)
 
@@ -138,13 +163,6 @@ def readable_run(run: str | Path) -> None:
                 raise ValueError("a row is not one that `train` writes")
     except (OSError, ValueError) as error:
         raise UserError(f"--run {run}: its metrics.jsonl can't be shown ({error})") from None
-
-
-def _curves(run: Path, figures: dict) -> str:
-    picture = io.StringIO()
-    plot_report(run, {"this head": figures}, picture, "svg")
-    content = picture.getvalue()
-    return content[content.index("<svg") :]
 
 
 def _answer(answer: Answer, tokenizer: Any) -> str:

@@ -15,7 +15,7 @@ from eagle3_xla.doctor.run import first_failure
 from eagle3_xla.draft.model import Eagle3Head
 from eagle3_xla.draft.saved import SavedHead, layers_of, load_head, read_head
 from eagle3_xla.errors import UserError
-from eagle3_xla.evaluate.decode import Choice, Decoder, Generation, SpeculativeDecoder
+from eagle3_xla.evaluate.decode import Choice, Decoder, Generation, SpeculativeDecoder, Watch
 from eagle3_xla.evaluate.draft_length import LONGEST, MeasuringDecoder
 from eagle3_xla.evaluate.fingerprint import measured
 from eagle3_xla.evaluate.forced import teacher_forced
@@ -26,6 +26,7 @@ from eagle3_xla.target.model import Target, load_target
 
 CONTEXTS = (256, 512, 1024, 2048, 4096)  # tokens before a target call: the first of these that holds them
 BEYOND = "more"
+OTHER = "other"
 
 
 class Pair(NamedTuple):
@@ -42,12 +43,20 @@ class Pair(NamedTuple):
 
 
 def evaluate(
-    target_path: str, draft: str, prompts: str, options: EvalOptions, report: str | Path = "", run: str | Path = ""
+    target_path: str,
+    draft: str,
+    prompts: str,
+    options: EvalOptions,
+    report: str | Path = "",
+    run: str | Path = "",
+    before: dict | None = None,
+    watch: Watch | None = None,
 ) -> dict:
     """Decode every prompt with and without the head; see `summary` for what comes back.
 
     report: a folder that gets the page (page.py) too, its place is then `report`; run: the training folder whose
-    curves stand on it.
+    curves stand on it; before: what an untrained head reached, to stand beside it there; watch: told of each answer
+    with the head as it grows (decode.py).
     """
     page = place_of(report) if report else None
     if report and run:
@@ -70,6 +79,7 @@ def evaluate(
         options = replace(options, draft_tokens=best)
         lengths = {"draft_lengths": rows}
     decoder = _decoder(target, head, pair.d2t, options)
+    decoder.watch = watch or decoder.watch
     turns, left_out = decode_turns(decoder, asked, ids, tokenizer, stop_ids, options, longest)
     ids, with_head = [turn.ids for turn in turns], [turn.generation for turn in turns]
     plain = []
@@ -79,14 +89,22 @@ def evaluate(
     forced = [teacher_forced(target, head, pair.d2t, t.ids, t.generation.tokens, options.steps) for t in turns]
     figures = summary(with_head, plain, forced, options) | lengths
     figures |= {"prompts": len(asked), "answers": len(turns), "turns_without_room": left_out, "measured": about}
-    kinds = (asked[turn.prompt].category for turn in turns)
-    figures["by_category"] = _grouped((kind, a) for kind, g in zip(kinds, with_head) for a in g.accepted)
+    figures["by_category"] = _by_name([asked[turn.prompt].category for turn in turns], with_head)
+    figures["by_source"] = _by_name([asked[turn.prompt].source for turn in turns], with_head)
     by_context = _grouped(call for prompt, g in zip(ids, with_head) for call in _calls_by_context(len(prompt), g))
     figures["by_context"] = {size: by_context[size] for size in map(str, (*CONTEXTS, BEYOND)) if size in by_context}
     if page:
-        write_page(page, figures, [Answer(turn.asked, turn.generation) for turn in turns], tokenizer, run)
+        answers = [Answer(turn.asked, turn.generation) for turn in turns]
+        write_page(page, figures, answers, tokenizer, run, before)
         figures["report"] = str(page)
     return figures
+
+
+def _by_name(names: list[str], generations: list[Generation]) -> dict[str, dict]:
+    """`_grouped` by each answer's name; those without one are "other", and where none has one there are no groups."""
+    if not any(names):
+        return {}
+    return _grouped((name or OTHER, a) for name, g in zip(names, generations) for a in g.accepted)
 
 
 def _grouped(calls: Iterable[tuple[str, int]]) -> dict[str, dict]:

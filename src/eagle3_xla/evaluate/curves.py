@@ -1,16 +1,19 @@
-"""A picture of a run: training curves, and acceptance per draft position from real decoding."""
+"""A run's training curves, for the page of `eval --report`."""
 
+import io
 import json
 from pathlib import Path
-from typing import TextIO
+from typing import Any
+
+SIZE = (4.6, 3.2)  # inches: two stand side by side on a page, and letters stay readable where only one has room
 
 
 def read_metrics(run: Path) -> list[dict]:
     return [json.loads(line) for line in (Path(run) / "metrics.jsonl").read_text().splitlines()]
 
 
-def plot_report(run: Path, heads: dict[str, dict], out: Path | TextIO, form: str = "png") -> None:
-    """Write a picture. run: a training folder with metrics.jsonl; heads: label -> what `eval` returned."""
+def draw_curves(run: Path) -> list[str]:
+    """Two <svg> elements: loss and accuracy, held-out expected tau. run: a training folder with metrics.jsonl."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -19,8 +22,8 @@ def plot_report(run: Path, heads: dict[str, dict], out: Path | TextIO, form: str
     rows = read_metrics(run)
     steps = [row for row in rows if "loss" in row]
     heldout = [row for row in rows if "heldout_tau" in row]
-    figure, (loss, tau, acceptance) = plt.subplots(1, 3, figsize=(15, 4.2), layout="constrained")
 
+    training, loss = plt.subplots(figsize=SIZE, layout="constrained")
     loss.plot([row["step"] for row in steps], [row["loss"] for row in steps], color="tab:blue")
     loss.set(title="training loss and accuracy", xlabel="micro-step", ylabel="loss")
     accuracy = loss.twinx()
@@ -30,16 +33,15 @@ def plot_report(run: Path, heads: dict[str, dict], out: Path | TextIO, form: str
     accuracy.set(ylabel="accuracy on answer tokens", ylim=(0, 1))
     accuracy.legend(loc="upper right")
 
+    growth, tau = plt.subplots(figsize=SIZE, layout="constrained")
     tau.plot([row["step"] for row in heldout], [row["heldout_tau"] for row in heldout], marker="o")
-    tau.set(title="held-out expected acceptance length", xlabel="micro-step", ylabel="tau")
+    tau.set(title="held-out expected tau", xlabel="micro-step", ylabel="tau")
     tau.grid(alpha=0.3)
+    return [_svg(figure, plt) for figure in (training, growth)]
 
-    width = 0.8 / max(1, len(heads))
-    for i, (label, figures) in enumerate(heads.items()):
-        values = figures["acceptance_conditional"]
-        at = [k + i * width for k in range(len(values))]
-        acceptance.bar(at, values, width, label=f"{label}: tau {figures['tau']:.2f}")
-    acceptance.set(title="acceptance per position, if all before were accepted", xlabel="draft position", ylim=(0, 1))
-    acceptance.legend()
-    figure.savefig(out, dpi=110, format=form)
+
+def _svg(figure: Any, plt: Any) -> str:
+    drawn = io.StringIO()
+    figure.savefig(drawn, format="svg")
     plt.close(figure)
+    return drawn.getvalue()[drawn.getvalue().index("<svg") :]
