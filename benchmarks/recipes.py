@@ -85,6 +85,9 @@ SETS: dict[str, dict[str, dict[str, str]]] = {
     },
     "loss": {
         "default": {},
+        "mean over sequences": {"loss.mean_over": "sequences"},
+        "anchors 0.5": {"loss.anchors": "0.5"},
+        "anchors 0.25": {"loss.anchors": "0.25"},
         "rows as SpecForge": {"loss.rows": "specforge"},
         "tv": {"loss.objective": "tv"},
         "lk_alpha": {"loss.objective": "lk_alpha"},
@@ -289,6 +292,8 @@ def _run(name: str, settings: dict[str, str], seed: int, where: Where) -> dict:
         started = time.perf_counter()
         training = train(recipe)
         seconds = time.perf_counter() - started
+        if training["ended"] != "done":
+            raise KeyboardInterrupt  # the next start goes on from its checkpoint
         export(out / "train", out / "head")
         if settings.get("patch") == "ema":
             _write_averages(out / "head" / "model.safetensors")

@@ -146,5 +146,5 @@ def test_rows_of_anchors_among_listed_rows():
 def test_what_anchors_go_with():
     assert load_recipe(None, ["loss.anchors=0.25"]).loss.anchors == 0.25
     for wrong in ("loss.rows=specforge", "loss.mean_over=all"):
-        with pytest.raises(UserError, match="loss.anchors is below 1: only for loss.rows=serving"):
+        with pytest.raises(UserError, match="loss.anchors is below 1: not for loss.rows=specforge"):
             load_recipe(None, ["loss.anchors=0.25", wrong])

@@ -78,3 +78,27 @@ def test_packed_and_alone_give_the_same_loss_per_token_and_gradient(small_target
             torch.testing.assert_close(ours, expected, rtol=1e-5, atol=1e-5)
         for name, gradient in gradients.items():
             torch.testing.assert_close(gradient, alone_gradients[name], rtol=1e-4, atol=1e-6, msg=name)
+
+
+@pytest.mark.parametrize("rows", [[[0, 1, 2]], [[2], [0, 1]]])
+def test_mean_over_sequences(small_target, rows):
+    """Each conversation weighs the same, however long its answer: the mean of what each gives alone."""
+    torch.manual_seed(0)
+    target = Target(load_target(str(small_target), torch.float32), torch.arange(128))
+    head = Eagle3Head(draft_config(target.model.config, 128))
+    tokens = [torch.randint(0, 128, (length,)) for length in LENGTHS]
+    t2d = torch.ones(target.model.config.vocab_size, dtype=torch.bool)
+
+    def step_losses(rows: list[list[int]], **settings) -> torch.Tensor:
+        batch = packed(tokens, rows)
+        states = target.states(batch["input_ids"], batch["position_ids"], batch["document_ids"])
+        next_row = [torch.cat([x[:, 1:], torch.zeros_like(x[:, :1])], 1) for x in states[1:]]
+        config = LossConfig(ttt_length=3, **settings)
+        arguments = (target.teacher(*next_row), t2d, torch.zeros(128, dtype=torch.int64), config)
+        return unroll(head, target.embed_tokens, batch, states.aux, *arguments).step_losses
+
+    for objective in ("kl", "tv"):
+        alone = torch.stack([step_losses([[document]], objective=objective) for document in range(3)])
+        together = step_losses(rows, objective=objective, mean_over="sequences")
+        torch.testing.assert_close(together, alone.mean(0), rtol=1e-5, atol=1e-6)
+        assert (together != step_losses(rows, objective=objective)).all()

@@ -19,14 +19,14 @@ class LossConfig:
     rows: str = setting("serving", among=("serving", "specforge"))
     # share of a step's rows at which TTT steps after the first are unrolled, drawn anew each step; 1: all of them
     anchors: float = setting(1.0, within="(0, 1]")
-    # rows: rows that count | all: all B*T rows, as SpecForge
-    mean_over: str = setting("rows", among=("rows", "all"))
+    # rows: rows that count | sequences: conversations, each the mean of its own | all: all B*T rows, as SpecForge
+    mean_over: str = setting("rows", among=("rows", "sequences", "all"))
 
     def check(self) -> None:
         """Raises UserError for an objective that is none, and for settings that don't go together."""
         objective_terms(self.objective)
-        if self.anchors < 1 and (self.rows, self.mean_over) != ("serving", "rows"):
-            raise UserError("setting loss.anchors is below 1: only for loss.rows=serving with loss.mean_over=rows")
+        if self.anchors < 1 and (self.rows != "serving" or self.mean_over == "all"):
+            raise UserError("setting loss.anchors is below 1: not for loss.rows=specforge or loss.mean_over=all")
 
 
 def objective_terms(text: str) -> dict[str, float]:

@@ -15,8 +15,9 @@ from eagle3_xla.target.order import after
 
 
 class StepRows(NamedTuple):
-    """Of one TTT step: drafted [G, R] bool, rows that an engine drafts at; trained [G, R] float32, 1 where the loss
-    counts too; denominator: what the sum of the cross-entropies is divided by, a scalar."""
+    """Of one TTT step: drafted [G, R] bool, rows that an engine drafts at; trained [G, R] float32, the weight of a
+    row in the loss, 0 where it doesn't count; denominator: what the sum of the cross-entropies is divided by, a scalar.
+    """
 
     drafted: torch.Tensor
     trained: torch.Tensor
@@ -40,7 +41,7 @@ class Statistics(NamedTuple):
 def step_loss(terms: dict[str, float], statistics: Statistics, rows, denominator) -> torch.Tensor:
     """Scalar loss of one TTT step: the weighted sum of objectives (objective_terms).
 
-    rows [G, R] float32, 1 where a row counts; denominator: of the sums of `kl` and `reverse_kl`. `tv` is the total
+    rows [G, R] float32, the weights of the rows; denominator: of the sums of `kl` and `reverse_kl`. `tv` is the total
     variation distance of q and the target's real distribution, 1 less the acceptance, as a mean over the rows that
     count. The LK objectives are those of "LK losses" as SpecForge's core/lk_loss.py has them (kl_scale = kl_decay = 1):
     their acceptance is that mean too.

@@ -92,6 +92,8 @@ def unroll(
 
     # The target's greedy choice is reachable only when the draft vocabulary holds it.
     reachable = t2d[teacher.argmax]
+    own_row = torch.arange(len(input_ids), device=input_ids.device)[:, None] * input_ids.shape[1]
+    sequences = batch["document_ids"] + own_row  # another number for each
     steps, serving_rows = [], shift_left(loss_mask, 1)  # drafting starts once x_{t+1} is the answer's
     for k in range(config.ttt_length):
         if config.rows == "serving":
@@ -100,11 +102,11 @@ def unroll(
         else:
             drafted = rows_at[k].take(shift_left(loss_mask, k))
         trained = drafted & from_list(reachable, k)
-        if config.mean_over == "all":
-            denominator = float(trained.numel())
-        else:
-            denominator = trained.float().sum().clamp_min(1.0)
-        steps.append(StepRows(drafted, trained.float(), denominator))
+        weights = trained.float()
+        if config.mean_over == "sequences":
+            weights = weights / _in_same_sequence(rows_at[k].take(sequences), weights)
+        denominator = float(weights.numel()) if config.mean_over == "all" else weights.sum().clamp_min(1.0)
+        steps.append(StepRows(drafted, weights, denominator))
     loss, step_losses, choices, overlaps = unroll_loss(
         config, teacher, steps, head.lm_head.weight, normed, remat is not None, anchors and anchors.index
     )
@@ -121,6 +123,12 @@ def unroll(
             sums.append([x.float().sum() for x in (drafted, hit, in_chain, chain, overlap * drafted)])
         stacked = [torch.stack(column) for column in zip(*sums)]
     return UnrollResult(loss, step_losses, AcceptanceSums(*stacked))
+
+
+def _in_same_sequence(sequences: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+    """For each row the sum of weights over its sequence's rows, at least 1; both [G, R]."""
+    same = sequences[:, :, None] == sequences[:, None, :]
+    return torch.where(same, weights[:, None, :], 0.0).sum(-1).clamp_min(1.0)
 
 
 def rows_of(batch: dict[str, torch.Tensor], groups: int | None = None) -> Rows:
