@@ -81,5 +81,5 @@ def test_the_plain_path_needs_no_torch_xla(tmp_path):
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    assert "cpu, eager torch" in done.stdout
+    assert "cores, eager torch" in done.stdout
     assert "torch_xla is not usable here" in done.stdout

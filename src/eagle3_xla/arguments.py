@@ -248,6 +248,16 @@ def _add_verbs(subparsers: Any, common: Parser, recipe: Parser) -> None:
     verb.add_argument("--report", default="", metavar="FILE", help="the page of eval --report, uploaded with the head")
     verb.add_argument("--base-model", default="", metavar="OWNER/NAME", help="hub id of a target that is a folder")
     verb.add_argument("--license", default="", metavar="ID", help="of the head, such as apache-2.0")
+    verb.add_argument("--target-license", default="", metavar="ID", help="default: what the target's README.md says")
+    verb.add_argument("--data-license", action="append", default=[], metavar="ID", help="of the chats; once for each")
+    verb.add_argument(
+        "--benchmark",
+        action="append",
+        default=[],
+        metavar="PROMPTS=OWNER/NAME:TASK",
+        help="also write .eval_results/: results on PROMPTS are scores of that benchmark on the hub, whose values must "
+        "be acceptance lengths",
+    )
     verb.add_argument("--overwrite", action="store_true", help="replace files that were not written by us")
     verb.add_argument("--private", action="store_true")
     verb.add_argument("--dry-run", action="store_true", help="write the card, upload nothing")

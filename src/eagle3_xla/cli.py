@@ -241,8 +241,8 @@ def _gap(options: Namespace, overrides: list[str]) -> dict:
 def _push(options: Namespace, overrides: list[str]) -> dict:
     from eagle3_xla.serve.push import PushOptions, push
 
-    names = "results run report base_model license private dry_run overwrite".split()
-    settings = PushOptions(**{name: getattr(options, name) for name in names})
+    names = "results run report base_model license target_license data_license benchmark private dry_run overwrite"
+    settings = PushOptions(**{name: getattr(options, name) for name in names.split()})
     return push(options.head, options.target, options.repo, settings)
 
 

@@ -47,7 +47,8 @@ EXAMPLES = {
   eagle3-xla gap --server http://127.0.0.1:30000 --prompts prompts.jsonl --target T --draft H --limit 20""",
     "push": """
   eagle3-xla push work/head --target T --repo me/my-head --results eval.json --run work/run --dry-run
-  eagle3-xla push work/head --target T --repo me/my-head --results eval.json --license apache-2.0""",
+  eagle3-xla push work/head --target T --repo me/my-head --results eval.json --license apache-2.0
+  eagle3-xla push work/head --target T --repo me/my-head --results eval.json --benchmark p.jsonl=me/prompts:chat""",
     "config": """
   eagle3-xla config                                              the recipes that ship
   eagle3-xla config --show qwen2.5-7b-v4-32 --train.lr=4e-4      resolved settings, each with its meaning

@@ -5,12 +5,16 @@ import json
 import shutil
 import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 
 import pytest
+import yaml
 from huggingface_hub import ModelCard
 from huggingface_hub.utils import reset_sessions
+from safetensors.torch import load_file
 
 from eagle3_xla import cli
+from eagle3_xla.checks import escaped
 from eagle3_xla.config import load_recipe
 from eagle3_xla.data.prepare import prepare
 from eagle3_xla.draft.saved import read_head
@@ -18,9 +22,11 @@ from eagle3_xla.errors import UserError
 from eagle3_xla.evaluate.fingerprint import measured
 from eagle3_xla.evaluate.page import write_page
 from eagle3_xla.export import export
+from eagle3_xla.plan.report import verdict_screen
 from eagle3_xla.serve.push import PushOptions, push
 from eagle3_xla.serve.run_facts import run_facts
 from eagle3_xla.train.loop import train
+from eagle3_xla.xla.processor import processor
 
 EVAL = {"tau": 2.345, "acceptance": [0.7, 0.5], "tokens_per_second": 30.0, "baseline_tokens_per_second": 20.0}
 EVAL |= {"prompts": 80, "draft_tokens": 5, "topk": 1, "temperature": 0.0, "max_new_tokens": 128}
@@ -37,6 +43,9 @@ PAGE = {
 BENCH = {"engine": "sglang", "version": "0.5.21", "acceptance_length": 2.3, "acceptance": [0.7, 0.4], "speedup": 1.9}
 BENCH |= {"tokens_per_second": 99.0, "prompts": 80, "draft_tokens": 8, "topk": 4, "temperature": 0.7}
 BENCH |= {"max_new_tokens": 128}
+
+
+VERDICT = Path(__file__).parents[2] / "benchmarks/plans/qwen2.5-1.5b-v5e-8.json"
 
 
 class Hub(BaseHTTPRequestHandler):
@@ -124,10 +133,13 @@ def test_the_head_and_its_card_arrive(pushed, online, small_target, monkeypatch,
     planned = json.loads(capsys.readouterr().out)
     assert planned["url"] is None and Hub.received == {}
     assert planned["left_out"] == [
-        "training (--run DIR)",
+        "training, plan and limits (--run DIR)",
         "the page of `eval --report` (--report FILE)",
         "licence of the head (--license ID)",
+        "licence of the target (--target-license ID, or its README.md)",
+        "licence of the data (--data-license ID)",
         "the target's hub id (--base-model OWNER/NAME)",
+        ".eval_results/acceptance_length.yaml (--benchmark PROMPTS=OWNER/NAME:TASK)",
     ]
 
     Hub.refuses = True
@@ -191,37 +203,120 @@ def test_a_card_of_the_run(small_run, small_target, chat_file, tmp_path, exporte
     chosen = export(tmp_path / "run", tmp_path / "head")
     about = measured("eval", str(tmp_path / "head"), str(small_target), str(chat_file))
     (tmp_path / "eval.json").write_text(json.dumps(EVAL | {"measured": about}))
-    options = PushOptions([str(tmp_path / "eval.json")], str(tmp_path / "run"), "org/model", "apache-2.0", dry_run=True)
-    assert push(tmp_path / "head", str(small_target), "me/head", options)["left_out"] == [
-        "the page of `eval --report` (--report FILE)"
+    target = tmp_path / "target"
+    shutil.copytree(small_target, target)
+    (target / "README.md").write_text("---\nlicense: mit\n---\n")
+    options = PushOptions(
+        [str(tmp_path / "eval.json")],
+        str(tmp_path / "run"),
+        "org/model",
+        "apache-2.0",
+        data_license=["cc-by-4.0", "odc-by"],
+        dry_run=True,
+    )
+    plan = tmp_path / "plan.json"
+    verdict = json.loads(VERDICT.read_text())
+    verdict_screen(verdict)  # it is one
+    plan.write_text(json.dumps(verdict | {"mesh": {"dp": 1, "tp": 1, "draft_data_parallel": False}}))
+    without = [
+        "the page of `eval --report` (--report FILE)",
+        ".eval_results/acceptance_length.yaml (--benchmark PROMPTS=OWNER/NAME:TASK)",
     ]
+    of_another = "plan figures (plan.json is of another mesh or batch than the run)"
+    assert push(tmp_path / "head", str(target), "me/head", options)["left_out"] == [of_another, *without]
+    assert "Planned" not in (tmp_path / "head" / "README.md").read_text()
+    plan.write_text(json.dumps(json.loads(plan.read_text()) | {"tokens_per_step": 2 * 64}))
+    assert push(tmp_path / "head", str(target), "me/head", options)["left_out"] == without
+    rows, step = json.loads((tmp_path / "data" / "manifest.json").read_text())["train"]["rows"], chosen["micro_step"]
     card = (tmp_path / "head" / "README.md").read_text()
+    weights = tmp_path / "head" / "model.safetensors"
     for part in (
         "| framework | eagle3-xla, PyTorch on cpu |",
-        f"| micro-steps | {chosen['micro_step']} of at most 2 epochs |",
+        f"| epochs | {step * 2 / rows:.1f} of at most 2 |",
+        f"| micro-steps | {step}, 1 for each step of the optimizer |",
+        "| lr | 0.0008, warm-up over 3% of the steps, cosine decay |",
         "| batch | 2 rows of 64 tokens |",
         f"| held-out expected tau | {chosen['tau']:.3f} |",
-        "| hardware | cpu, eager torch |",
+        f"| hardware | {escaped(processor())}, eager torch |",
         "| hours of training | 0.00",
         "| precision | float32 |",
         "| longest context trained on | 64 tokens |",
         "## Method",
         "| chats | 32 | 100.0% |",
+        "## Planned for a TPU",
+        "| slice | v5e-8, 8 chips |",
+        "| memory per chip | 9.46 of 15.75 GiB |",
+        "| modelled step | 352 ms |",
+        "| modelled run | 0.49 hours, 3.9 chip-hours for 163,282,944 tokens |",
+        "Trained on rows of 64 tokens: a longer context is new to it.",
+        "Its domains are those of its data: chats.",
+        "The head: apache-2.0. The target: mit. The training data: cc-by-4.0, odc-by.",
+        f"| parameters | {sum(v.numel() for n, v in load_file(weights).items() if n not in ('d2t', 't2d')):,} |",
+        "outputs of the target's layers [1, 3, 4], 0-based; indices [2, 4, 5] of `hidden_states`",
+        "EAGLE-3: Scaling up Inference Acceleration of Large Language Models via Training-Time Test",
+        "arXiv:2503.01840",
         "license: apache-2.0",
         "base_model: org/model",
         "--speculative-draft-model-path me/head",
     ):
         assert part in card, part
     assert str(tmp_path) not in card and str(small_target) not in card
+    plan.write_text(json.dumps(json.loads(plan.read_text()) | {"hbm_limit_bytes": "many"}))
+    with pytest.raises(UserError, match="plan.json: hbm_limit_bytes is 'many'; a number above 0 is expected"):
+        push(tmp_path / "head", str(target), "me/head", options)
+    plan.unlink()
     (tmp_path / "run" / "metrics.jsonl").unlink()
     shutil.rmtree(tmp_path / "data")
-    missing = push(tmp_path / "head", str(small_target), "me/head", options)["left_out"]
+    missing = push(tmp_path / "head", str(target), "me/head", options)["left_out"]
     assert missing == [
         "held-out expected tau",
         "hardware",
         "hours of training",
         "the data mix (manifest.json of data.prepared)",
-        "the page of `eval --report` (--report FILE)",
+        "plan figures (plan.json in the run or beside it, written by `plan --json`)",
+        *without,
     ]
     with pytest.raises(UserError, match="none of its checkpoints holds the weights"):
         run_facts(tmp_path / "run", read_head(exported_head))
+
+
+def test_scores_of_a_benchmark(pushed, online, small_target, capsys):
+    """In the form that huggingface.co/docs/hub/eval-results gives, and only for a benchmark that the user names."""
+    head, evaluated, benched = pushed
+    arguments = [
+        "push",
+        head,
+        "--target",
+        small_target,
+        "--repo",
+        "me/head",
+        "--results",
+        evaluated,
+        "--results",
+        benched,
+    ]
+    arguments = [*map(str, arguments), "--json", "--benchmark"]
+    for wrong, reason in (
+        ("chats.jsonl", "PROMPTS=OWNER/NAME:TASK is expected"),
+        ("chats.jsonl=org/set", "PROMPTS=OWNER/NAME:TASK is expected"),
+        ("others.jsonl=org/set:task", r"the results are of other prompts (chats.jsonl)"),
+    ):
+        assert cli.main([*arguments, wrong]) == 2 and reason in capsys.readouterr().err
+    assert not (head / ".eval_results").exists() and not (head / "README.md").exists()
+    assert cli.main([*arguments, "chats.jsonl=org/set:acceptance"]) == 0
+    capsys.readouterr()
+    sent = yaml.safe_load(Hub.received[".eval_results/acceptance_length.yaml"])
+    date = json.loads(evaluated.read_text())["measured"]["date"]
+    assert sent[0] == {
+        "dataset": {"id": "org/set", "task_id": "acceptance"},
+        "value": 2.345,
+        "date": date,
+        "source": {"url": "https://huggingface.co/me/head", "name": "Model card"},
+        "notes": "acceptance length, own decoding, 80 prompts of chats.jsonl, greedy, chain of 5 drafts",
+    }
+    assert [entry["value"] for entry in sent] == [2.345, 2.3]
+    place = head / ".eval_results" / "acceptance_length.yaml"
+    assert cli.main([*arguments, "chats.jsonl=org/other:acceptance"]) == 0 and "org/other" in place.read_text()
+    place.write_text("- mine")
+    assert cli.main([*arguments, "chats.jsonl=org/set:acceptance"]) == 2 and place.read_text() == "- mine"
+    assert "acceptance_length.yaml was not written by `push`; move it, or give --overwrite" in capsys.readouterr().err

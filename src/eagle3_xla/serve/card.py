@@ -1,15 +1,24 @@
 """The model card of a head: every figure in it comes from a file, and names of foreign files can't write into it."""
 
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from eagle3_xla.checks import escaped
 from eagle3_xla.draft.saved import SavedHead, layers_of
 from eagle3_xla.evaluate.results import Figures
+from eagle3_xla.serve.run_facts import RunFacts
 from eagle3_xla.target.families import aux_layers
 
 ALL_POSITIONS = """Others report `acc_k`: how often the head's first choice at TTT step k is the target's, on given
 text and over all positions, the user's turns included. That is no acceptance. For comparison, k = 0, 1, ...:"""
+
+
+class Licences(NamedTuple):
+    """Identifiers such as apache-2.0; "" and () where none is known."""
+
+    head: str
+    target: str
+    data: tuple[str, ...]
 
 
 def card(
@@ -18,12 +27,12 @@ def card(
     base: str | None,
     repo: str,
     results: list[Figures],
-    training: str,
-    licence: str,
+    facts: RunFacts,
+    licences: Licences,
     report: str = "",
 ) -> str:
-    """target: doctor's Target; base: its hub id, None for a folder that has none; training: what `run_facts` says;
-    report: name of the page that lies beside the card, "" for none."""
+    """target: doctor's Target; base: its hub id, None for a folder that has none; report: name of the page that lies
+    beside the card, "" for none."""
     name = base.rsplit("/", 1)[-1] if base else Path(target.name).name
     served, config, shown = base or "TARGET", head.config, f"`{base}`" if base else f"the target {escaped(name)}"
     parameters = sum(value.numel() for name, value in head.tensors.items() if name not in ("d2t", "t2d"))
@@ -40,7 +49,7 @@ def card(
     ]
     all_positions = "\n".join(["", ALL_POSITIONS, "", *others, ""]) if others else ""
     return f"""---
-{_metadata(base, repo, results, licence)}
+{_metadata(base, repo, results, licences.head)}
 ---
 
 # EAGLE3 draft head for {escaped(name)}
@@ -99,12 +108,13 @@ if __name__ == "__main__":
     )
     print(engine.generate("The capital of France is", {{"temperature": 0, "max_new_tokens": 32}})["text"])
 ```
+
 ## Method
 
 EAGLE-3 (training-time test): the head reads hidden states of three of the target's layers at its first step and its own
 hidden state at the steps after it, as an engine drafts, and learns the target's distribution over a vocabulary of the
 commonest tokens. The target stays frozen.
-{training}
+{facts.sections}
 ## Architecture
 
 | | |
@@ -121,11 +131,11 @@ The embedding is the target's and is not in the file.
 
 The head drafts well on text like what it was trained on: another language, domain or chat template, or a context
 longer than its training rows, is drafted worse and never answered otherwise. Acceptance was measured on the prompts
-named above and on no others.
+named above and on no others.{"".join(f" {limit}" for limit in facts.limits)}
 
 ## Licence
 
-{f"The head: {escaped(licence)}. " if licence else ""}The target and the chats that it was trained on keep their own.
+{_licences(licences)}
 
 ## Citation
 
@@ -138,6 +148,14 @@ named above and on no others.
 }}
 ```
 """
+
+
+def _licences(licences: Licences) -> str:
+    known = {"head": licences.head, "target": licences.target, "training data": ", ".join(licences.data)}
+    lines = [f"The {of}: {escaped(licence)}." for of, licence in known.items() if licence]
+    if not (licences.target and licences.data):
+        lines.append("What is not named here keeps its own licence.")
+    return " ".join(lines)
 
 
 def _metadata(base: str | None, repo: str, results: list[Figures], licence: str) -> str:

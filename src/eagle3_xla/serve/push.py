@@ -1,7 +1,8 @@
 """`push`: a head to the Hugging Face hub, with a model card whose figures were measured on this very head.
 
 The card's table holds what `eval --json` and `bench --json` wrote; a head that `doctor` finds broken is not uploaded,
-and a README.md that someone wrote or edited is kept.
+and a README.md that someone wrote or edited is kept. The hub lists the figures from the card's `model-index`; what is
+written to `.eval_results/` it puts on a benchmark's leaderboard, so that is done for named benchmarks alone.
 """
 
 import hashlib
@@ -19,9 +20,11 @@ from eagle3_xla.evaluate.fingerprint import head_fingerprint, target_fingerprint
 from eagle3_xla.evaluate.page import NAME as REPORT
 from eagle3_xla.evaluate.page import is_page
 from eagle3_xla.evaluate.results import Figures, read_results
-from eagle3_xla.serve.card import card
-from eagle3_xla.serve.run_facts import run_facts
+from eagle3_xla.serve.card import Licences, card
+from eagle3_xla.serve.eval_results import PLACE, eval_results
+from eagle3_xla.serve.run_facts import RunFacts, run_facts
 
+IDENTIFIER = r"[a-zA-Z0-9.+-]*"  # of a licence
 UPLOADED = ["config.json", EXPORTED, "README.md"]
 MARK = "<!-- written by eagle3-xla push, sha256 {} -->\n"
 
@@ -31,14 +34,18 @@ NO_TOKEN = "the hub asks who you are: `hf auth login`, or set HF_TOKEN; the card
 @dataclass
 class PushOptions:
     """results: files of `eval --json` or `bench --json`; run: folder that the head was trained in, "" for none;
-    base_model: hub id of a target that is a folder; overwrite: files that were not written by us; report: the HTML
-    page of `eval --report`, "" for none.
+    base_model: hub id of a target that is a folder; license, target_license, data_license: identifiers of the head's,
+    the target's (default: what its README.md says) and the data's; benchmark: PROMPTS=OWNER/NAME:TASK, see
+    `eval_results`; overwrite: files that were not written by us; report: the HTML page of `eval --report`, "" for none.
     """
 
     results: list[str] = field(default_factory=list)
     run: str = ""
     base_model: str = ""
     license: str = ""
+    target_license: str = ""
+    data_license: list[str] = field(default_factory=list)
+    benchmark: list[str] = field(default_factory=list)
     private: bool = False
     dry_run: bool = False
     overwrite: bool = False
@@ -58,8 +65,11 @@ def push(folder: str | Path, target: str, repo: str, options: PushOptions) -> di
     base = options.base_model or (target if not Path(target).is_dir() else None)
     for name, value in (("--repo", repo), ("--base-model", base)):
         _check_id(name, value)
-    if not re.fullmatch(r"[a-zA-Z0-9.+-]*", options.license):
-        raise UserError(f"--license {options.license!r}: an identifier such as apache-2.0 is expected")
+    given = {"license": [options.license], "target-license": [options.target_license]}
+    for name, values in (given | {"data-license": options.data_license}).items():
+        for value in values:
+            if not re.fullmatch(IDENTIFIER, value):
+                raise UserError(f"--{name} {value!r}: an identifier such as apache-2.0 is expected")
     if problem := first_failure(folder, target):
         raise UserError(f"{folder} fails a rule of `doctor`, so it is not uploaded, {problem}")
     if not options.results:
@@ -69,17 +79,30 @@ def push(folder: str | Path, target: str, repo: str, options: PushOptions) -> di
         raise UserError(f"{readme} was not written by `push`, or was edited since; move it, or give --overwrite")
     head, of_target = read_head(folder), read_target(target)
     figures = [_of_this_head(read_results(Path(file)), folder, target) for file in options.results]
-    training, left_out = run_facts(Path(options.run), head) if options.run else ("", ["training (--run DIR)"])
-    left_out += [] if options.report else ["the page of `eval --report` (--report FILE)"]
-    left_out += [] if options.license else ["licence of the head (--license ID)"]
-    left_out += [] if base else ["the target's hub id (--base-model OWNER/NAME)"]
+    facts = RunFacts("", [], ["training, plan and limits (--run DIR)"])
+    if options.run:
+        facts = run_facts(Path(options.run), head)
+    target_licence = options.target_license or _licence_of(of_target.folder)
+    licences = Licences(options.license, target_licence, tuple(filter(None, options.data_license)))
+    results = eval_results(figures, options.benchmark, repo)
+    found = {
+        "the page of `eval --report` (--report FILE)": options.report,
+        "licence of the head (--license ID)": licences.head,
+        "licence of the target (--target-license ID, or its README.md)": licences.target,
+        "licence of the data (--data-license ID)": licences.data,
+        "the target's hub id (--base-model OWNER/NAME)": base,
+        f"{PLACE} (--benchmark PROMPTS=OWNER/NAME:TASK)": results,
+    }
+    left_out = [*facts.left_out, *(name for name, value in found.items() if not value)]
     if options.report:
         _place_report(Path(options.report), folder, options.overwrite)
-    content = card(head, of_target, base, repo, figures, training, options.license, REPORT if options.report else "")
+    if results:
+        _place_results(results, folder / PLACE, options.overwrite)
+    content = card(head, of_target, base, repo, figures, facts, licences, REPORT if options.report else "")
     partial = folder / ".partial-README"
     partial.write_text(content + MARK.format(hashlib.sha256(content.encode()).hexdigest()))
     os.replace(partial, readme)
-    files = [*UPLOADED, REPORT] if options.report else UPLOADED
+    files = [*UPLOADED, *([REPORT] if options.report else []), *([PLACE] if results else [])]
     summary = {"repo": repo, "card": str(readme), "files": files, "left_out": left_out, "url": None}
     return summary if options.dry_run else summary | {"url": _upload(folder, files, repo, options.private)}
 
@@ -99,6 +122,27 @@ def _place_report(page: Path, head: Path, overwrite: bool) -> None:
         raise UserError(f"{place} was not written by `eval --report`; move it, or give --overwrite")
     if not place.exists() or not place.samefile(page):
         place.write_text(content)
+
+
+def _place_results(content: str, place: Path, overwrite: bool) -> None:
+    first = content.partition("\n")[0]
+    if place.exists() and not overwrite and not place.read_text(errors="replace").startswith(first):
+        raise UserError(f"{place} was not written by `push`; move it, or give --overwrite")
+    place.parent.mkdir(exist_ok=True)
+    place.write_text(content)
+
+
+def _licence_of(target: Path | None) -> str:
+    """What the metadata of a model's README.md says, "" where it says nothing that can be read."""
+    import yaml
+    from huggingface_hub import metadata_load
+
+    try:
+        about = metadata_load(target / "README.md") if target else None
+    except (OSError, ValueError, yaml.YAMLError):
+        return ""
+    licence = (about or {}).get("license_name") or (about or {}).get("license")
+    return licence if isinstance(licence, str) and re.fullmatch(IDENTIFIER, licence) else ""
 
 
 def _check_id(option: str, value: str | None) -> None:

@@ -1,24 +1,41 @@
-"""What a run's own files say about a head's training, for its card: run.yaml, metrics.jsonl, manifest.json."""
+"""What a run's own files say about a head's training, for its card: run.yaml, metrics.jsonl, manifest.json, and the
+verdict of `plan --json` where one lies in the run or beside it.
+"""
 
+from collections.abc import Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 
 from eagle3_xla import checkpoint as checkpoints
-from eagle3_xla.checks import escaped, parse_json, read_json
+from eagle3_xla.checks import escaped, mapping, number, parse_json, read_json, text
 from eagle3_xla.config import Recipe, load_recipe
 from eagle3_xla.draft.saved import SavedHead
 from eagle3_xla.errors import UserError
 from eagle3_xla.outputs import RUN_FILE
 
+PLAN = "plan.json"
+GIB = 1024**3
 
-def run_facts(run: Path, head: SavedHead) -> tuple[str, list[str]]:
-    """(the card's section, what it lacks for want of a file). Raises UserError when the head is none of this run's."""
+
+class RunFacts(NamedTuple):
+    """sections: of the card, about training and plan; limits: sentences on what the head has not seen; left_out: what
+    they lack for want of a file."""
+
+    sections: str
+    limits: list[str]
+    left_out: list[str]
+
+
+def run_facts(run: Path, head: SavedHead) -> RunFacts:
+    """Raises UserError when the head is none of this run's, or its plan.json is no verdict of `plan --json`."""
     if not (run / RUN_FILE).is_file():
         raise UserError(f"--run {run}: no {RUN_FILE}; the folder that `train` wrote is expected")
     recipe = load_recipe(str(run / RUN_FILE), [])
     step = _step_of(run, head)
-    rows, left_out = _rows(recipe, step), []
+    manifest = _manifest(recipe)
+    rows, left_out = _rows(recipe, step, manifest), []
     metrics = _metrics(run / "metrics.jsonl")
     taus = [row["heldout_tau"] for row in metrics if row.get("step") == step and "heldout_tau" in row]
     devices = {row["device"] for row in metrics if isinstance(row.get("device"), str)}
@@ -31,11 +48,26 @@ def run_facts(run: Path, head: SavedHead) -> tuple[str, list[str]]:
     for name, value in known.items():
         rows += [(name, value)] if value else []
         left_out += [] if value else [name]
-    manifest = Path(recipe.data.prepared) / "manifest.json"
-    data = _mix(read_json(manifest)) if recipe.data.prepared and manifest.is_file() else ""
+    data, sources = _mix(manifest)
     left_out += [] if data else ["the data mix (manifest.json of data.prepared)"]
-    table = "\n".join(f"| {name} | {escaped(str(value))} |" for name, value in rows)
-    return f"\n## Training\n\n| | |\n|---|---|\n{table}\n{data}", left_out
+    plan, without = _plan(run, recipe)
+    left_out += [without] if without else []
+    languages = ", ".join(recipe.data.languages)
+    limits = [
+        f"Trained on rows of {recipe.data.row_length:,} tokens: a longer context is new to it.",
+        f"Languages kept in the data: {escaped(languages)}." if languages else "Its data was not chosen by language.",
+    ]
+    limits += [f"Its domains are those of its data: {', '.join(sources)}."] if sources else []
+    return RunFacts(f"\n## Training\n\n{_table(rows)}\n{data}{plan}", limits, left_out)
+
+
+def _table(rows: Sequence[tuple[str, object]]) -> str:
+    return "\n".join(["| | |", "|---|---|", *(f"| {name} | {escaped(str(value))} |" for name, value in rows)])
+
+
+def _manifest(recipe: Recipe) -> dict:
+    file = Path(recipe.data.prepared) / "manifest.json"
+    return read_json(file) if recipe.data.prepared and file.is_file() else {}
 
 
 def _step_of(run: Path, head: SavedHead) -> int:
@@ -49,17 +81,24 @@ def _step_of(run: Path, head: SavedHead) -> int:
     raise UserError(f"--run {run}: none of its checkpoints holds the weights of {head.folder}")
 
 
-def _rows(recipe: Recipe, step: int) -> list[tuple[str, object]]:
+def _rows(recipe: Recipe, step: int, manifest: dict) -> list[tuple[str, object]]:
     train, loss, xla = recipe.train, recipe.loss, recipe.xla
-    batch = train.batch_size * xla.dp * train.gradient_accumulation
+    in_a_step = train.batch_size * xla.dp
+    batch = in_a_step * train.gradient_accumulation
+    report = manifest.get("train")
+    there = report.get("rows") if isinstance(report, dict) else None
+    passes = f"{step * in_a_step / there:.1f} of " if isinstance(there, int) and there > 0 else ""
+    drawn = "" if loss.anchors == 1 else f", after the first at {loss.anchors:.0%} of the rows"
     return [
         ("framework", "eagle3-xla, PyTorch/XLA" if xla.device == "xla" else f"eagle3-xla, PyTorch on {xla.device}"),
         ("mesh", f"dp={xla.dp} x tp={xla.tp}"),
-        ("micro-steps", f"{step} of at most {train.epochs} epochs"),
+        ("epochs", f"{passes}at most {train.epochs}"),
+        ("micro-steps", f"{step}, {train.gradient_accumulation} for each step of the optimizer"),
         ("batch", f"{batch} rows of {recipe.data.row_length} tokens"),
-        ("optimizer", f"AdamW, lr {train.lr:g}, betas {train.beta1:g} and {train.beta2:g}, cosine decay"),
-        ("warm-up", f"{train.warmup:.0%} of the steps"),
-        ("TTT", f"{loss.ttt_length} steps, step k weighs {loss.decay:g}^k, loss {loss.objective}"),
+        ("optimizer", f"AdamW, betas {train.beta1:g} and {train.beta2:g}, weight decay {train.weight_decay:g}"),
+        ("lr", f"{train.lr:g}, warm-up over {train.warmup:.0%} of the steps, cosine decay"),
+        ("gradients", f"at most of norm {train.max_grad_norm:g}"),
+        ("TTT", f"{loss.ttt_length} steps{drawn}, step k weighs {loss.decay:g}^k, loss {loss.objective}"),
         ("longest context trained on", f"{recipe.data.row_length} tokens"),
         ("languages", ", ".join(recipe.data.languages) or "those of the data, none was left out"),
         ("precision", "bfloat16 over float32 weights" if xla.autocast else "float32"),
@@ -77,7 +116,8 @@ def _metrics(file: Path) -> list[dict]:
     return rows
 
 
-def _mix(manifest: dict) -> str:
+def _mix(manifest: dict) -> tuple[str, list[str]]:
+    """(the table of the sources, their names)."""
     sources = manifest.get("sources")
     named = [s for s in sources if isinstance(s, dict)] if isinstance(sources, list) else []
     chats = [(str(s.get("name", "unnamed")), s.get("train")) for s in named]
@@ -86,6 +126,39 @@ def _mix(manifest: dict) -> str:
     ]
     total = sum(chats for _, chats, _ in counts)
     if not total:
-        return ""
+        return "", []
     lines = [f"| {escaped(name)} | {n:,} | {n / total:.1%} | {tokens:,} |" for name, n, tokens in counts if n]
-    return "\n".join(["", "| data | conversations | share | answer tokens |", "|---|---|---|---|", *lines, ""])
+    table = "\n".join(["", "| data | conversations | share | answer tokens |", "|---|---|---|---|", *lines, ""])
+    return table, [escaped(name) for name, n, _ in counts if n]
+
+
+def _plan(run: Path, recipe: Recipe) -> tuple[str, str]:
+    """(the card's section, why there is none): what `plan --json` wrote to plan.json in the run or beside it."""
+    file = next((file for file in (run / PLAN, run.absolute().parent / PLAN) if file.is_file()), None)
+    if file is None:
+        return "", f"plan figures ({PLAN} in the run or beside it, written by `plan --json`)"
+    verdict = read_json(file)
+
+    def positive(name: str, whole: bool = False) -> float:
+        return number(verdict.get(name), f"{file}: {name}", 0, whole=whole, above=True)
+
+    topology = text(verdict.get("topology"), f"{file}: topology")
+    mesh = mapping(verdict.get("mesh"), f"{file}: mesh")
+    xla, tokens = recipe.xla, recipe.train.batch_size * recipe.xla.dp * recipe.data.row_length
+    trained = {"dp": xla.dp, "tp": xla.tp, "draft_data_parallel": xla.draft_data_parallel}
+    if mesh != trained or verdict.get("tokens_per_step", tokens) != tokens:
+        return "", f"plan figures ({file.name} is of another mesh or batch than the run)"
+    memory = f"{positive('hbm_bytes_per_chip') / GIB:.2f} of {positive('hbm_limit_bytes') / GIB:.2f} GiB"
+    rows = [("slice", f"{topology}, {positive('chips', whole=True)} chips"), ("memory per chip", memory)]
+    if verdict.get("fits") is not True:
+        rows.append(("fits", "no"))
+    else:
+        rows += [
+            ("modelled step", f"{1000 * positive('modelled_step_seconds'):.0f} ms"),
+            ("modelled speed", f"{positive('tokens_per_second'):,.0f} tokens/s"),
+        ]
+        if verdict.get("modelled_hours") is not None:
+            length = f"{positive('modelled_hours'):.2f} hours, {positive('chip_hours'):.1f} chip-hours"
+            rows.append(("modelled run", f"{length} for {positive('tokens', whole=True):,} tokens"))
+    said = "What the TPU's compiler says of this training (`eagle3-xla plan`); times are modelled, not measured."
+    return f"\n## Planned for a TPU\n\n{said}\n\n{_table(rows)}\n", ""

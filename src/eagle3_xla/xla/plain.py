@@ -10,6 +10,7 @@ from eagle3_xla.xla.captured import Captured
 from eagle3_xla.xla.config import XlaConfig
 from eagle3_xla.xla.hosts import Hosts
 from eagle3_xla.xla.memory import keep_freed_memory
+from eagle3_xla.xla.processor import processor
 
 
 class PlainBackend:
@@ -34,7 +35,7 @@ class PlainBackend:
     @property
     def description(self) -> str:
         if self.device.type == "cpu":
-            return "cpu, eager torch"
+            return f"{processor()}, eager torch"
         return f"{torch.cuda.get_device_name()}, CUDA graphs"
 
     def place_target(self, target):

@@ -21,6 +21,7 @@ from eagle3_xla.xla.dispatch import alone, compiled
 from eagle3_xla.xla.hosts import Hosts
 from eagle3_xla.xla.memory import keep_freed_memory
 from eagle3_xla.xla.mesh import mesh_devices, part_of_host
+from eagle3_xla.xla.processor import processor
 from eagle3_xla.xla.routing import local_take_rows, scanned
 
 # The head, by parameter name: column-parallel ones over their output rows, row-parallel ones over their inputs.
@@ -74,7 +75,7 @@ class SpmdBackend:
 
     @property
     def description(self) -> str:
-        return f"torch_xla {torch_xla.__version__}, {runtime.device_type()}, mesh {self._shape}"
+        return f"{_hardware()}, torch_xla {torch_xla.__version__}, mesh {self._shape}"
 
     # What xla/aot.py does with placeholders instead of data: move a module, move a tensor, give a tensor its sharding.
     def _move(self, module):
@@ -268,5 +269,16 @@ def _peak_flops() -> float:
     """bf16 FLOP/s of one of this run's devices, 0 when it is unknown."""
     if runtime.device_type() != "TPU":
         return 0.0
-    kind = torch_xla.tpu.get_tpu_env().get("ACCELERATOR_TYPE", "").replace("v5litepod", "v5e")
-    return PEAK_FLOPS.get(kind.split("-")[0], 0.0)
+    return PEAK_FLOPS.get(_accelerator().split("-")[0], 0.0)
+
+
+def _accelerator() -> str:
+    """The slice's type, such as v5e-8; "" where its environment does not say."""
+    return torch_xla.tpu.get_tpu_env().get("ACCELERATOR_TYPE", "").replace("v5litepod", "v5e")
+
+
+def _hardware() -> str:
+    kind = runtime.device_type()
+    if kind == "CPU":
+        return processor()
+    return f"{kind} {_accelerator()}".strip() if kind == "TPU" else kind
