@@ -24,8 +24,9 @@ class GoldenCase:
         config = LlamaConfig(
             **{k: sizes[k] for k in ("hidden_size", "intermediate_size", "num_attention_heads", "num_key_value_heads")},
             **{k: sizes[k] for k in ("head_dim", "vocab_size", "draft_vocab_size", "rms_norm_eps", "rope_theta")},
+            fc_norm=sizes.get("fc_norm", False),
         )
-        self.head = Eagle3Head(config, fc_norm=sizes.get("fc_norm", False))
+        self.head = Eagle3Head(config)
         weights = self.group("w.")
         self.d2t, self.t2d, self.embedding = (weights.pop(k) for k in ("d2t", "t2d", "embed_tokens.weight"))
         self.head.load_state_dict(weights)

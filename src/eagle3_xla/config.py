@@ -16,6 +16,7 @@ from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from eagle3_xla.data.config import DataConfig
+from eagle3_xla.draft.config import DraftConfig
 from eagle3_xla.errors import UserError
 from eagle3_xla.loss.config import LossConfig
 from eagle3_xla.plan.config import PlanConfig
@@ -29,6 +30,7 @@ from eagle3_xla.xla.config import XlaConfig
 class Recipe:
     target: TargetConfig = field(default_factory=TargetConfig)
     data: DataConfig = field(default_factory=DataConfig)
+    draft: DraftConfig = field(default_factory=DraftConfig)
     loss: LossConfig = field(default_factory=LossConfig)
     xla: XlaConfig = field(default_factory=XlaConfig)
     train: TrainConfig = field(default_factory=TrainConfig)

@@ -15,7 +15,7 @@ from safetensors.torch import save_file
 
 from eagle3_xla import checkpoint as checkpoints
 from eagle3_xla import storage
-from eagle3_xla.draft.saved import ARCHITECTURE, EXPORTED, RECORD, TRAINED
+from eagle3_xla.draft.saved import ARCHITECTURE, EXPORTED, NORM_FLAGS, RECORD, TRAINED
 from eagle3_xla.errors import UserError
 from eagle3_xla.outputs import claim_output
 from eagle3_xla.storage import Location
@@ -26,8 +26,9 @@ DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch
 def export(checkpoint: Location, out: Location, dtype: str = "bfloat16") -> dict:
     """Write the head of a checkpoint folder to `out`; of a run's folder: its best by held-out tau, else its newest.
 
-    Aux layer ids are left out: the head reads the layers that every engine takes by default. `norm_output` is never
-    written (it means two different things in two engines). The result's `chosen` says which checkpoint and why.
+    Aux layer ids are left out: the head reads the layers that every engine takes by default. `fc_norm` and
+    `norm_output` are written for an EAGLE-3.1 head alone: elsewhere the latter has another meaning. The result's
+    `chosen` says which checkpoint and why.
     """
     if dtype not in DTYPES:
         raise UserError(f"--dtype {dtype}: choose one of {', '.join(DTYPES)}")
@@ -43,6 +44,7 @@ def export(checkpoint: Location, out: Location, dtype: str = "bfloat16") -> dict
     config = serving_config(saved.draft_config, len(saved.d2t), dtype)
     tensors = {name: value.to(DTYPES[dtype]).contiguous() for name, value in saved.head.items()}
     record = {key: config[key] for key in TRAINED} | {"aux_layers": "default"}
+    record |= {key: config.get(key, False) for key in NORM_FLAGS}
     metadata = {"format": "pt", RECORD: json.dumps(record)}
     with storage.whole_file(storage.join(out, EXPORTED)) as partial:
         save_file({**tensors, "d2t": saved.d2t, "t2d": saved.t2d}, partial, metadata=metadata)
@@ -91,4 +93,5 @@ def serving_config(draft: dict, draft_vocab_size: int, dtype: str) -> dict:
         "mlp_bias": False,
         "tie_word_embeddings": False,
         "torch_dtype": dtype,
+        **{key: True for key in NORM_FLAGS if draft.get(key)},
     }

@@ -2,10 +2,11 @@
 
     bash launch/test.sh tests/engines/families.py -s
 
-A small Qwen3, a Llama with llama3 RoPE whose prompts go beyond its original context, a Qwen3-MoE, and a Phi-3 with
-longrope within its original context, in SGLang and in vLLM: greedy output with the head is the output without it,
-acceptance length is within 2% of our own. Their weights begin at random and learn a dozen chats by heart, so that their
-distributions are sharp; the head is one of a few training steps. Prints the figures with -s.
+A small Qwen3, with an EAGLE3 and with an EAGLE-3.1 head, a Llama with llama3 RoPE whose prompts go beyond its original
+context, a Qwen3-MoE, and a Phi-3 with longrope within its original context, in SGLang and in vLLM: greedy output with
+the head is the output without it, acceptance length is within 2% of our own. Their weights begin at random and learn a
+dozen chats by heart, so that their distributions are sharp; the head is one of a few training steps. Prints the figures
+with -s.
 """
 
 import itertools
@@ -46,6 +47,7 @@ SIZES = dict(
 LLAMA3 = {"factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
 FAMILIES = {
     "qwen3": Qwen3Config(**SIZES, head_dim=32),
+    "qwen3, EAGLE-3.1": Qwen3Config(**SIZES, head_dim=32),
     "llama, llama3": LlamaConfig(
         **SIZES,
         head_dim=32,
@@ -120,6 +122,7 @@ def trained(request, tokenizer, tmp_path_factory) -> Trained:
         data.prepared={folder / "data"} data.row_length=128 data.draft_vocab_size=256 loss.ttt_length=3 xla.device=cpu
         xla.autocast=false train.out={folder / "run"} train.epochs=40 train.batch_size=4 train.lr=1e-3
         train.tracker=none""".split()
+    settings += ["draft.variant=eagle3.1"] if request.param.endswith("EAGLE-3.1") else []
     settings = [f"--{setting}" for setting in settings]
     assert main(["prepare", *settings]) == 0
     assert main(["train", *settings, "--max-steps", str(HEAD_STEPS)]) == 0

@@ -12,7 +12,7 @@ from eagle3_xla.data.vocab import d2t_t2d
 from eagle3_xla.draft.attention import causal_attention
 from eagle3_xla.draft.model import Eagle3Head, draft_config
 from eagle3_xla.draft.saved import load_head
-from eagle3_xla.evaluate.decode import Generation, SpeculativeDecoder, decode_plain
+from eagle3_xla.evaluate.decode import Choice, Generation, SpeculativeDecoder, decode_plain
 from eagle3_xla.evaluate.options import EvalOptions
 from eagle3_xla.evaluate.run import acceptance_by_position, evaluate, prompt_ids, summary
 from eagle3_xla.loss.metrics import AcceptanceSums
@@ -42,16 +42,31 @@ def test_output_is_the_targets_own(trained, small_target, tokenizer):
         assert SpeculativeDecoder(target, head, d2t, 5).decode(prompt, 40, {stop}).tokens == golden[:end]
 
 
-def test_drafts_are_the_unrolls_drafts(trained, small_target):
+class _Always(Choice):
+    def __init__(self, token: int):
+        super().__init__()
+        self.token = token
+
+    def __call__(self, logits, position: int) -> int:
+        return self.token
+
+
+@pytest.mark.parametrize("variant", ["eagle3", "eagle3.1"])
+def test_drafts_are_the_unrolls_drafts(trained, small_target, variant):
     """The KV-cache decoding drafts what the TTT unroll predicts at the same row: training and serving agree."""
     head, d2t = load_head(trained)
     target = Target(load_target(str(small_target), torch.float32), torch.arange(len(d2t)) + d2t)
+    if variant == "eagle3.1":
+        weights = head.state_dict()
+        head = Eagle3Head(draft_config(target.model.config, len(d2t), variant)).eval().requires_grad_(False)
+        norms = {name: 1 + torch.rand_like(w) for name, w in head.state_dict().items() if "norm" in name}
+        head.load_state_dict(head.state_dict() | weights | norms)
     ids = torch.randint(0, 1000, (1, 24), generator=torch.Generator().manual_seed(1))
     states = target.states(ids, torch.arange(24)[None], torch.ones_like(ids))
     decoder = SpeculativeDecoder(target, head, d2t, 4)
     prompt = ids[0, :20].tolist()
     rows = 19  # the last row has the embedding of token 19
-    drafts = decoder.decode(prompt[:rows], 2, set(), lambda logits, position: prompt[rows]).rounds[0][0].tokens[1:]
+    drafts = decoder.decode(prompt[:rows], 2, set(), _Always(prompt[rows])).rounds[0][0].tokens[1:]
     # Unroll over the same text, with the head's own drafts where it would read tokens it does not know.
     text = torch.tensor([[*prompt[: rows + 1], *drafts]])
     length = text.shape[1]
@@ -69,6 +84,7 @@ def test_drafts_are_the_unrolls_drafts(trained, small_target):
         if k > 0:
             keys, values = [*keys, key], [*values, value]
         choice = int(head.logits(hidden)[0, rows - 1].argmax())
+        hidden = head.fed_back(hidden)
         assert choice + int(d2t[choice]) == draft
 
 

@@ -193,9 +193,16 @@ def norm_flags(head: SavedHead, target: Target) -> Finding:
     nested = head.config.get("eagle_config") or {}
     here = {key: head.config[key] for key in FLAGS if key in head.config}
     inside = {key: nested[key] for key in FLAGS if key in nested}
+    normed = bool((head.record or {}).get("norm_output"))
+    if normed and not here.get("norm_output"):
+        message = "norm_output is missing: the head was trained on normed states, engines will feed it others"
+        return Finding("norm_flags", "fail", message, {"norm_output": True})
     if not here and not inside:
         return Finding("norm_flags", "pass", "none, which every engine reads alike")
     text = ", ".join(f"{key} {value}" for key, value in (here | inside).items())
+    if here == {"norm_output": True} and not inside and normed:
+        message = "norm_output, as the head was trained: SGLang 0.5.21 and vLLM 0.32 feed the normed state back, "
+        return Finding("norm_flags", "warn", message + "SGLang 0.5.1 and sglang-jax don't: acceptance falls there")
     message = f"{text}: engines differ in what they make of these (norm_output cost 3.40 -> 2.55 accepted tokens)"
     fix = dict.fromkeys(here)
     if inside:

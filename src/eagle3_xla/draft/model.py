@@ -15,11 +15,13 @@ from eagle3_xla.draft.attention import merge_own_rows
 from eagle3_xla.target.families import is_longrope
 
 
-def draft_config(target_config, draft_vocab_size: int) -> LlamaConfig:
+def draft_config(target_config, draft_vocab_size: int, variant: str = "eagle3") -> LlamaConfig:
     """A one-layer Llama config with the target's sizes, RoPE and context length.
 
-    Of a longrope target, which is used within its original context, the head has the base alone.
+    Of a longrope target, which is used within its original context, the head has the base alone. variant: of
+    draft/config.py; `fc_norm` and `norm_output` are the names under which engines read it (`Eagle3Head`).
     """
+    of_3_1 = dict.fromkeys(("fc_norm", "norm_output"), True) if variant == "eagle3.1" else {}
     heads = target_config.num_attention_heads
     return LlamaConfig(
         hidden_size=target_config.hidden_size,
@@ -37,6 +39,7 @@ def draft_config(target_config, draft_vocab_size: int) -> LlamaConfig:
         bos_token_id=target_config.bos_token_id,
         eos_token_id=target_config.eos_token_id,
         tie_word_embeddings=False,
+        **of_3_1,
     )
 
 
@@ -92,14 +95,16 @@ class MidLayer(nn.Module):
 class Eagle3Head(nn.Module):
     """fc [3H -> H], one MidLayer, final norm, lm_head to the draft vocabulary. The embedding is the target's.
 
-    fc_norm: RMSNorm on each of the three aux states before fc (a SpecForge option).
+    As SGLang 0.5.21 and vLLM 0.32 read config.json (their llama_eagle3.py): `fc_norm`: RMSNorm on each of the three aux
+    states before fc; `norm_output`: a step's state is fed back to the next one after the final norm, not before it.
+    EAGLE-3.1 is both.
     """
 
-    def __init__(self, config: LlamaConfig, fc_norm: bool = False):
+    def __init__(self, config: LlamaConfig):
         super().__init__()
         self.config = config
         size = config.hidden_size
-        if fc_norm:
+        if getattr(config, "fc_norm", False):
             self.fc_norm = nn.ModuleList([LlamaRMSNorm(size, config.rms_norm_eps) for _ in range(3)])
         self.fc = nn.Linear(3 * size, size, bias=False)
         self.midlayer = MidLayer(config)
@@ -107,12 +112,22 @@ class Eagle3Head(nn.Module):
         self.lm_head = nn.Linear(size, config.draft_vocab_size, bias=False)
         self.rotary = LlamaRotaryEmbedding(config)
 
+    def normed_aux(self, aux: torch.Tensor) -> torch.Tensor:
+        """aux [.., 3H] -> what fc reads, [.., 3H]."""
+        if not hasattr(self, "fc_norm"):
+            return aux
+        return torch.cat([norm(third) for norm, third in zip(self.fc_norm, aux.chunk(3, dim=-1))], dim=-1)
+
     def features(self, aux: torch.Tensor) -> torch.Tensor:
         """aux [.., 3H] -> the hidden state of step 0 [.., H]."""
-        if hasattr(self, "fc_norm"):
-            thirds = aux.chunk(3, dim=-1)
-            aux = torch.cat([norm(third) for norm, third in zip(self.fc_norm, thirds)], dim=-1)
-        return self.fc(aux)
+        return self.fc(self.normed_aux(aux))
+
+    def fed_back(self, hidden: torch.Tensor, normed: torch.Tensor | None = None) -> torch.Tensor:
+        """hidden [.., H], pre-norm, of a step -> the hidden state of the next one; normed: after the final norm, where
+        it is known."""
+        if not getattr(self.config, "norm_output", False):
+            return hidden
+        return self.norm(hidden) if normed is None else normed
 
     def rope(self, hidden: torch.Tensor, position_ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """cos and sin [B, T, D] for positions [B, T]."""

@@ -50,6 +50,7 @@ SIZES = (
 LARGEST = 1 << 24  # of a size: far beyond any model, and far below what no memory holds
 # Fields that change what a head computes, and that Eagle3Head does not know, with the values that change nothing.
 FLAGS = ("norm_output", "norm_before_residual", "norm_before_fc")
+NORM_FLAGS = ("fc_norm", "norm_output")  # that Eagle3Head knows; false where a config or a record has none
 UNKNOWN = dict.fromkeys((*FLAGS, "attention_bias", "mlp_bias", "bias", "tie_word_embeddings"), (None, False))
 UNKNOWN |= dict.fromkeys(("quantization_config", "sliding_window", "final_logit_softcapping"), (None,))
 UNKNOWN |= dict.fromkeys(("logit_scale", "residual_multiplier", "embedding_multiplier", "logits_scaling"), (None, 1))
@@ -150,10 +151,9 @@ def load_head(saved: SavedHead | Path, force: bool = False) -> tuple[Eagle3Head,
     d2t = read_d2t(head, config.vocab_size, config.draft_vocab_size)
     for name in ("d2t", "t2d", "embed_tokens.weight"):
         tensors.pop(name, None)
-    fc_norm = "fc_norm.0.weight" in tensors
-    if head.config.get("fc_norm") and not fc_norm:
+    if config.fc_norm and "fc_norm.0.weight" not in tensors:
         raise UserError(f"{head.file}: fc_norm is set, and its weights are missing")
-    expected = expected_shapes(config, fc_norm)
+    expected = expected_shapes(config)
     if difference := sorted(expected.keys() ^ tensors.keys()):
         raise UserError(f"{head.folder}: missing or unknown tensors: {', '.join(difference)}")
     for name, value in tensors.items():
@@ -165,12 +165,12 @@ def load_head(saved: SavedHead | Path, force: bool = False) -> tuple[Eagle3Head,
             raise UserError(f"{where} is {kind}; bfloat16, float16 or float32 is expected: export it as one of these")
         if not value.isfinite().all():
             raise UserError(f"{where} has NaN or infinity: no draft is ever accepted; take another checkpoint")
-    module = Eagle3Head(config, fc_norm)
+    module = Eagle3Head(config)
     module.load_state_dict({name: value.float() for name, value in tensors.items()})
     return module.eval().requires_grad_(False), d2t
 
 
-def expected_shapes(config, fc_norm: bool = False) -> dict[str, tuple[int, ...]]:
+def expected_shapes(config) -> dict[str, tuple[int, ...]]:
     """Shapes of the head's weights by name. config: anything with a LlamaConfig's fields."""
     h, m, head_dim = config.hidden_size, config.intermediate_size, config.head_dim
     rows, kv_rows = config.num_attention_heads * head_dim, config.num_key_value_heads * head_dim
@@ -187,7 +187,7 @@ def expected_shapes(config, fc_norm: bool = False) -> dict[str, tuple[int, ...]]
         "lm_head.weight": (config.draft_vocab_size, h),
     }
     norms = ["norm", *(f"midlayer.{name}" for name in ("hidden_norm", "input_layernorm", "post_attention_layernorm"))]
-    norms += [f"fc_norm.{i}" for i in range(3)] if fc_norm else []
+    norms += [f"fc_norm.{i}" for i in range(3)] if getattr(config, "fc_norm", False) else []
     return shapes | {f"{norm}.weight": (h,) for norm in norms}
 
 
@@ -202,7 +202,11 @@ def module_config(head: SavedHead, force: bool = False) -> LlamaConfig:
 
     if given.get("architectures") != [ARCHITECTURE]:
         raise UserError(f"{head.file}: architectures is {shown(given.get('architectures'))}, not {ARCHITECTURE}")
+    # Of another trainer it may mean something else: SpecForge's own `norm_output` is the norm before lm_head.
+    fed_normed = bool(given.get("norm_output") and (head.record or {}).get("norm_output"))
     for name, harmless in UNKNOWN.items():
+        if name == "norm_output" and fed_normed:
+            continue
         unused = name == "sliding_window" and given.get("use_sliding_window") is False
         if given.get(name) not in harmless and not unused and not force:
             raise UserError(
@@ -236,6 +240,8 @@ def module_config(head: SavedHead, force: bool = False) -> LlamaConfig:
         max_position_embeddings=field("max_position_embeddings", 2048),
         rope_theta=theta,
         tie_word_embeddings=False,
+        fc_norm="fc_norm.0.weight" in head.tensors or bool(given.get("fc_norm")),
+        norm_output=fed_normed,
     )
 
 

@@ -279,7 +279,7 @@ class SpeculativeDecoder(Decoder):
             own = torch.tensor([tree.visible(f, nodes) for tree, f, nodes in zip(trees, frontiers, fed)])
             tokens = [[tree.tokens[node] for node in frontier] for tree, frontier in zip(trees, frontiers)]
             positions = torch.tensor(known)[:, None].expand(-1, len(frontiers[0])) + step
-            hidden = self._head_rows(0, tokens, hidden[texts, places], known, own, positions)
+            hidden = self._head_rows(0, tokens, self.head.fed_back(hidden[texts, places]), known, own, positions)
         return [tree.pruned(self.draft_tokens) for tree in trees]
 
     def _known_rows(self, first: int, aux: list[torch.Tensor], tokens: list[list[int]], start: list[int]):

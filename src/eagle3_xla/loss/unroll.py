@@ -1,6 +1,6 @@
 """The TTT unroll (EAGLE-3 paper, section 3.2; SpecForge's algorithms/eagle3) and its alignment.
 
-At row t, step k: the hidden state g_t (step 0: fc of the aux states; later: the head's own, pre-norm, not detached),
+At row t, step k: the hidden state g_t (step 0: fc of the aux states; later: the head's own, not detached, pre-norm),
 the embedding of token x_{t+1+k}, the teacher p(. | x_{<=t+1+k}), RoPE position t + k. The row predicts x_{t+2+k}.
 """
 
@@ -86,6 +86,7 @@ def unroll(
         tensors = (*shares, hidden, key0, value0, *keys, *values)
         hidden, key, value = remat(step_function(k), *tensors) if remat else step_function(k)(*tensors)
         normed.append(head.norm(hidden))
+        hidden = head.fed_back(hidden, normed[-1])
         if k > 0:
             keys.append(key)
             values.append(value)

@@ -134,7 +134,7 @@ def _experiments(pair: Pair, target_path: str, d2t_missing: bool):
 def _with_theta(head: Eagle3Head, theta: float) -> Eagle3Head:
     config = copy.deepcopy(head.config)
     config.rope_theta = theta
-    changed = Eagle3Head(config, fc_norm=hasattr(head, "fc_norm"))
+    changed = Eagle3Head(config)
     changed.load_state_dict(head.state_dict())
     return changed.eval().requires_grad_(False)
 

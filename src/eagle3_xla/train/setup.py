@@ -12,7 +12,7 @@ from eagle3_xla.data.prepare import load_prepared
 from eagle3_xla.data.vocab import d2t_t2d, draft_ids_of
 from eagle3_xla.draft.initialise import InputMoments, initialise_head
 from eagle3_xla.draft.model import Eagle3Head, draft_config
-from eagle3_xla.draft.saved import layers_of, load_head, read_head
+from eagle3_xla.draft.saved import NORM_FLAGS, layers_of, load_head, read_head
 from eagle3_xla.errors import UserError
 from eagle3_xla.outputs import claim_output, write_run_file
 from eagle3_xla.storage import Location
@@ -109,7 +109,7 @@ def set_up(recipe: Recipe, stopping: list[str], hosts: Hosts) -> Run:
     saved = hosts.from_first(_saved_run(recipe, data_key) if hosts.index == 0 else None)
 
     lm_head_rows = linear_rows(target_config, target.draft_rows.float())
-    head = Eagle3Head(draft_config(target_config, len(data.draft_ids)))
+    head = Eagle3Head(draft_config(target_config, len(data.draft_ids), recipe.draft.variant))
     if warm_head is not None:
         layers = layers_of(warm_saved, target_config.num_hidden_layers)
         refuse_other_head(warm_head.config, head.config, settings.warm_start, layers, target.layers)
@@ -212,7 +212,9 @@ def _initialise(recipe: Recipe, backend, data: Data, target, head, lm_head_rows,
     for step in range(min(max(1, settings.init_rows // data.rows_per_step), data.batches.steps_per_epoch)):
         batch, states = data.loader.states(data.batches.indices(step), states_of)
         embeds = backend.to_host(target.embed_tokens(batch["input_ids"].to(target.device)))
-        moments.add(states.aux, embeds, states.hidden, norm_weight, batch["loss_mask"])
+        with torch.no_grad():
+            aux = head.normed_aux(states.aux.float())
+        moments.add(aux, embeds, states.hidden, norm_weight, batch["loss_mask"])
     initialise_head(head, settings.init, settings.seed, lm_head_rows, norm_weight, moments)
     return {"fc.weight": 1 / moments.aux_rms().clamp_min(1e-3)}
 
@@ -230,6 +232,9 @@ def refuse_other_head(warm, wanted, path: str, layers: tuple | None, of_target: 
     differences = [
         f"{n} is {getattr(warm, n)}, not {getattr(wanted, n)}" for n in names if getattr(warm, n) != getattr(wanted, n)
     ]
+    for name in NORM_FLAGS:
+        if getattr(warm, name, False) != getattr(wanted, name, False):
+            differences.append(f"its {name} is {getattr(warm, name, False)} (setting draft.variant)")
     if layers not in (None, tuple(of_target)):
         differences.append(f"its aux layers are {list(layers)}, not {list(of_target)}")
     if differences:

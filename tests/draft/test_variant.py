@@ -1,0 +1,61 @@
+"""An EAGLE-3.1 head from training to `eval`: its files say what it was trained with, and nothing else is believed."""
+
+import json
+import shutil
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from eagle3_xla.config import load_recipe
+from eagle3_xla.data.prepare import prepare
+from eagle3_xla.doctor.run import doctor
+from eagle3_xla.draft.saved import load_head
+from eagle3_xla.errors import UserError
+from eagle3_xla.evaluate.options import EvalOptions
+from eagle3_xla.evaluate.run import evaluate
+from eagle3_xla.export import export
+from eagle3_xla.train.loop import train
+
+
+def rule(result: dict, name: str) -> str:
+    return next(finding["status"] for finding in result["rules"] if finding["rule"] == name)
+
+
+@pytest.fixture(scope="module")
+def head(small_run_in, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("variant")
+    recipe = load_recipe(None, [*small_run_in(folder), "draft.variant=eagle3.1", "train.init=least_squares"])
+    prepare(recipe)
+    train(recipe, max_steps=4)
+    export(folder / "run", folder / "head", "float32")
+    return folder / "head"
+
+
+def test_it_is_exported_measured_and_believed(head, small_target, chat_file):
+    config, tensors = json.loads((head / "config.json").read_text()), load_file(head / "model.safetensors")
+    assert config["fc_norm"] is config["norm_output"] is True and {f"fc_norm.{i}.weight" for i in range(3)} < {*tensors}
+    loaded, _ = load_head(head)
+    assert loaded.config.norm_output and not torch.equal(loaded.fc_norm[0].weight, torch.ones(64))  # it was trained
+    hidden = torch.randn(2, 64)
+    assert torch.equal(loaded.fed_back(hidden), loaded.norm(hidden))
+    result = doctor(head, str(small_target))
+    assert result["ok"] and rule(result, "norm_flags") == rule(result, "fc_norm") == "warn"
+    assert evaluate(str(small_target), str(head), str(chat_file), EvalOptions(limit=2, max_new_tokens=12))["identical"]
+
+
+def test_the_flag_that_someone_took_out(head, small_target, tmp_path):
+    shutil.copytree(head, tmp_path / "head")
+    config = json.loads((head / "config.json").read_text())
+    (tmp_path / "head" / "config.json").write_text(json.dumps({k: v for k, v in config.items() if k != "norm_output"}))
+    result = doctor(tmp_path / "head", str(small_target))
+    assert not result["ok"] and rule(result, "norm_flags") == "fail"
+    doctor(tmp_path / "head", str(small_target), fix=True)
+    assert json.loads((tmp_path / "head" / "config.json").read_text())["norm_output"] is True
+
+
+def test_a_warm_start_from_the_other_variant_is_refused(head, small_run):
+    recipe = load_recipe(None, [*small_run, f"train.warm_start={head}"])
+    prepare(recipe)
+    with pytest.raises(UserError, match=r"its fc_norm is True \(setting draft.variant\); its norm_output is True"):
+        train(recipe)
