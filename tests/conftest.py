@@ -192,19 +192,35 @@ def cli():
     return run_cli
 
 
+@pytest.fixture(scope="session")
+def forks():
+    """run(...) as `cli`, without waiting for imports (tests/forks.py)."""
+    from forks import Forks
+
+    started = Forks()
+    yield started
+    started.close()
+
+
 @pytest.hookimpl(tryfirst=True)  # before pytest-xdist reads the groups
 def pytest_collection_modifyitems(items):
     """What shares the quickstart's run, and the engines with their large servers, go to one process of several, which
-    begins with the quickstart: while that trains, the engines' environments are installed (launch/test.sh)."""
+    begins with the quickstart: while that trains, the engines' environments are installed (launch/test.sh). What
+    shares another costly fixture goes to one process too. Slow tests come first, so that no process ends long after
+    the others."""
 
     def place(item) -> int:
-        engine = "engines" in item.path.parts
-        return 1 if engine else 0 if "quickstart_run" in item.fixturenames else 2
+        if "engines" in item.path.parts:
+            return 1
+        return 0 if "quickstart_run" in item.fixturenames else 2 if item.get_closest_marker("slow") else 3
 
     items.sort(key=place)
     for item in items:
         if place(item) < 2:
             item.add_marker(pytest.mark.xdist_group("quickstart"))
+            continue
+        for fixture in {"trained", "story", "template_targets"} & set(item.fixturenames):
+            item.add_marker(pytest.mark.xdist_group(fixture))
 
 
 def pytest_addoption(parser):

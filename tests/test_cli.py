@@ -37,8 +37,8 @@ def refused(done, *parts):
         (["quickstart", "--minutes", "-1"], "--minutes -1: a number above 0 is expected"),
     ],
 )
-def test_refused(cli, arguments, part, tmp_path):
-    refused(cli(*arguments), part)
+def test_refused(forks, arguments, part):
+    refused(forks.run(*arguments), part)
 
 
 def refused_here(capsys, arguments: list[str], *parts: str) -> None:

@@ -24,6 +24,7 @@ def answer(process: subprocess.Popen) -> list[float]:
     return [float(word) for word in output.splitlines()[-1].split()]
 
 
+@pytest.mark.slow
 def test_two_processes_run_the_same_module_to_the_same_loss(small_run, tmp_path):
     settings = [*small_run, "xla.device=xla", "xla.dp=2", "xla.tp=2", "train.batch_size=1"]
     prepare(load_recipe(None, settings))

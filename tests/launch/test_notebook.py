@@ -5,6 +5,7 @@ import re
 from pathlib import Path
 
 import nbformat
+import pytest
 import yaml
 from nbclient import NotebookClient
 
@@ -23,6 +24,7 @@ def run(environment: dict[str, str], monkeypatch) -> str:
     return "".join(output.get("text", "") for output in outputs)
 
 
+@pytest.mark.slow
 def test_every_cell(small_target, small_run, chat_file, tmp_path, monkeypatch):
     recipe = {}
     for setting in small_run:

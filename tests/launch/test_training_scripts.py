@@ -79,9 +79,10 @@ def test_xla_dist_dry():
     assert script(XLA_DIST, "--dry-run", "--", "true").returncode == 2
 
 
+@pytest.mark.slow
 def test_torchrun_continues_after_a_kill(small_run, tmp_path):
     """One process, for real: the training is killed once, started again by the script, and finishes."""
-    settings = [*small_run, "train.epochs=12", "train.save_every=1"]
+    settings = [*small_run, "train.epochs=6", "train.save_every=1"]
     prepare(load_recipe(None, settings))
     command = ["bash", TORCHRUN, "--restarts=1", *(f"--{setting}" for setting in settings)]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
@@ -97,7 +98,7 @@ def test_torchrun_continues_after_a_kill(small_run, tmp_path):
     assert process.returncode == 0, output
     assert "signal 9 ended the training; restart 1 of 1" in output and "continued after step" in output
     steps = [json.loads(line)["step"] for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
-    assert max(steps) == 12 * 16  # epochs of 32 chats, two in a batch
+    assert max(steps) == 6 * 16  # epochs of 32 chats, two in a batch
 
 
 @pytest.fixture

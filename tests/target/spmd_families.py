@@ -1,4 +1,4 @@
-"""Small family models over meshes of four devices, all in one process: python spmd_families.py FOLDER...
+"""Small family models over meshes of four devices, all in one process; the arguments are their folders.
 
 Writes each one's states and teacher to FOLDER/DPxTP.pt for both meshes, and makes training steps on the first.
 """

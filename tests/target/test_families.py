@@ -2,9 +2,6 @@
 
 import inspect
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -104,13 +101,10 @@ def saved_models(tmp_path_factory) -> dict[str, Path]:
 
 
 @pytest.mark.slow
-def test_through_spmd_they_are_the_same(saved_models):
+def test_through_spmd_they_are_the_same(forks, saved_models):
     """On 2x2 and on 1x4; three training steps are compiled once."""
-    command = [sys.executable, Path(__file__).parent / "spmd_families.py", *saved_models.values()]
-    tests = Path(__file__).parents[1]
-    path = os.pathsep.join([str(tests), os.environ.get("PYTHONPATH", "")])
-    environment = os.environ | {"CPU_NUM_DEVICES": "4", "PYTHONPATH": path}
-    done = subprocess.run([*map(str, command)], capture_output=True, text=True, env=environment)
+    script = Path(__file__).with_name("spmd_families.py").read_text()
+    done = forks.run_code(script, *saved_models.values(), environment={"CPU_NUM_DEVICES": "4"})
     assert done.returncode == 0, done.stderr[-3000:]
     for name, folder in saved_models.items():
         expected = golden(small_model(name, SHALLOW), packed_rows(), SHALLOW_AUX)

@@ -1,8 +1,5 @@
 """Every compilation beyond the plan ends the run, and the message says what changed."""
 
-import subprocess
-import sys
-
 SCRIPT = """
 import os
 os.environ.update(PJRT_DEVICE="CPU", CPU_NUM_DEVICES="1")
@@ -46,8 +43,8 @@ attempt("allowed", budget, function, torch.ones(3, 5))
 """
 
 
-def test_what_changed_is_named():
-    done = subprocess.run([sys.executable, "-c", SCRIPT], capture_output=True, text=True)
+def test_what_changed_is_named(forks):
+    done = forks.run_code(SCRIPT)
     assert done.returncode == 0, done.stderr
     said = done.stdout.splitlines()
     assert said[0] == "first went on, 1 compiled" and said[1] == "again went on, 1 compiled", said

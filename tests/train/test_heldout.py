@@ -71,22 +71,22 @@ def test_warm_start_keeps_the_heads_vocabulary(small_run, tmp_path):
 
 
 @pytest.mark.slow
-def test_rows_of_two_lengths_compile_once_each(small_run, cli):
+def test_rows_of_two_lengths_compile_once_each(small_run, forks):
     bucketed = [*small_run, "data.packing=bucketed", "data.buckets=[50]", "train.epochs=1", "xla.device=xla"]
     bucketed += ["train.heldout_rows=32"]
     manifest = prepare(load_recipe(None, bucketed))
     assert [bucket[0] for bucket in manifest["train"]["buckets"]] == [50, 64]
-    done = cli("train", "--json", *[f"--{setting}" for setting in bucketed])
+    done = forks.run("train", "--json", *[f"--{setting}" for setting in bucketed])
     assert done.returncode == 0, done.stderr
     assert "compile budget: 4 graphs (step 2, evaluation 2)" in done.stderr
     rows = rows_of(load_recipe(None, bucketed).train.out)
     assert rows[-1].get("compilations", rows[-2].get("compilations")) == 4
 
 
-def test_figures_of_a_run_and_its_trace(small_run, cli, tmp_path):
+def test_figures_of_a_run_and_its_trace(small_run, forks, tmp_path):
     prepare(load_recipe(None, small_run))
     settings = [f"--{setting}" for setting in [*small_run, "xla.peak_tflops=0.05"]]
-    done = cli("train", "--profile", "--json", "--device", "cpu", *settings)
+    done = forks.run("train", "--profile", "--json", "--device", "cpu", *settings)
     assert done.returncode == 0, done.stderr
     assert list((tmp_path / "run" / "profile").rglob("*.json*"))
     row = next(row for row in rows_of(tmp_path / "run") if row["step"] == 6 and "loss" in row)

@@ -116,10 +116,10 @@ def test_many_kills_change_nothing(small_run, tmp_path, request, where):
 
 
 @pytest.mark.slow
-def test_a_kill_through_xla_changes_nothing(cli, small_run, tmp_path):
+def test_a_kill_through_xla_changes_nothing(forks, small_run, tmp_path):
     settings = [f"--{s}" for s in [*small_run, "xla.device=xla", "train.epochs=2", "train.save_every=1"]]
     prepare(load_recipe(None, small_run))
-    done = cli("train", *settings, f"--train.out={tmp_path / 'whole'}")
+    done = forks.run("train", *settings, f"--train.out={tmp_path / 'whole'}")
     assert done.returncode == 0, done.stderr
     out = tmp_path / "killed"
     command = [sys.executable, "-m", "eagle3_xla", "train", *settings, f"--train.out={out}"]
@@ -129,6 +129,6 @@ def test_a_kill_through_xla_changes_nothing(cli, small_run, tmp_path):
         time.sleep(0.002)
     process.kill()
     process.wait()
-    done = cli("train", *settings, f"--train.out={out}")
+    done = forks.run("train", *settings, f"--train.out={out}")
     assert done.returncode == 0 and "continued after step" in done.stderr, done.stderr
     assert last_state(out) == last_state(tmp_path / "whole")

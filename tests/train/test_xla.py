@@ -21,6 +21,7 @@ def losses(out: Path) -> list[dict]:
     return [row for row in rows if "loss" in row]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "dp, tp, accumulation, reuse, settings",
     [
@@ -33,7 +34,7 @@ def losses(out: Path) -> list[dict]:
     ],
     ids=["4x4", "2x2, remat", "2x2, draft dp 4", "accumulation", "states reused, dp 2", "anchors"],
 )
-def test_spmd_equals_plain_torch(cli, small_run, tmp_path, dp, tp, accumulation, reuse, settings):
+def test_spmd_equals_plain_torch(forks, small_run, tmp_path, dp, tp, accumulation, reuse, settings):
     shape = [f"train.gradient_accumulation={accumulation}", f"train.reuse_states={reuse}", "train.epochs=20"]
     shape += ["train.init=least_squares", *(setting for setting in settings if setting.startswith("loss."))]
     plain = load_recipe(None, [*small_run, *shape, "train.batch_size=4"])
@@ -41,7 +42,7 @@ def test_spmd_equals_plain_torch(cli, small_run, tmp_path, dp, tp, accumulation,
     train(plain, max_steps=STEPS)
     sharded = [*small_run, *shape, f"train.out={tmp_path / 'xla'}", f"train.batch_size={4 // dp}"]
     sharded += ["xla.device=xla", f"xla.dp={dp}", f"xla.tp={tp}", *settings]
-    done = cli("train", "--max-steps", STEPS, *[f"--{s}" for s in sharded])
+    done = forks.run("train", "--max-steps", STEPS, *[f"--{s}" for s in sharded])
     assert done.returncode == 0, done.stderr
     ours, golden = losses(tmp_path / "xla"), losses(Path(plain.train.out))
     assert [row["step"] for row in ours] == [row["step"] for row in golden] == list(range(1, STEPS + 1))
@@ -84,7 +85,7 @@ def test_weights_and_moments_take_their_own_buffers(cli, small_run, small_target
 
 
 @pytest.mark.slow
-def test_28_layers_on_16_devices_equal_one(cli, small_run, small_target, tokenizer, tmp_path):
+def test_28_layers_on_16_devices_equal_one(forks, small_run, small_target, tokenizer, tmp_path):
     """The depth of Qwen2.5-7B: 20 steps, and no graph beyond the budget."""
     settings = Qwen2Config.from_pretrained(small_target).to_dict() | {"num_hidden_layers": 28, "layer_types": None}
     torch.manual_seed(0)
@@ -98,7 +99,7 @@ def test_28_layers_on_16_devices_equal_one(cli, small_run, small_target, tokeniz
     prepare(load_recipe(None, settings))
     train(load_recipe(None, [*settings, "train.batch_size=4"]), max_steps=20)
     sharded = [*settings, f"train.out={tmp_path / 'xla'}", "train.batch_size=1", "xla.device=xla"]
-    done = cli("train", "--max-steps", 20, *[f"--{s}" for s in [*sharded, "xla.dp=4", "xla.tp=4"]])
+    done = forks.run("train", "--max-steps", 20, *[f"--{s}" for s in [*sharded, "xla.dp=4", "xla.tp=4"]])
     assert done.returncode == 0, done.stderr
     ours, golden = losses(tmp_path / "xla"), losses(tmp_path / "run")
     assert min(row["loss"] for row in golden) > 0.1
@@ -106,9 +107,9 @@ def test_28_layers_on_16_devices_equal_one(cli, small_run, small_target, tokeniz
     assert len(ours) == 20 and "compile budget: 2 graphs" in done.stderr and ours[-1]["compilations"] == 2
 
 
-def test_a_mesh_that_does_not_fit_is_refused(cli, small_run):
+def test_a_mesh_that_does_not_fit_is_refused(forks, small_run):
     prepare(load_recipe(None, small_run))
     settings = [f"--{s}" for s in [*small_run, "xla.device=xla", "xla.dp=2", "xla.tp=2"]]
-    done = cli("train", *settings, environment={"CPU_NUM_DEVICES": "3"})
+    done = forks.run("train", *settings, environment={"CPU_NUM_DEVICES": "3"})
     assert done.returncode == 2
     assert "xla.dp * xla.tp = 2 * 2 = 4, but there are 3 devices" in done.stderr

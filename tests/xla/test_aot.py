@@ -1,8 +1,5 @@
 """The lowered step is the step that train runs; what the HLO reader and the time model make of a schedule."""
 
-import subprocess
-import sys
-
 import pytest
 
 from eagle3_xla.xla.hlo import parse
@@ -60,9 +57,9 @@ os._exit(0 if trained == planned and sum(trained.values()) > 1000 else 1)
 
 
 @pytest.mark.parametrize("accumulation", [1, 2])
-def test_plan_lowers_what_train_runs(small_run, accumulation):
+def test_plan_lowers_what_train_runs(forks, small_run, accumulation):
     settings = [*small_run, "xla.device=xla", "xla.dp=2", "xla.tp=2", f"train.gradient_accumulation={accumulation}"]
-    done = subprocess.run([sys.executable, "-c", COMPARE, *settings], capture_output=True, text=True)
+    done = forks.run_code(COMPARE, *settings)
     assert done.returncode == 0, done.stdout + done.stderr
 
 

@@ -1,8 +1,6 @@
 """Running a graph by its hash: the values of the traced function, its state handed on, nothing stale."""
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -75,8 +73,8 @@ print(*[w.message for w in said if "traced at every call" in str(w.message)], se
 """
 
 
-def test_values_state_and_changing_numbers():
-    done = subprocess.run([sys.executable, "-c", VALUES], capture_output=True, text=True)
+def test_values_state_and_changing_numbers(forks):
+    done = forks.run_code(VALUES)
     assert done.returncode == 0, done.stderr
     said = done.stdout.splitlines()
     assert said[0] == (
@@ -115,8 +113,8 @@ print(backend.compilations())
 """
 
 
-def test_a_sync_leaves_the_batches_of_another_thread_alone():
-    done = subprocess.run([sys.executable, "-c", THREADS], capture_output=True, text=True)
+def test_a_sync_leaves_the_batches_of_another_thread_alone(forks):
+    done = forks.run_code(THREADS)
     assert done.returncode == 0, done.stderr[-2000:]
     assert done.stdout.split() == ["0"]
 
@@ -139,13 +137,14 @@ for stop in (4, 2):
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dp, tp, accumulation", [(2, 2, 1), (1, 1, 2)], ids=["2x2", "one device, accumulation"])
-def test_a_dispatched_run_resumes_to_the_weights_of_a_traced_one(small_run, tmp_path, dp, tp, accumulation):
+def test_a_dispatched_run_resumes_to_the_weights_of_a_traced_one(forks, small_run, tmp_path, dp, tp, accumulation):
     """Evaluation included: the same acceptance at the same steps."""
     settings = [*small_run, "xla.device=xla", f"xla.dp={dp}", f"xla.tp={tp}", f"train.batch_size={2 // dp}"]
     settings += [f"train.gradient_accumulation={accumulation}", "train.eval_every=1", "train.epochs=4"]
     prepare(load_recipe(None, settings))
-    done = subprocess.run([sys.executable, "-c", RUNS, str(tmp_path), *settings], capture_output=True, text=True)
+    done = forks.run_code(RUNS, tmp_path, *settings)
     assert done.returncode == 0, done.stderr
     traced, by_hash = done.stderr.split("from here on by hash")
     assert "is traced at every call" in traced and "is traced at every call" not in by_hash

@@ -46,10 +46,10 @@ def small_config(folder, **changes):
 
 
 @pytest.mark.slow
-def test_few_layers_extended_are_all_layers(tmp_path):
+def test_few_layers_extended_are_all_layers(forks, tmp_path):
     settings = [small_config(tmp_path), "plan.topology=v4-8", "xla.dp=2", "xla.tp=2", "data.row_length=128"]
     settings += ["data.draft_vocab_size=512", "train.batch_size=1", "loss.ttt_length=2"]
-    done = subprocess.run([sys.executable, "-c", PLANS, *settings], capture_output=True, text=True)
+    done = forks.run_code(PLANS, *settings)
     *verdicts, refused = done.stdout.splitlines()
     every, few = map(json.loads, verdicts)
     assert not every["extrapolated"] and few["extrapolated"] and (few["layers"], few["compiled_layers"]) == (20, 8)
@@ -64,13 +64,12 @@ def test_few_layers_extended_are_all_layers(tmp_path):
 
 @pytest.mark.slow
 def test_recipes_are_planned_once(tmp_path):
-    """The command that plans the shipped recipes, on one of them with 8 layers, one TTT step, short rows."""
-    config = plan_config("Qwen/Qwen2.5-0.5B-Instruct").to_dict()
-    config |= {"num_hidden_layers": 8, "layer_types": ["full_attention"] * 8}
-    (tmp_path / "config.json").write_text(json.dumps(config))
+    """The command that plans the shipped recipes, on one of them with a small target, one TTT step, short rows."""
+    target = small_config(tmp_path, num_hidden_layers=8, layer_types=["full_attention"] * 8)
     name, script = "qwen2.5-0.5b-v5e-8", Path(__file__).parents[2] / "benchmarks" / "recipes_plan.py"
     command = [sys.executable, str(script), name, "--out", str(tmp_path / "plans")]
-    command += [f"--target.path={tmp_path}", "--loss.ttt_length=1", "--data.row_length=128", "--train.batch_size=1"]
+    command += [f"--{target}", "--data.draft_vocab_size=512", "--data.row_length=128"]
+    command += ["--loss.ttt_length=1", "--train.batch_size=1"]
     first, again = (subprocess.run(command, capture_output=True, text=True) for _ in range(2))
     assert first.returncode == 0, first.stderr
     verdict = json.loads((tmp_path / "plans" / f"{name}.json").read_text())

@@ -1,9 +1,5 @@
 """The mesh lies along the torus, and a host's rows reach its devices."""
 
-import os
-import subprocess
-import sys
-
 import numpy as np
 import pytest
 
@@ -58,7 +54,6 @@ os._exit(0)
 """
 
 
-def test_the_parts_of_a_batch_reach_the_devices_of_their_replica():
-    environment = os.environ | {"PJRT_DEVICE": "CPU", "CPU_NUM_DEVICES": "16"}
-    done = subprocess.run([sys.executable, "-c", PARTS], env=environment, capture_output=True, text=True)
+def test_the_parts_of_a_batch_reach_the_devices_of_their_replica(forks):
+    done = forks.run_code(PARTS, environment={"CPU_NUM_DEVICES": "16"})
     assert done.returncode == 0, done.stderr

@@ -20,7 +20,7 @@ def test_every_candidate_has_the_rows_of_an_update():
 
 
 @pytest.mark.slow
-def test_search_compiles_each_once(cli, small_target, tmp_path):
+def test_search_compiles_each_once(forks, small_target, tmp_path):
     config = json.loads((small_target / "config.json").read_text()) | {"num_key_value_heads": 2}  # tp is 1 or 2
     (tmp_path / "target").mkdir()
     (tmp_path / "target" / "config.json").write_text(json.dumps(config))
@@ -29,7 +29,7 @@ def test_search_compiles_each_once(cli, small_target, tmp_path):
     arguments += ["--loss.ttt_length=2", "--xla.dp=4", "--xla.tp=1", "--train.batch_size=1"]
     arguments += ["--train.gradient_accumulation=1"]
     cache = {"XDG_CACHE_HOME": str(tmp_path / "cache")}
-    done = cli(*arguments, environment=cache)
+    done = forks.run(*arguments, environment=cache)
     assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout)
     shapes = {(p["dp"], p["tp"], p["batch_size"]) for p in found["plans"] if not p["draft_data_parallel"]}
@@ -40,6 +40,6 @@ def test_search_compiles_each_once(cli, small_target, tmp_path):
     assert rates == sorted(rates, reverse=True) and found["best"] == found["plans"][0]
     kept = {file: file.stat().st_mtime_ns for file in (tmp_path / "cache").rglob("*.json")}
     assert len(kept) == len(shapes) + len(split)
-    again = cli(*arguments, environment=cache)
+    again = forks.run(*arguments, environment=cache)
     assert json.loads(again.stdout) == found
     assert kept == {file: file.stat().st_mtime_ns for file in (tmp_path / "cache").rglob("*.json")}

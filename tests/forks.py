@@ -1,0 +1,85 @@
+"""Processes that begin with everything imported: forks of one that imported it, a third of a second instead of ten.
+
+Each is a process of its own, with its own XLA, environment, output and exit code. What starts them the usual way, and
+so shows that a process finds everything by itself: tests/test_cli.py,
+tests/test_quickstart.py, tests/launch, tests/train/test_kills.py.
+"""
+
+import json
+import os
+import runpy
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+
+class Forks:
+    """run(*arguments): as `python -m eagle3_xla`; run_code(code, *arguments): as `python -c`."""
+
+    def __init__(self):
+        self.server = subprocess.Popen(
+            [sys.executable, __file__], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+        )
+
+    def run(self, *arguments, environment: dict | None = None) -> subprocess.CompletedProcess:
+        return self._start(None, arguments, environment)
+
+    def run_code(self, code: str, *arguments, environment: dict | None = None) -> subprocess.CompletedProcess:
+        return self._start(code, arguments, environment)
+
+    def _start(self, code, arguments, environment) -> subprocess.CompletedProcess:
+        with tempfile.TemporaryDirectory() as folder:
+            request = {
+                "code": code,
+                "arguments": [str(argument) for argument in arguments],
+                "environment": os.environ | (environment or {}),
+                "folder": os.getcwd(),
+                "files": [str(Path(folder, name)) for name in ("stdout", "stderr")],
+            }
+            print(json.dumps(request), file=self.server.stdin, flush=True)
+            exit_code = int(self.server.stdout.readline())
+            output = [Path(file).read_text() for file in request["files"]]
+        return subprocess.CompletedProcess(request["arguments"], exit_code, *output)
+
+    def close(self) -> None:
+        self.server.stdin.close()
+        self.server.wait()
+
+
+def serve() -> dict | None:
+    """Forks for each line on stdin, and says how that ended; returns the request in the fork."""
+    for line in sys.stdin:
+        child = os.fork()
+        if not child:
+            return json.loads(line)
+        print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
+    return None
+
+
+def begin(request: dict) -> None:
+    os.environ.clear()
+    os.environ.update(request["environment"])
+    os.chdir(request["folder"])
+    places = [os.devnull, *request["files"]]
+    for number, place in enumerate(places):
+        os.dup2(os.open(place, os.O_RDWR | os.O_CREAT), number)
+    sys.argv = ["-c", *request["arguments"]]
+    if request["code"] is None:
+        runpy.run_module("eagle3_xla", run_name="__main__", alter_sys=True)
+    else:
+        exec(compile(request["code"], "<string>", "exec"), {"__name__": "__main__"})
+
+
+if __name__ == "__main__":
+    import datasets  # noqa: F401
+    import jax  # noqa: F401
+
+    import eagle3_xla.data.prepare
+    import eagle3_xla.plan.verdict
+    import eagle3_xla.train.loop
+    import eagle3_xla.xla.spmd  # noqa: F401
+
+    asked = serve()
+    if asked is not None:
+        begin(asked)
