@@ -86,6 +86,7 @@ SETS: dict[str, dict[str, dict[str, str]]] = {
     "loss": {
         "default": {},
         "mean over sequences": {"loss.mean_over": "sequences"},
+        "EAGLE-3.1": {"draft.variant": "eagle3.1"},
         "anchors 0.5": {"loss.anchors": "0.5"},
         "anchors 0.25": {"loss.anchors": "0.25"},
         "rows as SpecForge": {"loss.rows": "specforge"},
