@@ -59,7 +59,7 @@ def test_minutes_become_tokens_then_epochs():
 
 
 def test_a_slow_machine_gets_less_and_is_told(tmp_path):
-    slow = Machine(2, 70.0, False, 3.5)
+    slow = Machine(2, 41.25, False, 3.5)
     assert slow.slowness > 3
     budget = module._budget(None, slow)
     assert budget.tokens == USEFUL_TOKENS  # the eight minutes are not enough for more

@@ -1,22 +1,20 @@
-"""What this machine can do, measured in a second: the quickstart sizes its work by it and says what to expect."""
+"""What this machine can do, measured in seconds: the quickstart sizes its work by it and says what to expect."""
 
 import os
-import time
+import subprocess
+import sys
 from pathlib import Path
 from typing import NamedTuple
 
-import torch
+from eagle3_xla.errors import UserError
 
 # The machine that quickstart.py's seconds were measured on: two cores of an AMD EPYC with AVX-512.
 REFERENCE_GFLOPS = 165.0
-# Without AVX-512 XLA's matmuls lose more than torch's, which are measured here: 110 tokens/s at 76 GFLOP/s against 404
-# at 161 (benchmarks/README.md).
-WITHOUT_AVX512 = 1.7
-SIZE, REPEATS = 1024, 20
 
 
 class Machine(NamedTuple):
-    """gflops: of plain torch matmuls in float32 on all of torch's threads; free_gib: memory that can be had now."""
+    """gflops: of XLA's matmuls in float32 (xla/speed.py), which lose more without AVX-512 than torch's; free_gib: of
+    memory that can be had now."""
 
     cores: int
     gflops: float
@@ -26,7 +24,7 @@ class Machine(NamedTuple):
     @property
     def slowness(self) -> float:
         """How many times longer than on the reference machine the same work takes."""
-        return max(0.2, REFERENCE_GFLOPS / self.gflops * (1 if self.avx512 else WITHOUT_AVX512))
+        return max(0.2, REFERENCE_GFLOPS / self.gflops)
 
     def words(self) -> str:
         vectors = "AVX-512" if self.avx512 else "no AVX-512"
@@ -34,16 +32,12 @@ class Machine(NamedTuple):
 
 
 def measure() -> Machine:
-    """The best of several matmuls, so that other work on the machine counts for little.
-
-    On all threads: two cores may be two threads of one, which together do no more than one.
-    """
-    left, right, times = torch.randn(SIZE, SIZE), torch.randn(SIZE, SIZE), []
-    for _ in range(REPEATS):
-        started = time.perf_counter()
-        left @ right
-        times.append(time.perf_counter() - started)
-    gflops = 2 * SIZE**3 / min(times) / 1e9
+    """In a process of its own, whose graph and buffers end with it. Raises UserError where torch_xla does not run."""
+    done = subprocess.run([sys.executable, "-m", "eagle3_xla.xla.speed"], capture_output=True, text=True)
+    if done.returncode:
+        last = (done.stderr.strip().splitlines() or ["no message"])[-1]
+        raise UserError(f"torch_xla does not run on this machine ({last}); bash launch/quickstart.sh installs it")
+    gflops = float(done.stdout.split()[-1])
     return Machine(len(os.sched_getaffinity(0)), gflops, "avx512f" in _text("/proc/cpuinfo"), _free_gib())
 
 
