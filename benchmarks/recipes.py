@@ -6,7 +6,7 @@ Each run is the product's own: prepare, train, export, eval, in a folder of its 
 not done again, one that was interrupted goes on. The figures go to benchmarks/recipes/NAME.json (with --out: there),
 their plot beside it, their table to stdout. A set's first recipe is what the others are compared with.
 
-Variants that the product does not have are below, as patches of it: what helps moves there, what doesn't stays here.
+Variants that the product does not have are patches of it, in variants.py: what helps moves into the product.
 """
 
 import argparse
@@ -18,16 +18,15 @@ import multiprocessing
 import os
 import platform
 import sys
-import time
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from importlib import metadata
 from pathlib import Path
 from statistics import mean, stdev
 from typing import NamedTuple
-from unittest.mock import patch
 
 import torch
+from variants import PATCHES, write_averages
 
 from eagle3_xla.config import load_recipe
 from eagle3_xla.data.prepare import prepare
@@ -35,9 +34,7 @@ from eagle3_xla.evaluate.options import EvalOptions
 from eagle3_xla.evaluate.run import evaluate
 from eagle3_xla.export import export
 from eagle3_xla.target.embedded import write_embedded_target
-from eagle3_xla.train import setup
 from eagle3_xla.train.loop import train
-from eagle3_xla.train.optimizer import AdamW
 
 FOLDER = Path(__file__).parent / "recipes"
 HELDOUT = "package:heldout.jsonl"
@@ -144,107 +141,6 @@ SETS: dict[str, dict[str, dict[str, str]]] = {
 }
 
 
-# Variants that are not in the product. Each replaces something of it for one run.
-
-
-def _plain_start(recipe, backend, data, target, head, lm_head_rows, states_of):
-    """torch's own initialisation, no learning rate of its own for fc's inputs."""
-    torch.manual_seed(recipe.train.seed)
-    for module in head.modules():
-        if isinstance(module, torch.nn.Linear):
-            module.reset_parameters()
-    return {}
-
-
-class _FrozenLmHead(AdamW):
-    def step(self) -> torch.Tensor:
-        self.parameters["lm_head.weight"].grad.zero_()
-        return super().step()
-
-
-class _Muon(AdamW):
-    """Muon (Jordan et al., 2024) on the 2-D weights of fc and the layer, AdamW on lm_head and the norms."""
-
-    def __init__(self, parameters, *arguments):
-        super().__init__(parameters, *arguments)
-        inner = {name: p for name, p in parameters.items() if p.ndim == 2 and name != "lm_head.weight"}
-        self.momentum = {name: torch.zeros_like(p) for name, p in inner.items()}
-
-    @torch.no_grad()
-    def step(self) -> torch.Tensor:
-        before = {name: self.parameters[name].clone() for name in self.momentum}
-        gradients = {name: self.parameters[name].grad.clone() for name in self.momentum}
-        norm = super().step()
-        lr = self.lr(self.step_count)
-        for name, moment in self.momentum.items():
-            moment.mul_(0.95).add_(gradients[name])
-            update = _orthogonal(gradients[name] + 0.95 * moment)
-            scale = 0.2 * max(update.shape) ** 0.5  # the RMS of an update is AdamW's (Moonlight)
-            rate = lr * self.lr_scale[name] / self.lr_scale[name].mean() if name in self.lr_scale else lr
-            self.parameters[name].copy_(before[name] - rate * scale * update)
-        return norm
-
-
-def _orthogonal(x: torch.Tensor) -> torch.Tensor:
-    """Newton-Schulz iteration towards the nearest orthogonal matrix."""
-    a, b, c = 3.4445, -4.7750, 2.0315
-    tall = x.shape[0] > x.shape[1]
-    x = (x.T if tall else x).bfloat16()
-    x = x / (x.norm() + 1e-7)
-    for _ in range(5):
-        gram = x @ x.T
-        x = a * x + (b * gram + c * gram @ gram) @ x
-    return (x.T if tall else x).float()
-
-
-class _Ema(AdamW):
-    """Weights averaged over about the last 100 steps; `_run` exports them."""
-
-    averages: dict[str, torch.Tensor] = {}  # of the newest run
-
-    def __init__(self, parameters, *arguments):
-        super().__init__(parameters, *arguments)
-        _Ema.averages = {name: p.detach().clone() for name, p in parameters.items()}
-
-    @torch.no_grad()
-    def step(self) -> torch.Tensor:
-        norm = super().step()
-        for name, p in self.parameters.items():
-            _Ema.averages[name].lerp_(p, 1 - 0.99)
-        return norm
-
-
-def _on_aux(change):
-    """A features() of the head that sees changed aux states while it learns."""
-    from eagle3_xla.draft.model import Eagle3Head
-
-    plain = Eagle3Head.features
-
-    def features(self, aux):
-        return plain(self, change(aux) if torch.is_grad_enabled() else aux)
-
-    return patch.object(Eagle3Head, "features", features)
-
-
-def _noise(aux):
-    scale = aux.square().mean((0, 1), keepdim=True).sqrt()
-    return aux + 0.1 * scale * torch.randn_like(aux)
-
-
-def _dropout(aux):
-    return torch.nn.functional.dropout(aux, 0.1)
-
-
-PATCHES = {
-    "plain_start": lambda: patch.object(setup, "_initialise", _plain_start),
-    "frozen_lm_head": lambda: patch.object(setup, "AdamW", _FrozenLmHead),
-    "muon": lambda: patch.object(setup, "AdamW", _Muon),
-    "ema": lambda: patch.object(setup, "AdamW", _Ema),
-    "noise": lambda: _on_aux(_noise),
-    "dropout": lambda: _on_aux(_dropout),
-}
-
-
 class Where(NamedTuple):
     """What all runs of a call share. train: a file of chats in place of the shipped ones; tokens: of the chats."""
 
@@ -290,14 +186,12 @@ def _run(name: str, settings: dict[str, str], seed: int, where: Where) -> dict:
         return json.loads(file.read_text())
     recipe = load_recipe("smollm2-cpu", [*given, f"train.out={out / 'train'}"])
     with _quiet(out / "log.txt"), PATCHES[settings["patch"]]() if "patch" in settings else contextlib.nullcontext():
-        started = time.perf_counter()
         training = train(recipe)
-        seconds = time.perf_counter() - started
         if training["ended"] != "done":
             raise KeyboardInterrupt  # the next start goes on from its checkpoint
         export(out / "train", out / "head")
         if settings.get("patch") == "ema":
-            _write_averages(out / "head" / "model.safetensors")
+            write_averages(out / "head" / "model.safetensors")
         options = EvalOptions(limit=PROMPTS, max_new_tokens=TOKENS, batch_size=PROMPTS, baseline=False)
         options.device = "cuda" if where.device == "cuda" else "cpu"
         sampled = dataclasses.replace(options, max_new_tokens=SAMPLED_TOKENS, temperature=1.0, seed=seed)
@@ -310,7 +204,6 @@ def _run(name: str, settings: dict[str, str], seed: int, where: Where) -> dict:
         "tau_at_temperature_1": round(at_1["tau"], 4),
         "heldout_tau": round(training["tau"], 4),
         "micro_steps": training["micro_steps"],
-        "train_seconds": round(seconds, 1),
     }
     partial = file.with_suffix(".partial")
     partial.write_text(json.dumps(result, indent=1) + "\n")
@@ -318,23 +211,12 @@ def _run(name: str, settings: dict[str, str], seed: int, where: Where) -> dict:
     return result
 
 
-def _write_averages(file: Path) -> None:
-    from safetensors import safe_open
-    from safetensors.torch import save_file
-
-    with safe_open(file, framework="pt") as saved:
-        tensors, about = {name: saved.get_tensor(name) for name in saved.keys()}, saved.metadata()
-    for name, average in _Ema.averages.items():
-        tensors[name] = average.to("cpu", tensors[name].dtype).contiguous()
-    save_file(tensors, file, metadata=about)
-
-
 def summary(results: list[dict]) -> list[dict]:
     """Of each recipe: means and standard deviations over its seeds."""
     rows: list[dict] = []
     for name in dict.fromkeys(result["recipe"] for result in results):
         of_it = [result for result in results if result["recipe"] == name]
-        row = {"recipe": name, "seeds": len(of_it), "train_seconds": mean(r["train_seconds"] for r in of_it)}
+        row = {"recipe": name, "seeds": len(of_it)}
         for key in ("tau", "tau_at_temperature_1", "heldout_tau"):
             values = [result[key] for result in of_it]
             row[key], row[f"{key}_spread"] = mean(values), stdev(values) if len(values) > 1 else 0.0
@@ -417,12 +299,13 @@ def main() -> None:
             runs.setdefault(json.dumps([run[2], run[3]], sort_keys=True), []).append(run)
         futures = {pool.submit(_run, *of_it[0][1:], where): of_it for of_it in runs.values()}
         results: dict[str, list[dict]] = {}
+        failed = []
         for future in as_completed(futures):
-            try:
-                result = future.result()
-            except Exception as error:
-                print(f"{futures[future][0]}: {type(error).__name__} {error}", file=sys.stderr)
+            if error := future.exception():  # the other runs go on
+                failed.append(f"{futures[future][0][:2]}: {type(error).__name__} {error}")
+                print(failed[-1], file=sys.stderr)
                 continue
+            result = future.result()
             for of, name, _, seed in futures[future]:
                 order = [*SETS[of]]
                 results.setdefault(of, []).append(result | {"recipe": name})
@@ -433,6 +316,8 @@ def main() -> None:
         if of in results:
             plot(results[of], arguments.out / f"{of}.svg")
             print(f"\n{of}\n\n{table(results[of])}")
+    if failed:
+        sys.exit(f"{len(failed)} runs failed, the first: {failed[0]}")
 
 
 def _write(arguments: argparse.Namespace, of: str, results: list[dict]) -> None:
