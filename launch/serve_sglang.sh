@@ -26,6 +26,9 @@ command+=("$python" -m sglang.launch_server --model-path "$target" --port "$port
 if [ -n "$head" ]; then
   command+=(--speculative-algorithm EAGLE3 --speculative-draft-model-path "$head" --speculative-num-steps 5
     --speculative-eagle-topk 4 --speculative-num-draft-tokens 8)
+  # A head with a sliding window: SGLang counts the positions before a row's own.
+  window="$(sed -n 's/.*"sliding_window": *\([0-9]\{1,\}\).*/\1/p' "$head/config.json" 2>/dev/null || true)"
+  [ -z "$window" ] || command+=(--speculative-draft-window-size "$((window - 1))")
 fi
 [ -n "$dry_run" ] || check_engine sglang sglang
 serve "${command[@]}" ${arguments[@]+"${arguments[@]}"}

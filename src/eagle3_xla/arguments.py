@@ -203,6 +203,12 @@ def _add_verbs(subparsers: Any, common: Parser, recipe: Parser) -> None:
     )
     verb.add_argument("--topk", type=DRAFTS, default=1, help="drafts per node: 1 is a chain (default), more a tree")
     verb.add_argument("--steps", type=COUNT, default=0, help="depth of a tree (default: 5)")
+    verb.add_argument(
+        "--draft-window",
+        type=COUNT,
+        default=0,
+        help="positions that the head sees, its own included (default: as its config.json says)",
+    )
     verb.add_argument("--batch-size", type=SIZE, default=16, help="prompts decoded at once (default: 16)")
     verb.add_argument("--temperature", type=TEMPERATURE, default=0.0, help="0 is greedy (default)")
     verb.add_argument("--top-p", type=TOP_P, default=1.0)

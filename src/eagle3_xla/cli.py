@@ -204,7 +204,8 @@ def _eval(options: Namespace, overrides: list[str]) -> dict:
     from eagle3_xla.evaluate.options import EvalOptions
     from eagle3_xla.evaluate.run import evaluate
 
-    names = "limit turns thinking max_new_tokens draft_tokens topk steps batch_size temperature top_p seed device force"
+    names = "limit turns thinking max_new_tokens draft_tokens topk steps draft_window batch_size"
+    names += " temperature top_p seed device force"
     settings = EvalOptions(**{name: getattr(options, name) for name in names.split()})
     return evaluate(options.target, options.draft, options.prompts, settings, options.report, options.run)
 

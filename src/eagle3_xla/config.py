@@ -146,6 +146,11 @@ def _check(recipe: Recipe) -> None:
         check_values(getattr(recipe, section.name), section.name)
     recipe.data.check()
     recipe.loss.check()
+    if 0 < recipe.draft.window < recipe.loss.ttt_length:
+        raise UserError(
+            f"setting draft.window is {recipe.draft.window}; 0, or at least loss.ttt_length ({recipe.loss.ttt_length}) "
+            "is expected: a draft sees those before it"
+        )
     if recipe.xla.draft_data_parallel and recipe.train.batch_size % recipe.xla.tp:
         raise UserError(
             f"setting xla.draft_data_parallel deals the rows of a replica to its {recipe.xla.tp} devices; "

@@ -1,6 +1,6 @@
 """`export`: a checkpoint into the one directory that SGLang, sglang-jax and vLLM load.
 
-config.json         LlamaForCausalLMEagle3, as the engines' readers expect it
+config.json         LlamaForCausalLMEagle3, as the engines' readers expect it (with draft.qk_norm vLLM's class for it)
 model.safetensors   fc, midlayer, norm, lm_head, d2t (int64 offsets), t2d (bool); the embedding is the target's
 
 The metadata of model.safetensors also holds what weights can't tell: how the head was trained. Engines ignore it;
@@ -15,7 +15,16 @@ from safetensors.torch import save_file
 
 from eagle3_xla import checkpoint as checkpoints
 from eagle3_xla import storage
-from eagle3_xla.draft.saved import ARCHITECTURE, EXPORTED, NORM_FLAGS, RECORD, TRAINED
+from eagle3_xla.draft.saved import (
+    ARCHITECTURE,
+    EXPORTED,
+    MODEL_TYPES,
+    NORM_FLAGS,
+    QK_NORM_ARCHITECTURE,
+    RECORD,
+    TRAINED,
+    window_of,
+)
 from eagle3_xla.errors import UserError
 from eagle3_xla.outputs import claim_output
 from eagle3_xla.storage import Location
@@ -45,6 +54,7 @@ def export(checkpoint: Location, out: Location, dtype: str = "bfloat16") -> dict
     tensors = {name: value.to(DTYPES[dtype]).contiguous() for name, value in saved.head.items()}
     record = {key: config[key] for key in TRAINED} | {"aux_layers": "default"}
     record |= {key: config.get(key, False) for key in NORM_FLAGS}
+    record |= {"window": window_of(config), "qk_norm": config["architectures"] == [QK_NORM_ARCHITECTURE]}
     metadata = {"format": "pt", RECORD: json.dumps(record)}
     with storage.whole_file(storage.join(out, EXPORTED)) as partial:
         save_file({**tensors, "d2t": saved.d2t, "t2d": saved.t2d}, partial, metadata=metadata)
@@ -79,9 +89,11 @@ def serving_config(draft: dict, draft_vocab_size: int, dtype: str) -> dict:
     )
     rope = {"rope_theta": draft["rope_theta"], "rope_scaling": draft["rope_scaling"]}
     scaling = draft["rope_scaling"] or {"rope_type": "default"}
+    architecture = QK_NORM_ARCHITECTURE if draft.get("qk_norm") else ARCHITECTURE
+    window = {"use_sliding_window": True, "layer_types": ["sliding_attention"]}  # for Qwen3's reader, for vLLM's
     return {
-        "architectures": [ARCHITECTURE],
-        "model_type": "llama",
+        "architectures": [architecture],
+        "model_type": MODEL_TYPES[architecture],
         "num_hidden_layers": 1,
         **{key: draft[key] for key in keys},
         "draft_vocab_size": draft_vocab_size,
@@ -94,4 +106,5 @@ def serving_config(draft: dict, draft_vocab_size: int, dtype: str) -> dict:
         "tie_word_embeddings": False,
         "torch_dtype": dtype,
         **{key: True for key in NORM_FLAGS if draft.get(key)},
+        **({"sliding_window": draft["sliding_window"], **window} if draft.get("sliding_window") else {}),
     }

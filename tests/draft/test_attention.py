@@ -7,10 +7,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from eagle3_xla.draft.attention import block_length, causal_attention
 
 
-def attend_plainly(query, key, value, document_ids):
+def attend_plainly(query, key, value, document_ids, reach):
     scores = torch.einsum("btkgd,bskd->bkgts", query, key)
     causal = torch.ones(query.shape[1], query.shape[1], dtype=torch.bool).tril()
-    seen = causal & (document_ids[:, :, None] == document_ids[:, None, :])
+    seen = causal.triu(1 - (reach or query.shape[1])) & (document_ids[:, :, None] == document_ids[:, None, :])
     scores = scores.masked_fill(~seen[:, None, None], float("-inf"))
     return torch.einsum("bkgts,bskd->btkgd", scores.softmax(-1), value), scores.logsumexp(-1).permute(0, 3, 1, 2)
 
@@ -22,13 +22,13 @@ def inputs(batch: int, length: int, kv: int, group: int, size: int) -> list[torc
     return [tensor.requires_grad_() for tensor in (query, key, value)]
 
 
-@pytest.mark.parametrize("length", [1, 255, 700, 2100])
-def test_values_and_gradients_are_those_of_plain_attention(length):
+@pytest.mark.parametrize("length, reach", [(1, None), (255, None), (700, None), (2100, None), (700, 1), (2100, 290)])
+def test_values_and_gradients_are_those_of_plain_attention(length, reach):
     document_ids = (torch.arange(length) // 300).expand(2, -1)
     results = []
     for attend in (causal_attention, attend_plainly):
         arguments = inputs(2, length, 2, 3, 8)
-        output, logsumexp = attend(*arguments, document_ids)
+        output, logsumexp = attend(*arguments, document_ids, reach)
         (output.sin().sum() + logsumexp.sin().sum()).backward()
         results.append([output, logsumexp, *(tensor.grad for tensor in arguments)])
     for ours, expected in zip(*results):

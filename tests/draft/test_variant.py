@@ -1,7 +1,8 @@
-"""An EAGLE-3.1 head from training to `eval`: its files say what it was trained with, and nothing else is believed."""
+"""Other heads from training to `eval`: their files say what they were trained with, and nothing else is believed."""
 
 import json
 import shutil
+from dataclasses import replace
 
 import pytest
 import torch
@@ -59,3 +60,42 @@ def test_a_warm_start_from_the_other_variant_is_refused(head, small_run):
     prepare(recipe)
     with pytest.raises(UserError, match=r"its fc_norm is True \(setting draft.variant\); its norm_output is True"):
         train(recipe)
+
+
+@pytest.fixture(scope="module")
+def narrow_head(small_run_in, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("narrow")
+    recipe = load_recipe(None, [*small_run_in(folder), "draft.window=9", "draft.qk_norm=true"])
+    prepare(recipe)
+    train(recipe, max_steps=4)
+    export(folder / "run", folder / "head", "float32")
+    return folder / "head"
+
+
+def test_a_window_and_normed_queries(narrow_head, small_target, chat_file, tmp_path):
+    config = json.loads((narrow_head / "config.json").read_text())
+    assert config["architectures"] == ["Eagle3Qwen3ForCausalLM"] and config["model_type"] == "qwen3"
+    assert config["sliding_window"] == 9 and config["layer_types"] == ["sliding_attention"]
+    loaded, _ = load_head(narrow_head)
+    assert loaded.window == 9 and not torch.equal(loaded.midlayer.self_attn.q_norm.weight, torch.ones(16))
+    result = doctor(narrow_head, str(small_target))
+    assert result["ok"] and rule(result, "window") == rule(result, "architecture") == "warn"
+    options = EvalOptions(limit=2, max_new_tokens=12)
+    assert evaluate(str(small_target), str(narrow_head), str(chat_file), options)["identical"]
+    with pytest.raises(UserError, match="sees 3 positions: drafts of 5 steps don't fit"):
+        evaluate(str(small_target), str(narrow_head), str(chat_file), replace(options, draft_window=3))
+    for broken, of in (
+        ({"layer_types": None}, "window"),
+        ({"architectures": ["LlamaForCausalLMEagle3"]}, "architecture"),
+    ):
+        shutil.copytree(narrow_head, tmp_path / of)
+        (tmp_path / of / "config.json").write_text(json.dumps(config | broken))
+        result = doctor(tmp_path / of, str(small_target))
+        assert not result["ok"] and rule(result, of) == "fail"
+        assert doctor(tmp_path / of, str(small_target), fix=True)["ok"]
+        assert json.loads((tmp_path / of / "config.json").read_text()) == config
+
+
+def test_a_window_shorter_than_the_unroll_is_refused():
+    with pytest.raises(UserError, match=r"draft.window is 3; 0, or at least loss.ttt_length \(7\)"):
+        load_recipe(None, ["draft.window=3"])

@@ -10,6 +10,7 @@ from eagle3_xla.config import load_recipe
 from eagle3_xla.data.prepare import load_prepared, prepare
 from eagle3_xla.data.vocab import d2t_t2d
 from eagle3_xla.draft.attention import causal_attention
+from eagle3_xla.draft.config import DraftConfig
 from eagle3_xla.draft.model import Eagle3Head, draft_config
 from eagle3_xla.draft.saved import load_head
 from eagle3_xla.evaluate.decode import Choice, Generation, SpeculativeDecoder, decode_plain
@@ -51,14 +52,17 @@ class _Always(Choice):
         return self.token
 
 
-@pytest.mark.parametrize("variant", ["eagle3", "eagle3.1"])
-def test_drafts_are_the_unrolls_drafts(trained, small_target, variant):
+SHAPES = [DraftConfig(), DraftConfig(variant="eagle3.1"), DraftConfig(window=6), DraftConfig(qk_norm=True)]
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=["eagle3", "eagle3.1", "window", "qk_norm"])
+def test_drafts_are_the_unrolls_drafts(trained, small_target, shape):
     """The KV-cache decoding drafts what the TTT unroll predicts at the same row: training and serving agree."""
     head, d2t = load_head(trained)
     target = Target(load_target(str(small_target), torch.float32), torch.arange(len(d2t)) + d2t)
-    if variant == "eagle3.1":
+    if shape != DraftConfig():
         weights = head.state_dict()
-        head = Eagle3Head(draft_config(target.model.config, len(d2t), variant)).eval().requires_grad_(False)
+        head = Eagle3Head(draft_config(target.model.config, len(d2t), shape)).eval().requires_grad_(False)
         norms = {name: 1 + torch.rand_like(w) for name, w in head.state_dict().items() if "norm" in name}
         head.load_state_dict(head.state_dict() | weights | norms)
     ids = torch.randint(0, 1000, (1, 24), generator=torch.Generator().manual_seed(1))
@@ -76,7 +80,7 @@ def test_drafts_are_the_unrolls_drafts(trained, small_target, variant):
     key0, value0 = head.context(head.embedded(target.embed_tokens(shift_left(text, 1))), hidden, positions)
 
     def attend_context(query):
-        return causal_attention(query, key0, value0, torch.ones_like(text))
+        return causal_attention(query, key0, value0, torch.ones_like(text), head.window and head.window - k)
 
     for k, draft in enumerate(drafts):
         embedded = head.embedded(target.embed_tokens(shift_left(text, 1 + k)))

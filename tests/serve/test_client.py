@@ -278,6 +278,13 @@ def test_gap_names_a_head_that_doctor_fails(serving, exported_head, small_target
     assert cli.main(arguments) == 1
     said = capsys.readouterr().out
     assert "served           1.500" in said and "norm_flags: norm_output True" in said and "d2t" in said
+    window = {"sliding_window": 16, "layer_types": ["sliding_attention"]}
+    (head / "config.json").write_text(json.dumps(config | window))
+    narrow = serving(pages | {"/server_info": (200, json.dumps(INFO | {"speculative_draft_window_size": 7}))})
+    assert cli.main([*arguments, "--server", narrow]) == 1
+    assert "lets the head see 8 positions, and 16 were trained: start it with --speculative-draft-window-size 15" in (
+        capsys.readouterr().out
+    )
     (head / "config.json").write_text(json.dumps(config | {"hidden_act": "snake"}))
     assert cli.main(arguments) == 2 and "hidden_act is 'snake'" in capsys.readouterr().err
     alone = serving(pages | {"/server_info": (200, json.dumps(INFO | {"speculative_algorithm": None}))})

@@ -5,7 +5,17 @@ target else. Without a record a doubt about the training is a warning, and no fi
 """
 
 from eagle3_xla.doctor.files import Finding, Target
-from eagle3_xla.draft.saved import ARCHITECTURE, FLAGS, LAYER_IDS, UNKNOWN, SavedHead, layer_ids
+from eagle3_xla.draft.saved import (
+    ARCHITECTURE,
+    FLAGS,
+    LAYER_IDS,
+    MODEL_TYPES,
+    QK_NORM_ARCHITECTURE,
+    UNKNOWN,
+    SavedHead,
+    layer_ids,
+    window_of,
+)
 from eagle3_xla.errors import UserError
 from eagle3_xla.target.families import MIN_LAYERS, aux_layers, context_length, is_longrope
 
@@ -16,19 +26,25 @@ RULED = (
     "bias",
     "tie_word_embeddings",
     "num_hidden_layers",
+    "sliding_window",
+    "layer_types",
 )  # have their own rule
 
 
 def architecture(head: SavedHead, target: Target) -> Finding:
     names, kind = head.config.get("architectures"), head.config.get("model_type")
-    if names == [ARCHITECTURE] and kind == "llama":
-        return Finding("architecture", "pass", ARCHITECTURE)
+    normed = "midlayer.self_attn.q_norm.weight" in head.tensors
+    wanted = QK_NORM_ARCHITECTURE if normed else ARCHITECTURE
+    if names == [wanted] and kind == MODEL_TYPES[wanted]:
+        if normed:
+            message = f"{wanted}, query and key normed: vLLM 0.32 serves it, SGLang and sglang-jax have no such class"
+            return Finding("architecture", "warn", message)
+        return Finding("architecture", "pass", wanted)
     message = f"architectures is {names} and model_type {kind!r}: engines choose the model class by them and load none "
-    message += f"or another one; they must be ['{ARCHITECTURE}'] and 'llama'"
+    message += f"or another one; they must be ['{wanted}'] and '{MODEL_TYPES[wanted]}'"
     ours = "midlayer.self_attn.q_proj.weight" in head.tensors
-    return Finding(
-        "architecture", "fail", message, {"architectures": [ARCHITECTURE], "model_type": "llama"} if ours else None
-    )
+    fix = {"architectures": [wanted], "model_type": MODEL_TYPES[wanted]}
+    return Finding("architecture", "fail", message, fix if ours else None)
 
 
 def one_layer(head: SavedHead, target: Target) -> Finding:
@@ -228,6 +244,25 @@ def fc_norm(head: SavedHead, target: Target) -> Finding:
     return Finding("fc_norm", "fail", "fc_norm is set and its weights are missing", {"fc_norm": None})
 
 
+def window(head: SavedHead, target: Target) -> Finding:
+    """The sliding window: vLLM reads it in config.json by `layer_types`, SGLang takes it from its command line."""
+    fields = ("sliding_window", "layer_types", "use_sliding_window")
+    given, trained = window_of(head.config), (head.record or {}).get("window")
+    if head.record and given != trained:
+        message = f"the sliding window is {given or 'none'}, {trained or 'none'} was trained: vLLM reads it here"
+        fix = dict(zip(fields, (trained, ["sliding_attention"], True))) if trained else dict.fromkeys(fields)
+        return Finding("window", "fail", message, fix)
+    if given:
+        message = f"the head sees {given} positions: vLLM reads that here, SGLang is to be told by "
+        message += f"--speculative-draft-window-size {given - 1} (without a row's own), sglang-jax sees all of them"
+        return Finding("window", "warn", message)
+    size, types = head.config.get("sliding_window"), head.config.get("layer_types")
+    if (size is None or head.config.get("use_sliding_window") is False) and types in UNKNOWN["layer_types"]:
+        return Finding("window", "pass", "none")
+    message = f"sliding_window is {size} and layer_types {types}: engines read a window where both say so; "
+    return Finding("window", "warn", message + "`eval` and `gap` here refuse the head")
+
+
 def biases(head: SavedHead, target: Target) -> Finding:
     wrong = [key for key in ("attention_bias", "mlp_bias", "bias") if head.config.get(key)]
     if not wrong or any(name.endswith(".bias") for name in head.tensors):
@@ -248,7 +283,7 @@ def other_fields(head: SavedHead, target: Target) -> Finding:
     """Fields that no other rule knows, and that change what a head computes."""
     others = {name: UNKNOWN[name] for name in UNKNOWN if name not in RULED}
     found = [name for name, harmless in others.items() if head.config.get(name) not in harmless]
-    if not found or (found == ["sliding_window"] and head.config.get("use_sliding_window") is False):
+    if not found:
         return Finding("other_fields", "pass", "none that changes what the head computes")
     message = f"{', '.join(found)} set: some engines compute by it, others don't, and `eval` and `gap` here refuse it"
     return Finding("other_fields", "warn", message)
@@ -313,6 +348,7 @@ RULES = (
     activation,
     norm_flags,
     fc_norm,
+    window,
     biases,
     tied,
     other_fields,

@@ -9,7 +9,7 @@ from safetensors import SafetensorError, safe_open
 from eagle3_xla.checks import mapping, read_json
 from eagle3_xla.data.tokenizer import stop_token_ids
 from eagle3_xla.doctor.files import Finding, Target
-from eagle3_xla.draft.saved import SavedHead, d2t_problem, expected_shapes
+from eagle3_xla.draft.saved import QK_NORM_ARCHITECTURE, SavedHead, d2t_problem, expected_shapes
 from eagle3_xla.errors import UserError
 
 EMBEDDING = "embed_tokens.weight"
@@ -22,6 +22,7 @@ def wanted_shapes(head: SavedHead) -> dict[str, tuple[int, ...]]:
     config = SimpleNamespace(**{name: head.config.get(name) or 0 for name in names})
     heads = config.num_attention_heads
     config.head_dim = head.config.get("head_dim") or (config.hidden_size // heads if heads else 0)
+    config.qk_norm = head.config.get("architectures") == [QK_NORM_ARCHITECTURE]
     return expected_shapes(config)
 
 

@@ -14,13 +14,13 @@ def block_length(length: int) -> int:
     return min(max(256, length // 8), 512)
 
 
-def causal_attention(query, key, value, document_ids) -> tuple[torch.Tensor, torch.Tensor]:
-    """Causal attention inside each document.
+def causal_attention(query, key, value, document_ids, reach: int | None = None) -> tuple[torch.Tensor, torch.Tensor]:
+    """Causal attention inside each document, to the last `reach` rows (None: all of them), its own included.
 
     query [B, T, kv_heads, group, D], already scaled; key, value [B, T, kv_heads, D]; document_ids [B, T] int.
     Returns the output [B, T, kv_heads, group, D] and the log-sum-exp of its scores [B, T, kv_heads, group] float32.
     """
-    return _CausalAttention.apply(query, key, value, document_ids)
+    return _CausalAttention.apply(query, key, value, document_ids, reach)
 
 
 def softmax(scores: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -49,14 +49,15 @@ class _CausalAttention(torch.autograd.Function):
     # einsum, not `q @ k.transpose`: that makes the TPU partitioner gather query, key and value over tp.
 
     @staticmethod
-    def forward(ctx, query, key, value, document_ids):
+    def forward(ctx, query, key, value, document_ids, reach):
         outputs, logsumexps = [], []
-        for scores, _, end in _blocks(query, key, document_ids):
+        for scores, _, seen in _blocks(query, key, document_ids, reach):
             weights, logsumexp = softmax(scores)
-            outputs.append(torch.einsum("bkgts,bskd->btkgd", weights.to(value.dtype), value[:, :end]))
+            outputs.append(torch.einsum("bkgts,bskd->btkgd", weights.to(value.dtype), value[:, seen]))
             logsumexps.append(logsumexp.permute(0, 3, 1, 2))  # [B, block, kv, group]
         output, logsumexp = torch.cat(outputs, 1), torch.cat(logsumexps, 1)
         ctx.save_for_backward(query, key, value, document_ids, output, logsumexp)
+        ctx.reach = reach
         return output, logsumexp
 
     @staticmethod
@@ -67,24 +68,26 @@ class _CausalAttention(torch.autograd.Function):
         d_output = d_output.to(value.dtype)
         query = after(query, d_output)  # else XLA keeps the weights of the forward pass instead of making them again
         d_query, d_key, d_value = [], torch.zeros_like(key), torch.zeros_like(value)
-        for scores, start, end in _blocks(query, key, document_ids):
-            block = slice(start, end)
+        for scores, block, seen in _blocks(query, key, document_ids, ctx.reach):
             weights = (scores - logsumexp[:, block].permute(0, 2, 3, 1)[..., None]).exp()
-            d_weights = torch.einsum("btkgd,bskd->bkgts", d_output[:, block], value[:, :end]).float()
+            d_weights = torch.einsum("btkgd,bskd->bkgts", d_output[:, block], value[:, seen]).float()
             d_scores = (weights * (d_weights + shared[:, block].permute(0, 2, 3, 1)[..., None])).to(query.dtype)
-            d_query.append(torch.einsum("bkgts,bskd->btkgd", d_scores, key[:, :end]))
-            d_key[:, :end] += torch.einsum("bkgts,btkgd->bskd", d_scores, query[:, block])
-            d_value[:, :end] += torch.einsum("bkgts,btkgd->bskd", weights.to(value.dtype), d_output[:, block])
-        return torch.cat(d_query, 1), d_key, d_value, None
+            d_query.append(torch.einsum("bkgts,bskd->btkgd", d_scores, key[:, seen]))
+            d_key[:, seen] += torch.einsum("bkgts,btkgd->bskd", d_scores, query[:, block])
+            d_value[:, seen] += torch.einsum("bkgts,btkgd->bskd", weights.to(value.dtype), d_output[:, block])
+        return torch.cat(d_query, 1), d_key, d_value, None, None
 
 
-def _blocks(query, key, document_ids):
-    """(masked scores [B, kv, group, block, end] float32, start, end) of each block of queries [start, end)."""
+def _blocks(query, key, document_ids, reach: int | None):
+    """(masked scores [B, kv, group, block, seen] float32, rows of the block, rows that it may see) of all blocks."""
     length = query.shape[1]
     position = torch.arange(length, device=query.device)
     for start in range(0, length, block_length(length)):
-        end = min(start + block_length(length), length)
-        seen = position[start:end, None] >= position[None, :end]
-        seen = seen & (document_ids[:, start:end, None] == document_ids[:, None, :end])  # [B, block, end]
-        scores = torch.einsum("btkgd,bskd->bkgts", query[:, start:end], key[:, :end]).float()
-        yield scores.masked_fill(~seen[:, None, None], torch.finfo(torch.float32).min), start, end
+        block = slice(start, min(start + block_length(length), length))
+        seen = slice(max(0, start - reach + 1) if reach else 0, block.stop)
+        distance = position[block, None] - position[None, seen]
+        visible = (distance >= 0) & (document_ids[:, block, None] == document_ids[:, None, seen])  # [B, block, seen]
+        if reach:
+            visible = visible & (distance < reach)
+        scores = torch.einsum("btkgd,bskd->bkgts", query[:, block], key[:, seen]).float()
+        yield scores.masked_fill(~visible[:, None, None], torch.finfo(torch.float32).min), block, seen

@@ -9,3 +9,6 @@ from eagle3_xla.settings import setting
 class DraftConfig:
     # eagle3.1: aux states are normed before fc, the normed state is fed back (docs/serving.md: which engines serve it)
     variant: str = setting("eagle3", among=("eagle3", "eagle3.1"))
+    # positions that the head sees, its own included (a sliding window); 0: the whole context
+    window: int = setting(0, within="[0, inf)")
+    qk_norm: bool = False  # RMSNorm of each attention head's query and key, as in Qwen3; vLLM alone serves it

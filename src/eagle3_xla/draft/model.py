@@ -12,16 +12,20 @@ from transformers.models.llama.modeling_llama import (
 )
 
 from eagle3_xla.draft.attention import merge_own_rows
+from eagle3_xla.draft.config import DraftConfig
 from eagle3_xla.target.families import is_longrope
 
 
-def draft_config(target_config, draft_vocab_size: int, variant: str = "eagle3") -> LlamaConfig:
+def draft_config(target_config, draft_vocab_size: int, shape: DraftConfig | None = None) -> LlamaConfig:
     """A one-layer Llama config with the target's sizes, RoPE and context length.
 
-    Of a longrope target, which is used within its original context, the head has the base alone. variant: of
-    draft/config.py; `fc_norm` and `norm_output` are the names under which engines read it (`Eagle3Head`).
+    Of a longrope target, which is used within its original context, the head has the base alone. What `shape` adds has
+    the names under which engines read it (`Eagle3Head`), but for `qk_norm`, which is an architecture there.
     """
-    of_3_1 = dict.fromkeys(("fc_norm", "norm_output"), True) if variant == "eagle3.1" else {}
+    shape = shape or DraftConfig()
+    more = dict.fromkeys(("fc_norm", "norm_output"), True) if shape.variant == "eagle3.1" else {}
+    more |= {"sliding_window": shape.window} if shape.window else {}
+    more |= {"qk_norm": True} if shape.qk_norm else {}
     heads = target_config.num_attention_heads
     return LlamaConfig(
         hidden_size=target_config.hidden_size,
@@ -39,12 +43,14 @@ def draft_config(target_config, draft_vocab_size: int, variant: str = "eagle3") 
         bos_token_id=target_config.bos_token_id,
         eos_token_id=target_config.eos_token_id,
         tie_word_embeddings=False,
-        **of_3_1,
+        **more,
     )
 
 
 class Attention(nn.Module):
-    """q, k, v from concat(embedding, hidden) [.., 2H] without bias."""
+    """q, k, v from concat(embedding, hidden) [.., 2H] without bias; with `qk_norm` each attention head's query and key
+    are normed before RoPE.
+    """
 
     def __init__(self, config: LlamaConfig):
         super().__init__()
@@ -53,6 +59,9 @@ class Attention(nn.Module):
         self.k_proj = nn.Linear(2 * config.hidden_size, config.num_key_value_heads * config.head_dim, bias=False)
         self.v_proj = nn.Linear(2 * config.hidden_size, config.num_key_value_heads * config.head_dim, bias=False)
         self.o_proj = nn.Linear(config.num_attention_heads * config.head_dim, config.hidden_size, bias=False)
+        if getattr(config, "qk_norm", False):
+            self.q_norm = LlamaRMSNorm(config.head_dim, config.rms_norm_eps)
+            self.k_norm = LlamaRMSNorm(config.head_dim, config.rms_norm_eps)
 
     def embedded(self, embeds: torch.Tensor) -> list[torch.Tensor]:
         """embeds [.., H], normed -> their share of the query, the key and the value, [.., heads * D] each."""
@@ -66,6 +75,8 @@ class Attention(nn.Module):
             x = share + linear(hidden, proj.weight[:, hidden.shape[-1] :])
             rotated.append(x.view(*x.shape[:-1], -1, self.head_dim))
         query, key, value = rotated
+        if hasattr(self, "q_norm"):
+            query, key = self.q_norm(query), self.k_norm(key)
         query, key = apply_rotary_pos_emb(query, key, *rope, unsqueeze_dim=2)
         return query, key, value
 
@@ -97,7 +108,8 @@ class Eagle3Head(nn.Module):
 
     As SGLang 0.5.21 and vLLM 0.32 read config.json (their llama_eagle3.py): `fc_norm`: RMSNorm on each of the three aux
     states before fc; `norm_output`: a step's state is fed back to the next one after the final norm, not before it.
-    EAGLE-3.1 is both.
+    EAGLE-3.1 is both. `sliding_window`: a row attends to that many positions, its own the last of them. `qk_norm`:
+    vLLM's qwen3_eagle3.py.
     """
 
     def __init__(self, config: LlamaConfig):
@@ -111,6 +123,7 @@ class Eagle3Head(nn.Module):
         self.norm = LlamaRMSNorm(size, config.rms_norm_eps)
         self.lm_head = nn.Linear(size, config.draft_vocab_size, bias=False)
         self.rotary = LlamaRotaryEmbedding(config)
+        self.window: int | None = getattr(config, "sliding_window", None)
 
     def normed_aux(self, aux: torch.Tensor) -> torch.Tensor:
         """aux [.., 3H] -> what fc reads, [.., 3H]."""

@@ -22,6 +22,8 @@ from eagle3_xla.storage import Location
 
 EXPORTED = "model.safetensors"
 ARCHITECTURE = "LlamaForCausalLMEagle3"
+QK_NORM_ARCHITECTURE = "Eagle3Qwen3ForCausalLM"  # with `qk_norm`, in vLLM alone (its qwen3_eagle3.py)
+MODEL_TYPES = {ARCHITECTURE: "llama", QK_NORM_ARCHITECTURE: "qwen3"}
 RECORD = "eagle3_xla"  # key in the metadata of model.safetensors
 # Settings of the training that no tensor's shape shows; an exported head of ours records them.
 TRAINED = (
@@ -46,6 +48,7 @@ SIZES = (
     "num_key_value_heads",
     "head_dim",
     "max_position_embeddings",
+    "sliding_window",
 )
 LARGEST = 1 << 24  # of a size: far beyond any model, and far below what no memory holds
 # Fields that change what a head computes, and that Eagle3Head does not know, with the values that change nothing.
@@ -53,6 +56,7 @@ FLAGS = ("norm_output", "norm_before_residual", "norm_before_fc")
 NORM_FLAGS = ("fc_norm", "norm_output")  # that Eagle3Head knows; false where a config or a record has none
 UNKNOWN = dict.fromkeys((*FLAGS, "attention_bias", "mlp_bias", "bias", "tie_word_embeddings"), (None, False))
 UNKNOWN |= dict.fromkeys(("quantization_config", "sliding_window", "final_logit_softcapping"), (None,))
+UNKNOWN |= {"layer_types": (None, ["full_attention"])}
 UNKNOWN |= dict.fromkeys(("logit_scale", "residual_multiplier", "embedding_multiplier", "logits_scaling"), (None, 1))
 UNKNOWN |= dict.fromkeys(("attention_multiplier", "attn_logit_softcapping"), (None,))
 UNKNOWN |= {"partial_rotary_factor": (None, 1), "num_hidden_layers": (None, 1)}
@@ -188,7 +192,16 @@ def expected_shapes(config) -> dict[str, tuple[int, ...]]:
     }
     norms = ["norm", *(f"midlayer.{name}" for name in ("hidden_norm", "input_layernorm", "post_attention_layernorm"))]
     norms += [f"fc_norm.{i}" for i in range(3)] if getattr(config, "fc_norm", False) else []
+    of_heads = ("q_norm", "k_norm") if getattr(config, "qk_norm", False) else ()
+    shapes |= {f"{attention}.{norm}.weight": (head_dim,) for norm in of_heads}
     return shapes | {f"{norm}.weight": (h,) for norm in norms}
+
+
+def window_of(config: dict) -> int | None:
+    """The sliding window that config.json asks for, as vLLM reads it: positions, a row's own included."""
+    if config.get("layer_types") != ["sliding_attention"] or config.get("use_sliding_window") is False:
+        return None
+    return config.get("sliding_window")
 
 
 def module_config(head: SavedHead, force: bool = False) -> LlamaConfig:
@@ -200,12 +213,13 @@ def module_config(head: SavedHead, force: bool = False) -> LlamaConfig:
             raise UserError(f"{head.file}: {name} is missing")
         return given.get(name, default)
 
-    if given.get("architectures") != [ARCHITECTURE]:
-        raise UserError(f"{head.file}: architectures is {shown(given.get('architectures'))}, not {ARCHITECTURE}")
+    architectures, window = given.get("architectures"), window_of(given)
+    if architectures not in ([ARCHITECTURE], [QK_NORM_ARCHITECTURE]):
+        raise UserError(f"{head.file}: architectures is {shown(architectures)}, not {ARCHITECTURE}")
     # Of another trainer it may mean something else: SpecForge's own `norm_output` is the norm before lm_head.
     fed_normed = bool(given.get("norm_output") and (head.record or {}).get("norm_output"))
     for name, harmless in UNKNOWN.items():
-        if name == "norm_output" and fed_normed:
+        if (name == "norm_output" and fed_normed) or (name in ("sliding_window", "layer_types") and window):
             continue
         unused = name == "sliding_window" and given.get("use_sliding_window") is False
         if given.get(name) not in harmless and not unused and not force:
@@ -242,6 +256,8 @@ def module_config(head: SavedHead, force: bool = False) -> LlamaConfig:
         tie_word_embeddings=False,
         fc_norm="fc_norm.0.weight" in head.tensors or bool(given.get("fc_norm")),
         norm_output=fed_normed,
+        sliding_window=window,
+        qk_norm=architectures == [QK_NORM_ARCHITECTURE],
     )
 
 

@@ -238,6 +238,7 @@ class SpeculativeDecoder(Decoder):
     ):
         super().__init__(target, slots)
         self.head, self.draft_tokens, self.topk, self.steps = head, draft_tokens, topk, steps or draft_tokens
+        assert head.window is None or head.window >= self.steps  # else a node's ancestors fall out of its sight
         self.d2t, self.draft_ids = d2t, (d2t + torch.arange(len(d2t), device=d2t.device)).to(target.device)
 
     def _start(self, slot: int, prompt: list[int], choose: Choice) -> _Text:
@@ -303,16 +304,18 @@ class SpeculativeDecoder(Decoder):
         device, length = hidden.device, max(known) + own.shape[-1]
         start = torch.tensor(known, device=device)[:, None]
         places = start + torch.arange(own.shape[-1], device=device)
-        mask = _visible(start, places, own.to(device), length)[:, None]
+        positions, mask = positions.to(device), _visible(start, places, own.to(device), length)
+        if self.head.window:  # of the rows that all see, row i is position i; a node's ancestors are never too far
+            mask = mask & (positions[:, :, None] - torch.arange(length, device=device) < self.head.window)
         embedded = self.head.embedded(self.target.embed_tokens(torch.tensor(tokens, device=device)).to(hidden.dtype))
         self.draft_cache.place(first, places[:, own.shape[-1] - own.shape[1] :], length)
 
         def attend(query, key, value):
             query, key, value = (x.transpose(1, 2) for x in (query, key, value))
             key, value = self.draft_cache.update(key, value, 0)
-            return decoding_attention(None, query, key, value, mask)[0]
+            return decoding_attention(None, query, key, value, mask[:, None])[0]
 
-        return self.head.midlayer(embedded, hidden, self.head.rope(hidden, positions.to(device)), attend)
+        return self.head.midlayer(embedded, hidden, self.head.rope(hidden, positions), attend)
 
 
 def decode_plain(

@@ -13,7 +13,8 @@ class EvalOptions:
     """limit: first prompts of the file, 0 for all; turns: of the user, asked one after the other's answer, 0 for
     all; thinking: "on" or "off" for the chat template, "" for its own default; draft_tokens, topk, steps: the shape of
     the drafts (decode.py), draft_tokens 0: the length of a chain that pays (draft_length.py), steps 0: as deep as
-    draft_tokens allow, at most 5 in a tree; batch_size: prompts decoded at once; temperature 0:
+    draft_tokens allow, at most 5 in a tree; draft_window: positions that the head sees, its own included, 0: as its
+    config.json says; batch_size: prompts decoded at once; temperature 0:
     greedy; device: cpu or cuda; baseline: decode without the head too, for its speed and for `identical`; force: a head
     that `doctor` fails, too.
     """
@@ -25,6 +26,7 @@ class EvalOptions:
     draft_tokens: int = 5
     topk: int = 1
     steps: int = 0
+    draft_window: int = 0
     batch_size: int = 16
     temperature: float = 0.0
     top_p: float = 1.0
@@ -42,6 +44,7 @@ class EvalOptions:
             "draft_tokens": 0,
             "topk": 1,
             "steps": 0,
+            "draft_window": 0,
             "batch_size": 1,
         }
         for name, least in least_of.items():

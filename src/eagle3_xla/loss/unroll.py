@@ -68,7 +68,8 @@ def unroll(
         def step(query, key, value, hidden, key0, value0, *own):
             def attend_context(query):
                 query = rows_at[k].put(query, len(input_ids))
-                return map(rows_at[k].take, causal_attention(query, key0, value0, batch["document_ids"]))
+                reach = head.window and head.window - k  # row t is at position t + k
+                return map(rows_at[k].take, causal_attention(query, key0, value0, batch["document_ids"], reach))
 
             embedded, keys, values = (query, key, value), own[: len(own) // 2], own[len(own) // 2 :]
             positions = rows_at[k].take(position_ids) + k

@@ -61,5 +61,5 @@ def _training_state_bytes(recipe: Recipe, target) -> int:
     """A checkpoint: the head and its two moments in float32, the draft vocabulary's maps."""
     draft_vocabulary = recipe.data.draft_vocab_size
     with torch.device("meta"):
-        head = Eagle3Head(draft_config(target, draft_vocabulary, recipe.draft.variant))
+        head = Eagle3Head(draft_config(target, draft_vocabulary, recipe.draft))
     return 3 * 4 * sum(p.numel() for p in head.parameters()) + 8 * draft_vocabulary + target.vocab_size

@@ -28,7 +28,7 @@ def lower_step(recipe: Recipe, target_config, coordinates: list | None = None) -
     draft_vocabulary, vocabulary = recipe.data.draft_vocab_size, target_config.vocab_size
     with torch.device("meta"):
         target = _target(recipe, target_config, backend)
-        head = backend.place_head(Eagle3Head(draft_config(target_config, draft_vocabulary, recipe.draft.variant)))
+        head = backend.place_head(Eagle3Head(draft_config(target_config, draft_vocabulary, recipe.draft)))
         parameters = dict(head.named_parameters())
         lr_scale = {"fc.weight": torch.zeros(head.fc.in_features)}
         optimizer = AdamW(parameters, recipe.train, TOTAL_STEPS, backend, lr_scale)

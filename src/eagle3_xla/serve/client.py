@@ -75,11 +75,12 @@ def connect(url: str) -> "Server":
 class Server:
     """engine, version; model: path or id of the target; dtype, device: what it computes in and on, None where the
     engine doesn't say; head: path of the draft model, None without one or unknown; steps, topk, draft_tokens: the
-    shape of its drafts (draft_tokens without the root), None without a head. url: without user and password.
+    shape of its drafts (draft_tokens without the root), None without a head; window: how many positions the head is let
+    see, None where the server doesn't limit it. url: without user and password.
     """
 
     engine = version = model = name = ""
-    dtype = device = head = steps = topk = draft_tokens = None
+    dtype = device = head = steps = topk = draft_tokens = window = None
 
     def __init__(self, url: str, http: httpx.Client):
         self.url, self.http = url, http

@@ -54,6 +54,9 @@ def gap(target_path: str, draft: str, prompts: str, url: str, options: EvalOptio
     saved = read_head(Path(draft))
     d2t_missing = _complete(saved)
     pair = load_pair(target_path, saved, options)
+    trained_window = pair.head.window
+    if trained_window is None:
+        pair.head.window = server.window
     tokenizer = load_tokenizer(target_path)
     ids = prompt_ids(tokenizer, prompts, options, pair.model.config.max_position_embeddings)
     stop_ids = stop_token_ids(target_path, tokenizer)
@@ -73,6 +76,11 @@ def gap(target_path: str, draft: str, prompts: str, url: str, options: EvalOptio
         causes = [text for _, text in sorted(causes)]
     causes += _positions(pair, ids, generations) + _template(server, prompts, ids)
     causes += [f"{rule['rule']}: {rule['message']}" for rule in rules if rule["status"] == "fail"]
+    if server.engine == "sglang" and trained_window and server.window != trained_window:
+        causes.append(
+            f"the server lets the head see {server.window or 'all'} positions, and {trained_window} were "
+            f"trained: start it with --speculative-draft-window-size {trained_window - 1}"
+        )
     same = [answer.tokens for answer in answers] == [generation.tokens for generation in generations]
     if not same:
         causes.append(_different_answers(server, options))

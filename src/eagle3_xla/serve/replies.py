@@ -78,7 +78,9 @@ def count(value, where: str, least: int = 0) -> int:
 
 @dataclass
 class SGLangInfo:
-    """head, steps, topk, draft_tokens (without the root): None without a head; dtype, device: None where not said."""
+    """head, steps, topk, draft_tokens (without the root): None without a head; dtype, device: None where not said;
+    window: positions that the head sees, its own included (SGLang's number is without it), None: all of them.
+    """
 
     version: str
     model: str
@@ -89,6 +91,7 @@ class SGLangInfo:
     steps: int | None = None
     topk: int | None = None
     draft_tokens: int | None = None
+    window: int | None = None
 
 
 def sglang_info(info: dict, where: str) -> SGLangInfo:
@@ -108,6 +111,8 @@ def sglang_info(info: dict, where: str) -> SGLangInfo:
             for name, least in (("num_steps", 1), ("eagle_topk", 1), ("num_draft_tokens", 2))
         )
         found.draft_tokens = drafts - 1
+        if (window := info.get("speculative_draft_window_size")) is not None:
+            found.window = 1 + count(window, f"{where}: speculative_draft_window_size", 1)
     return found
 
 

@@ -12,10 +12,11 @@ def flops_per_token(target: Any, recipe: Recipe) -> float:
     A matmul with an [m, n] weight is 2 m n. The target runs forward: its layers, the full vocabulary's logits; I is
     then as wide as what a token's chosen experts have together. The head runs forward and backward (3 times forward,
     nothing for rematerialisation): fc once, its layer and the draft vocabulary's logits at every TTT step, all of which
-    but the first only at the anchors. Causal attention sees half of T keys on average.
+    but the first only at the anchors. Causal attention sees half of T keys on average, with a window w of the head
+    w - w^2 / 2T of them.
 
         target = 2 (L (H (2 A + 2 K) + 3 H I) + H V) + 2 L A T        A = heads x head_dim, K = kv_heads x head_dim
-        draft  = 3 (2 * 3 H H + (1 + (ttt - 1) anchors) (2 (2 H (A + 2 K) + A H + 3 H I + H D) + 2 A T))
+        draft  = 3 (2 * 3 H H + (1 + (ttt - 1) anchors) (2 (2 H (A + 2 K) + A H + 3 H I + H D) + 4 A keys))
         MFU    = flops_per_token * tokens per second / (chips * peak bf16 FLOP/s of a chip)
     """
     hidden, inner, length, ttt = (
@@ -30,5 +31,6 @@ def flops_per_token(target: Any, recipe: Recipe) -> float:
     frozen = 2 * (attention + 3 * hidden * sum(inner_widths(target)) + hidden * target.vocab_size)
     frozen += target.num_hidden_layers * 2 * queries * length
     step = 2 * hidden * (queries + 2 * keys) + queries * hidden + 3 * hidden * inner
-    step = 2 * (step + hidden * recipe.data.draft_vocab_size) + 2 * queries * length
+    window = min(recipe.draft.window or length, length)
+    step = 2 * (step + hidden * recipe.data.draft_vocab_size) + 4 * queries * (window - window**2 / (2 * length))
     return frozen + 3 * (2 * 3 * hidden * hidden + (1 + (ttt - 1) * recipe.loss.anchors) * step)

@@ -109,7 +109,7 @@ def set_up(recipe: Recipe, stopping: list[str], hosts: Hosts) -> Run:
     saved = hosts.from_first(_saved_run(recipe, data_key) if hosts.index == 0 else None)
 
     lm_head_rows = linear_rows(target_config, target.draft_rows.float())
-    head = Eagle3Head(draft_config(target_config, len(data.draft_ids), recipe.draft.variant))
+    head = Eagle3Head(draft_config(target_config, len(data.draft_ids), recipe.draft))
     if warm_head is not None:
         layers = layers_of(warm_saved, target_config.num_hidden_layers)
         refuse_other_head(warm_head.config, head.config, settings.warm_start, layers, target.layers)
@@ -235,6 +235,10 @@ def refuse_other_head(warm, wanted, path: str, layers: tuple | None, of_target: 
     for name in NORM_FLAGS:
         if getattr(warm, name, False) != getattr(wanted, name, False):
             differences.append(f"its {name} is {getattr(warm, name, False)} (setting draft.variant)")
+    for name, named in (("sliding_window", "window"), ("qk_norm", "qk_norm")):
+        ours, its = (getattr(config, name, None) or None for config in (wanted, warm))
+        if ours != its:
+            differences.append(f"its {name} is {its} (setting draft.{named})")
     if layers not in (None, tuple(of_target)):
         differences.append(f"its aux layers are {list(layers)}, not {list(of_target)}")
     if differences:
