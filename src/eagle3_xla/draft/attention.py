@@ -4,6 +4,9 @@ The causal part is computed in blocks of queries that are computed again in the 
 not with T squared; the own-row keys join it by log-sum-exp.
 """
 
+from collections.abc import Iterator
+from typing import Any
+
 import torch
 
 from eagle3_xla.target.order import after
@@ -14,7 +17,9 @@ def block_length(length: int) -> int:
     return min(max(256, length // 8), 512)
 
 
-def causal_attention(query, key, value, document_ids, reach: int | None = None) -> tuple[torch.Tensor, torch.Tensor]:
+def causal_attention(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, document_ids: torch.Tensor, reach: int | None = None
+) -> tuple[torch.Tensor, torch.Tensor]:
     """Causal attention inside each document, to the last `reach` rows (None: all of them), its own included.
 
     query [B, T, kv_heads, group, D], already scaled; key, value [B, T, kv_heads, D]; document_ids [B, T] int.
@@ -31,7 +36,13 @@ def softmax(scores: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     return weights.mul_(1 / total), (largest + total.log())[..., 0]
 
 
-def merge_own_rows(query, output, logsumexp, keys: list, values: list) -> torch.Tensor:
+def merge_own_rows(
+    query: torch.Tensor,
+    output: torch.Tensor,
+    logsumexp: torch.Tensor,
+    keys: list[torch.Tensor],
+    values: list[torch.Tensor],
+) -> torch.Tensor:
     """Let each row see, beside its causal part, its own keys of the TTT steps 1..k: one softmax over all of them.
 
     query, output [G, R, kv_heads, group, D]; logsumexp [G, R, kv_heads, group] float32, as `causal_attention` gives
@@ -49,7 +60,14 @@ class _CausalAttention(torch.autograd.Function):
     # einsum, not `q @ k.transpose`: that makes the TPU partitioner gather query, key and value over tp.
 
     @staticmethod
-    def forward(ctx, query, key, value, document_ids, reach):
+    def forward(
+        ctx: Any,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        document_ids: torch.Tensor,
+        reach: int | None,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         outputs, logsumexps = [], []
         for scores, _, seen in _blocks(query, key, document_ids, reach):
             weights, logsumexp = softmax(scores)
@@ -61,7 +79,9 @@ class _CausalAttention(torch.autograd.Function):
         return output, logsumexp
 
     @staticmethod
-    def backward(ctx, d_output, d_logsumexp):
+    def backward(
+        ctx: Any, d_output: torch.Tensor, d_logsumexp: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, None, None]:
         query, key, value, document_ids, output, logsumexp = ctx.saved_tensors
         # d score = weight * (d weight - sum(weight * d weight) + d logsumexp), and that sum is output * d output.
         shared = d_logsumexp - (d_output * output).float().sum(-1)  # [B, T, kv, group]
@@ -78,7 +98,9 @@ class _CausalAttention(torch.autograd.Function):
         return torch.cat(d_query, 1), d_key, d_value, None, None
 
 
-def _blocks(query, key, document_ids, reach: int | None):
+def _blocks(
+    query: torch.Tensor, key: torch.Tensor, document_ids: torch.Tensor, reach: int | None
+) -> Iterator[tuple[torch.Tensor, slice, slice]]:
     """(masked scores [B, kv, group, block, seen] float32, rows of the block, rows that it may see) of all blocks."""
     length = query.shape[1]
     position = torch.arange(length, device=query.device)

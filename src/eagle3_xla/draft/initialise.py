@@ -25,7 +25,14 @@ class InputMoments:
         self.xy = torch.zeros(4 * hidden_size, hidden_size, dtype=torch.float64)
         self.rows = 0
 
-    def add(self, aux, embeds, hidden, norm_weight, loss_mask) -> None:
+    def add(
+        self,
+        aux: torch.Tensor,
+        embeds: torch.Tensor,
+        hidden: torch.Tensor,
+        norm_weight: torch.Tensor,
+        loss_mask: torch.Tensor,
+    ) -> None:
         """aux [B, T, 3H], embeds [B, T, H], hidden [B, T, H] after the final norm, whose scale is norm_weight [H];
         loss_mask [B, T] bool. Only rows that an engine drafts at count.
         """

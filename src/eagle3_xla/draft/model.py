@@ -1,9 +1,11 @@
 """The EAGLE3 head, LlamaForCausalLMEagle3 as SGLang and vLLM load it; parameter names are the exported ones."""
 
+from collections.abc import Callable, Iterable, Sequence
+
 import torch
 from torch import nn
 from torch.nn.functional import linear
-from transformers import LlamaConfig
+from transformers import LlamaConfig, PretrainedConfig
 from transformers.models.llama.modeling_llama import (
     LlamaMLP,
     LlamaRMSNorm,
@@ -16,14 +18,16 @@ from eagle3_xla.draft.config import DraftConfig
 from eagle3_xla.target.families import is_longrope
 
 
-def draft_config(target_config, draft_vocab_size: int, shape: DraftConfig | None = None) -> LlamaConfig:
+def draft_config(
+    target_config: PretrainedConfig, draft_vocab_size: int, shape: DraftConfig | None = None
+) -> LlamaConfig:
     """A one-layer Llama config with the target's sizes, RoPE and context length.
 
     Of a longrope target, which is used within its original context, the head has the base alone. What `shape` adds has
     the names under which engines read it (`Eagle3Head`), but for `qk_norm`, which is an architecture there.
     """
     shape = shape or DraftConfig()
-    more = dict.fromkeys(("fc_norm", "norm_output"), True) if shape.variant == "eagle3.1" else {}
+    more: dict[str, bool | int] = dict.fromkeys(("fc_norm", "norm_output"), True) if shape.variant == "eagle3.1" else {}
     more |= {"sliding_window": shape.window} if shape.window else {}
     more |= {"qk_norm": True} if shape.qk_norm else {}
     heads = target_config.num_attention_heads
@@ -67,7 +71,9 @@ class Attention(nn.Module):
         """embeds [.., H], normed -> their share of the query, the key and the value, [.., heads * D] each."""
         return [linear(embeds, proj.weight[:, : embeds.shape[-1]]) for proj in (self.q_proj, self.k_proj, self.v_proj)]
 
-    def project(self, embedded, hidden, rope: tuple[torch.Tensor, torch.Tensor]) -> tuple[torch.Tensor, ...]:
+    def project(
+        self, embedded: Sequence[torch.Tensor], hidden: torch.Tensor, rope: tuple[torch.Tensor, torch.Tensor]
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """embedded: as above, of [B, T]; hidden [B, T, H], normed -> query [B, T, heads, D], key and value
         [B, T, kv_heads, D], rotated."""
         rotated = []
@@ -92,7 +98,13 @@ class MidLayer(nn.Module):
         self.post_attention_layernorm = LlamaRMSNorm(config.hidden_size, config.rms_norm_eps)
         self.mlp = LlamaMLP(config)
 
-    def forward(self, embedded, hidden, rope, attend) -> torch.Tensor:
+    def forward(
+        self,
+        embedded: Sequence[torch.Tensor],
+        hidden: torch.Tensor,
+        rope: tuple[torch.Tensor, torch.Tensor],
+        attend: Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor],
+    ) -> torch.Tensor:
         """embedded: `Eagle3Head.embedded` of [B, T]; hidden [B, T, H] -> hidden [B, T, H], pre-norm.
 
         attend(query, key, value) -> [B, T, heads, D] is the caller's attention: TTT in training, a KV cache in
@@ -153,7 +165,9 @@ class Eagle3Head(nn.Module):
         """
         return self.midlayer.self_attn.embedded(self.midlayer.input_layernorm(embeds))
 
-    def context(self, embedded, hidden, position_ids) -> tuple[torch.Tensor, torch.Tensor]:
+    def context(
+        self, embedded: Sequence[torch.Tensor], hidden: torch.Tensor, position_ids: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         """Key and value of step 0 for every row, [B, T, kv_heads, D]: what all steps see causally.
 
         embedded: of the tokens [B, T]; hidden [B, T, H]; position_ids [B, T].
@@ -162,7 +176,16 @@ class Eagle3Head(nn.Module):
         _, key, value = layer.self_attn.project(embedded, layer.hidden_norm(hidden), rope)
         return key, value
 
-    def ttt_step(self, step: int, embedded, hidden, position_ids, attend_context, keys, values):
+    def ttt_step(
+        self,
+        step: int,
+        embedded: Sequence[torch.Tensor],
+        hidden: torch.Tensor,
+        position_ids: torch.Tensor,
+        attend_context: Callable[[torch.Tensor], Iterable[torch.Tensor]],
+        keys: Sequence[torch.Tensor],
+        values: Sequence[torch.Tensor],
+    ) -> tuple[torch.Tensor, ...]:
         """Step number `step` of the unroll, on the rows that count.
 
         embedded: of the tokens [G, R]; hidden [G, R, H]; position_ids [G, R]; attend_context(query) -> (output,
@@ -170,9 +193,9 @@ class Eagle3Head(nn.Module):
         steps 1 to step - 1.
         Returns hidden [G, R, H], pre-norm, and this step's own key and value [G, R, kv_heads, D].
         """
-        made = []
+        made: list[torch.Tensor] = []
 
-        def attend(query, key, value):
+        def attend(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
             made.extend((key, value))
             *rows, heads, head_dim = query.shape
             query = query.view(*rows, key.shape[2], heads // key.shape[2], head_dim) * head_dim**-0.5

@@ -6,6 +6,7 @@ this module would compute otherwise than config.json says.
 
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -54,7 +55,9 @@ LARGEST = 1 << 24  # of a size: far beyond any model, and far below what no memo
 # Fields that change what a head computes, and that Eagle3Head does not know, with the values that change nothing.
 FLAGS = ("norm_output", "norm_before_residual", "norm_before_fc")
 NORM_FLAGS = ("fc_norm", "norm_output")  # that Eagle3Head knows; false where a config or a record has none
-UNKNOWN = dict.fromkeys((*FLAGS, "attention_bias", "mlp_bias", "bias", "tie_word_embeddings"), (None, False))
+UNKNOWN: dict[str, tuple] = dict.fromkeys(
+    (*FLAGS, "attention_bias", "mlp_bias", "bias", "tie_word_embeddings"), (None, False)
+)
 UNKNOWN |= dict.fromkeys(("quantization_config", "sliding_window", "final_logit_softcapping"), (None,))
 UNKNOWN |= {"layer_types": (None, ["full_attention"])}
 UNKNOWN |= dict.fromkeys(("logit_scale", "residual_multiplier", "embedding_multiplier", "logits_scaling"), (None, 1))
@@ -115,7 +118,8 @@ def _read_weights(folder: Path) -> tuple[dict, dict | None, str | None]:
     if len(files) > 1 and not (folder / "model.safetensors.index.json").is_file():
         names = ", ".join(file.name for file in files)
         return {}, None, f"several weight files ({names}): engines load them all over one another; keep one"
-    tensors, record = {}, None
+    tensors: dict[str, torch.Tensor] = {}
+    record = None
     for file in files:
         try:
             with safe_open(file, framework="pt") as opened:
@@ -174,12 +178,12 @@ def load_head(saved: SavedHead | Path, force: bool = False) -> tuple[Eagle3Head,
     return module.eval().requires_grad_(False), d2t
 
 
-def expected_shapes(config) -> dict[str, tuple[int, ...]]:
+def expected_shapes(config: Any) -> dict[str, tuple[int, ...]]:
     """Shapes of the head's weights by name. config: anything with a LlamaConfig's fields."""
     h, m, head_dim = config.hidden_size, config.intermediate_size, config.head_dim
     rows, kv_rows = config.num_attention_heads * head_dim, config.num_key_value_heads * head_dim
     attention, mlp = "midlayer.self_attn", "midlayer.mlp"
-    shapes = {
+    shapes: dict[str, tuple[int, ...]] = {
         "fc.weight": (h, 3 * h),
         f"{attention}.q_proj.weight": (rows, 2 * h),
         f"{attention}.k_proj.weight": (kv_rows, 2 * h),
@@ -208,7 +212,7 @@ def module_config(head: SavedHead, force: bool = False) -> LlamaConfig:
     """What Eagle3Head is built from. Raises UserError, naming the field, for what it can't be or doesn't know."""
     given = {name: value for name, value in head.config.items() if value is not None}
 
-    def field(name: str, default=None):
+    def field(name: str, default: Any = None) -> Any:
         if name not in given and default is None:
             raise UserError(f"{head.file}: {name} is missing")
         return given.get(name, default)
@@ -273,7 +277,7 @@ def _rope(head: SavedHead) -> tuple[float, dict | None]:
     return float(theta or of_new or 10000.0), scaling
 
 
-def _with_rotation(head: SavedHead, scaling: dict | None, **sizes) -> LlamaConfig:
+def _with_rotation(head: SavedHead, scaling: dict | None, **sizes: Any) -> LlamaConfig:
     """The config with this rope_scaling. Raises UserError when it gives no rotation."""
     where, dim = f"{head.file}: rope_scaling", sizes["head_dim"]
     kind = (scaling or {}).get("rope_type", (scaling or {}).get("type", "default"))

@@ -1,5 +1,6 @@
 """Acceptance as the engines count it, from sums that add up over batches and devices."""
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -21,7 +22,7 @@ class AcceptanceSums(NamedTuple):
     overlap: torch.Tensor
 
 
-def add_up(batches: list[AcceptanceSums]) -> AcceptanceSums:
+def add_up(batches: Sequence[AcceptanceSums]) -> AcceptanceSums:
     return AcceptanceSums(*(torch.stack(column).sum(0) for column in zip(*batches)))
 
 

@@ -3,7 +3,7 @@
 Losses of rows are [G, R]; which rows count, and what they are divided by, is the caller's (loss/unroll.py).
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
@@ -38,7 +38,9 @@ class Statistics(NamedTuple):
     reverse: torch.Tensor
 
 
-def step_loss(terms: dict[str, float], statistics: Statistics, rows, denominator) -> torch.Tensor:
+def step_loss(
+    terms: dict[str, float], statistics: Statistics, rows: torch.Tensor, denominator: torch.Tensor | float
+) -> torch.Tensor:
     """Scalar loss of one TTT step: the weighted sum of objectives (objective_terms).
 
     rows [G, R] float32, the weights of the rows; denominator: of the sums of `kl` and `reverse_kl`. `tv` is the total
@@ -73,11 +75,11 @@ def unroll_loss(
     config: LossConfig,
     teacher: Teacher,
     steps: list[StepRows],
-    weight,
-    normed: list,
+    weight: torch.Tensor,
+    normed: list[torch.Tensor],
     in_order: bool = False,
     anchors: torch.Tensor | None = None,
-):
+) -> tuple[torch.Tensor, torch.Tensor, list[torch.Tensor], list[torch.Tensor]]:
     """sum_k decay**k * step_loss over all TTT steps.
 
     teacher [G, R, ...] at step 0's positions (step k's are k further on); weight [D, H]: lm_head; normed: K hidden
@@ -98,7 +100,17 @@ class _UnrollLoss(torch.autograd.Function):
     one [G, R, D] float32 tensor exists where plain autograd keeps several for each step."""
 
     @staticmethod
-    def forward(ctx, config, teacher, steps, with_gradient, in_order, anchors, weight, *normed):
+    def forward(
+        ctx: Any,
+        config: LossConfig,
+        teacher: Teacher,
+        steps: list[StepRows],
+        with_gradient: bool,
+        in_order: bool,
+        anchors: torch.Tensor | None,
+        weight: torch.Tensor,
+        *normed: torch.Tensor,
+    ) -> tuple[torch.Tensor, ...]:
         terms = objective_terms(config.objective)
         every_p, every_logsumexp = softmax(teacher.logits)  # [G, R, D] float32
         # p, its logits, their logsumexp over the draft vocabulary, and its share of the full one
@@ -106,7 +118,7 @@ class _UnrollLoss(torch.autograd.Function):
         # One sum for each group until the end: the partitioner then reduces over dp once, not at every step.
         d_weight = torch.zeros(len(every_p), *weight.shape, dtype=torch.float32, device=weight.device)
         total, step_losses, choices, overlaps, d_normed = 0.0, [], [], [], []
-        before = ()  # with in_order: what step k - 1 computes from its logits
+        before: list[torch.Tensor] = []  # with in_order: what step k - 1 computes from its logits
         for k, (hidden, rows) in enumerate(zip(normed, steps)):
             if anchors is None or k == 0:
                 # The states go to their teachers, not the other way: no part of p is copied, every shape is the same.
@@ -133,7 +145,7 @@ class _UnrollLoss(torch.autograd.Function):
             if with_gradient:
                 if in_order:
                     q = after(q, acceptance.detach()[..., None])  # its own tensor is no longer needed then
-                d_logits = d_rows[0][..., None] * (q - p) if d_rows[0] is not None else 0.0
+                d_logits: Any = d_rows[0][..., None] * (q - p) if d_rows[0] is not None else 0.0
                 if d_rows[1] is not None:
                     limiting = torch.where(q < real_p, q, 0.0)  # where q, not p, limits the acceptance
                     d_logits = d_logits + d_rows[1][..., None] * (limiting - q * limiting.sum(-1, keepdim=True))
@@ -156,6 +168,6 @@ class _UnrollLoss(torch.autograd.Function):
         return total, *results
 
     @staticmethod
-    def backward(ctx, d_loss, *_):
+    def backward(ctx: Any, d_loss: torch.Tensor, *_: Any) -> tuple[torch.Tensor | None, ...]:
         d_weight, *d_normed = ctx.saved_tensors
         return None, None, None, None, None, None, d_loss * d_weight, *(d_loss.to(d.dtype) * d for d in d_normed)

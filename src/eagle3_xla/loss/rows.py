@@ -5,6 +5,8 @@ TTT steps after the first may be unrolled at some of these alone, the anchors (`
 A row outside an answer has no loss, and from TTT step 1 on a row sees only its own later keys and step 0's context.
 """
 
+from typing import Any
+
 import torch
 
 
@@ -38,8 +40,9 @@ class Rows:
 
     def at(self, anchors: "Rows") -> "Rows":
         """The rows that `anchors` list among these; anchors.index [G, N], anchors.slots [G, R]."""
-        if self.index is None:
+        if self.index is None or self.slots is None:
             return anchors
+        assert anchors.index is not None and anchors.slots is not None
         listed = self.slots < anchors.slots.shape[1]
         slots = gather(anchors.slots, self.slots.clamp(max=anchors.slots.shape[1] - 1))
         slots = torch.where(listed, slots, anchors.index.shape[1])
@@ -54,24 +57,24 @@ class Rows:
 # Each is the other's gradient, and both only gather: a scatter is slow on TPUs and on XLA's CPU.
 class _Take(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x, index, slots):
+    def forward(ctx: Any, x: torch.Tensor, index: torch.Tensor, slots: torch.Tensor) -> torch.Tensor:
         ctx.save_for_backward(index, slots)
         return gather(x, index)
 
     @staticmethod
-    def backward(ctx, d_y):
+    def backward(ctx: Any, d_y: torch.Tensor) -> tuple[torch.Tensor, None, None]:
         index, slots = ctx.saved_tensors
         return _gather_or_zero(d_y, slots), None, None
 
 
 class _Put(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, y, index, slots):
+    def forward(ctx: Any, y: torch.Tensor, index: torch.Tensor, slots: torch.Tensor) -> torch.Tensor:
         ctx.save_for_backward(index, slots)
         return _gather_or_zero(y, slots)
 
     @staticmethod
-    def backward(ctx, d_x):
+    def backward(ctx: Any, d_x: torch.Tensor) -> tuple[torch.Tensor, None, None]:
         index, slots = ctx.saved_tensors
         return gather(d_x, index), None, None
 

@@ -4,6 +4,7 @@ At row t, step k: the hidden state g_t (step 0: fc of the aux states; later: the
 the embedding of token x_{t+1+k}, the teacher p(. | x_{<=t+1+k}), RoPE position t + k. The row predicts x_{t+2+k}.
 """
 
+from collections.abc import Callable, Iterable
 from typing import NamedTuple
 
 import torch
@@ -28,14 +29,14 @@ class UnrollResult(NamedTuple):
 
 def unroll(
     head: Eagle3Head,
-    embed_tokens,
+    embed_tokens: Callable[[torch.Tensor], torch.Tensor],
     batch: dict[str, torch.Tensor],
     aux: torch.Tensor,
     teacher: Teacher,
     t2d: torch.Tensor,
     d2t: torch.Tensor,
     config: LossConfig,
-    remat=None,
+    remat: Callable[..., tuple[torch.Tensor, ...]] | None = None,
     groups: int | None = None,
 ) -> UnrollResult:
     """Unroll the head `config.ttt_length` steps over packed rows.
@@ -54,9 +55,9 @@ def unroll(
         anchors = Rows(len(batch["anchors"]), batch["anchors"], batch["anchor_slots"])
     rows_at = [rows] + [rows.at(anchors) if anchors else rows] * (config.ttt_length - 1)  # of each step
 
-    def from_list(x, k):
+    def from_list(x: torch.Tensor, k: int) -> torch.Tensor:
         """x [G, R, ...] at the rows of `teacher` -> as step k needs it, k rows further on."""
-        if anchors is None or k == 0:
+        if anchors is None or anchors.index is None or k == 0:
             return shift_left(x, k)
         return gather(x, (anchors.index + k).clamp(max=x.shape[1] - 1))
 
@@ -64,9 +65,17 @@ def unroll(
     embedded = head.embedded(embed_tokens(input_ids).to(aux.dtype))
     key0, value0 = head.context([shift_left(x, 1) for x in embedded], features, position_ids)
 
-    def step_function(k):
-        def step(query, key, value, hidden, key0, value0, *own):
-            def attend_context(query):
+    def step_function(k: int) -> Callable[..., tuple[torch.Tensor, ...]]:
+        def step(
+            query: torch.Tensor,
+            key: torch.Tensor,
+            value: torch.Tensor,
+            hidden: torch.Tensor,
+            key0: torch.Tensor,
+            value0: torch.Tensor,
+            *own: torch.Tensor,
+        ) -> tuple[torch.Tensor, ...]:
+            def attend_context(query: torch.Tensor) -> Iterable[torch.Tensor]:
                 query = rows_at[k].put(query, len(input_ids))
                 reach = head.window and head.window - k  # row t is at position t + k
                 return map(rows_at[k].take, causal_attention(query, key0, value0, batch["document_ids"], reach))
@@ -77,7 +86,10 @@ def unroll(
 
         return step
 
-    hidden, normed, keys, values = rows.take(features), [], [], []
+    hidden = rows.take(features)
+    normed: list[torch.Tensor] = []
+    keys: list[torch.Tensor] = []
+    values: list[torch.Tensor] = []
     if remat:  # no step before the target has its last logits
         hidden = after(hidden, teacher.logsumexp[:, -1:, None])
     for k in range(config.ttt_length):
