@@ -1,16 +1,20 @@
 """Every verb with everything in a bucket: data, target, run and head; the same bytes as on a disk."""
 
+import json
+from dataclasses import replace
+
 import pytest
 import torch
 from safetensors.torch import load
 
 from eagle3_xla import storage
-from eagle3_xla.config import load_recipe
+from eagle3_xla.config import Recipe, load_recipe
 from eagle3_xla.data.prepare import prepare
 from eagle3_xla.doctor.run import doctor
 from eagle3_xla.draft.saved import read_head
 from eagle3_xla.errors import UserError
 from eagle3_xla.export import export
+from eagle3_xla.regenerate.run import Options, Sampling, regenerate
 from eagle3_xla.target.weights import StoredWeights
 from eagle3_xla.train.loop import train
 
@@ -54,6 +58,22 @@ def test_prepare_train_and_export_in_a_bucket(gcs, small_run, small_target, chat
 
     assert verdict(f"{url}/head", f"{url}/target") == verdict(tmp_path / "head", small_target)
     assert len(content(f"{url}/run", "metrics.jsonl").splitlines()) >= 3 and "run.yaml" in storage.entries(f"{url}/run")
+
+
+def test_regenerate_writes_to_a_bucket_and_goes_on_there(gcs, small_target, tmp_path):
+    questions = tmp_path / "questions.jsonl"
+    questions.write_text("".join(json.dumps({"prompt": f"question {i}"}) + "\n" for i in range(3)))
+    options = Options(target=str(small_target), chats=[str(questions)], sampling=Sampling(max_tokens=4))
+    url = f"{gcs.url}/answers"
+
+    def rows(folder) -> list[bytes]:
+        return sorted(storage.read(storage.join(folder, "chats.jsonl")).splitlines())
+
+    assert regenerate(Recipe(), url, replace(options, limit=2))["finished"] == 2
+    begun = rows(url)
+    assert regenerate(Recipe(), url, options)["finished"] == 3
+    regenerate(Recipe(), tmp_path / "answers", options)
+    assert rows(url) == rows(tmp_path / "answers") and len(begun) == 2 and {*begun} < {*rows(url)}
 
 
 def test_weights_at_a_url_are_read_tensor_by_tensor(gcs, small_target):

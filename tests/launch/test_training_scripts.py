@@ -101,6 +101,26 @@ def test_torchrun_continues_after_a_kill(small_run, tmp_path):
     assert max(steps) == 6 * 16  # epochs of 32 chats, two in a batch
 
 
+def test_torchrun_goes_on_after_another_host_was_lost(tmp_path):
+    """Exit code 75 (tests/hosts/test_hosts.py: a real training's) is no explained failure: a real torchrun, a stand-in
+    for the training."""
+    package = tmp_path / "eagle3_xla"
+    package.mkdir()
+    (package / "__init__.py").touch()
+    (package / "__main__.py").write_text(
+        "import pathlib, sys\nruns = pathlib.Path(sys.argv[2])\nruns.write_text(runs.read_text() + 'run ')\n"
+        "sys.exit(int(sys.argv[3]) if runs.read_text() == 'run ' else 0)\n"
+    )
+    runs = tmp_path / "runs"
+    for code, wanted, said in (
+        (75, "run run ", "the loss of another host ended the training; restart 1 of 1"),
+        (2, "run ", ""),
+    ):
+        runs.write_text("")
+        done = script(TORCHRUN, "--restarts=1", runs, code, PYTHONPATH=str(tmp_path))
+        assert (done.returncode, runs.read_text()) == (0 if said else 2, wanted) and said in done.stderr, done.stderr
+
+
 @pytest.fixture
 def hosts(tmp_path):
     """(folder of the pretended host, environment with the gcloud above)."""
