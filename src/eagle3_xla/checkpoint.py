@@ -17,7 +17,9 @@ import hashlib
 import json
 import math
 import shutil
+from collections.abc import Callable, Iterable
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError
@@ -80,12 +82,12 @@ def save(folder: Location, checkpoint: Checkpoint, keep: int) -> Location:
     return final
 
 
-def load_latest(folder: Location, warn) -> Checkpoint | None:
+def load_latest(folder: Location, warn: Callable[[str], object]) -> Checkpoint | None:
     """The newest checkpoint whose checksums hold; a damaged one is reported through `warn` and passed over."""
     return _first_whole(folder, reversed(_steps(folder)), warn)
 
 
-def load_best(folder: Location, warn) -> Checkpoint | None:
+def load_best(folder: Location, warn: Callable[[str], object]) -> Checkpoint | None:
     """The whole checkpoint with the highest tau; the newest one where no tau is known."""
     return _first_whole(folder, sorted(_steps(folder), key=lambda name: _rank(folder, name), reverse=True), warn)
 
@@ -132,7 +134,7 @@ def _steps(folder: Location) -> list[str]:
     return storage.whole_folders(folder, last=SUMS, prefix=STEP)
 
 
-def _first_whole(folder: Location, names, warn) -> Checkpoint | None:
+def _first_whole(folder: Location, names: Iterable[str], warn: Callable[[str], object]) -> Checkpoint | None:
     for name in names:
         try:
             return load(storage.join(folder, name))
@@ -189,7 +191,7 @@ def _verified_meta(path: Location) -> tuple[bytes, dict]:
     return sums, _checked_meta(json.loads(meta), f"{path}/{META}:")
 
 
-def _checked_meta(meta, where: str) -> dict:
+def _checked_meta(meta: Any, where: str) -> dict:
     """Raises UserError for a field that `save` did not write so."""
     number(mapping(meta, where).get("micro_step"), f"{where} micro_step", 0, whole=True)
     text(meta.get("data_key"), f"{where} data_key")

@@ -17,6 +17,7 @@ import re
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 PARTIAL = ".partial-"
 OPTIONS = {"use_listings_cache": False}  # others write too
@@ -84,7 +85,7 @@ def read(location: Location) -> bytes:
         return file.read()
 
 
-def open_file(location: Location):
+def open_file(location: Location) -> io.BufferedReader:
     """A file's bytes as a stream."""
     if not is_url(location):
         return Path(location).open("rb")
@@ -140,13 +141,13 @@ def make_folder(folder: Location) -> None:
 def remove(location: Location, first: str = "") -> None:
     """Remove a file or a folder; of a folder, the file `first` before the others. What isn't there is no error."""
     if not is_url(location):
-        path = Path(location)
-        if path.is_dir():  # a kill in between leaves a partial folder, not half of this one
-            gone = path.with_name(f"{PARTIAL}old-{path.name}")
-            os.replace(path, gone)
+        local = Path(location)
+        if local.is_dir():  # a kill in between leaves a partial folder, not half of this one
+            gone = local.with_name(f"{PARTIAL}old-{local.name}")
+            os.replace(local, gone)
             shutil.rmtree(gone)
         else:
-            path.unlink(missing_ok=True)
+            local.unlink(missing_ok=True)
         return
     with _in_one_line(location):
         store, path = _store(location)
@@ -297,7 +298,8 @@ class LocalFolder:
     `upload` copies to the URL; it starts empty but for what `restore` fetches."""
 
     def __init__(self, location: Location):
-        self.location, self._sent = location, {}
+        self.location = location
+        self._sent: dict[str, str] = {}
         self.path = cache_folder() / "growing" / _hash(str(location)) if is_url(location) else Path(location)
         if is_url(location):
             shutil.rmtree(self.path, ignore_errors=True)
@@ -322,13 +324,13 @@ class LocalFolder:
 class _Stream(io.RawIOBase):
     """A store's file whose errors while reading are in one line too."""
 
-    def __init__(self, file, location: str):
+    def __init__(self, file: Any, location: Location):
         self.file, self.location = file, location
 
     def readable(self) -> bool:
         return True
 
-    def readinto(self, buffer) -> int:
+    def readinto(self, buffer: Any) -> int:
         with _in_one_line(self.location):
             content = self.file.read(len(buffer))
         buffer[: len(content)] = content
@@ -339,19 +341,19 @@ class _Stream(io.RawIOBase):
         super().close()
 
 
-def _store(location: str):
+def _store(location: Location) -> tuple[Any, str]:
     """(fsspec's file system, path in it) of a URL."""
     import fsspec
 
     logging.getLogger("gcsfs").setLevel(logging.CRITICAL)  # it logs tracebacks of what it raises
     try:
-        return fsspec.core.url_to_fs(location.rstrip("/"), **OPTIONS)
+        return fsspec.core.url_to_fs(str(location).rstrip("/"), **OPTIONS)
     except (ImportError, ValueError) as error:
         raise OSError(f"{location}: {_protocol(location)}:// can't be used here ({error})") from None
 
 
-def _protocol(url: str) -> str:
-    return url.partition("://")[0]
+def _protocol(url: Location) -> str:
+    return str(url).partition("://")[0]
 
 
 def _version(info: dict) -> str:
@@ -359,14 +361,14 @@ def _version(info: dict) -> str:
     return " ".join(str(info[name]) for name in names if info.get(name) is not None)
 
 
-def _download(location: str, file: Path) -> None:
+def _download(location: Location, file: Path) -> None:
     with _in_one_line(location):
         store, path = _store(location)
         store.get_file(path, str(file))
 
 
 @contextlib.contextmanager
-def _in_one_line(location: Location):
+def _in_one_line(location: Location) -> Iterator[None]:
     """Each store has errors of its own: all become an OSError of one line that names the location."""
     try:
         yield

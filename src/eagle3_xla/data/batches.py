@@ -25,7 +25,7 @@ class Batches:
         self.drafted, self.buckets, self.group, self.replicas, self.seed = drafted, buckets, group, replicas, seed
         # What doesn't fill a batch is left out, other rows each epoch.
         self.steps_per_epoch = sum(rows // (group * replicas) for _, _, rows in buckets)
-        self._epoch = (-1, None)
+        self._epoch: tuple[int, np.ndarray] = (-1, np.empty((0, 0), np.int64))
 
     def indices(self, step: int) -> np.ndarray:
         """Row numbers [replicas * group] of micro-step `step`, counted from 0 over the whole run."""
@@ -56,7 +56,7 @@ class Batches:
         dealt = []
         for _, first, rows in self.buckets:
             order = first + random.permutation(rows)[: rows // batch * batch]
-            batches = [np.empty((0, batch), np.int64)]
+            batches: list[np.ndarray] = [np.empty((0, batch), np.int64)]
             for start in range(0, len(order), DEAL * batch):
                 part = order[start : start + DEAL * batch]
                 part = part[np.argsort(self.drafted[part], kind="stable")].reshape(batch, -1)
@@ -103,7 +103,7 @@ def list_rows(loss_mask: torch.Tensor, groups: int, capacity: int) -> dict[str, 
     drafted = drafted_positions(loss_mask.numpy()).reshape(groups, -1)
     assert drafted.sum(1).max() <= capacity <= drafted.shape[1]
     rows = np.argsort(~drafted, axis=1, kind="stable")[:, :capacity]
-    slots = np.full(drafted.shape, capacity, np.int32)
+    slots: np.ndarray = np.full(drafted.shape, capacity, np.int32)
     np.put_along_axis(slots, rows, np.arange(capacity, dtype=np.int32)[None], axis=1)
     return {"rows": torch.from_numpy(rows.astype(np.int32)), "slots": torch.from_numpy(slots)}
 

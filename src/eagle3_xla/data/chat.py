@@ -7,6 +7,7 @@ end-of-turn token; what the template writes after that token (often a newline) i
 
 import random
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
@@ -30,7 +31,7 @@ class Encoded:
 class ChatEncoder:
     """Chats to ids and masks with one tokenizer. stop_ids: the tokens that end an answer."""
 
-    def __init__(self, tokenizer, stop_ids: set[int], data: DataConfig):
+    def __init__(self, tokenizer: Any, stop_ids: set[int], data: DataConfig):
         if not tokenizer.is_fast:
             raise UserError("the target's tokenizer has no fast version (tokenizer.json), which character offsets need")
         self.tokenizer, self.data = tokenizer, data
@@ -63,16 +64,16 @@ class ChatEncoder:
             prompts.insert(0, self._render(prefixes, chat, add_generation_prompt=True, enable_thinking=False))
         turns = self._render([messages[: i + 1] for i in answers], chat)
         text = turns[-1]
-        spans = []
+        shown: list[tuple[int, int] | None] = []
         for number, turn in enumerate(turns):
             start, body = self._place(text, turn, [kind[number] for kind in prompts], messages[answers[number]])
             if start is None:  # the template shows this answer otherwise once others follow: it was never written so
-                spans.append(None)
+                shown.append(None)
                 continue
             ends = [body.rfind(stop) + (len(stop) if chat.complete or turn is not text else 0) for stop in self.stops]
             end = max((end for stop, end in zip(self.stops, ends) if stop in body), default=len(body))
-            spans.append((start, start + end))
-        spans = [span for span in (spans[-1:] if self.data.last_turn_only else spans) if span]
+            shown.append((start, start + end))
+        spans = [span for span in (shown[-1:] if self.data.last_turn_only else shown) if span]
         if not spans:
             raise Unusable("no_answer_in_template", "the chat template shows no answer after its generation prompt")
         cut_start, cut_end = self.default_system
@@ -101,12 +102,12 @@ class ChatEncoder:
                     return len(shown), form
         return None, ""
 
-    def _encoded(self, text: str, spans: list, shortened: bool, encoding) -> Encoded | Unusable:
+    def _encoded(self, text: str, spans: list[tuple[int, int]], shortened: bool, encoding: Any) -> Encoded | Unusable:
         ids, bounds = self._token_spans(text, spans, encoding)
         length, cut = self.data.row_length, shortened or len(ids) > self.data.row_length
         if cut and self.data.too_long == "turn":
             length = max((end for _, end in bounds if end <= length), default=0)
-        mask = np.zeros(min(len(ids), length), bool)
+        mask: np.ndarray = np.zeros(min(len(ids), length), bool)
         for start, end in bounds:
             mask[start:end] = True
         # A row is drafted at only when two answer tokens follow each other (loss/unroll.py).
@@ -116,14 +117,17 @@ class ChatEncoder:
             return Unusable("no_answer_tokens", "no token of the assistant is left to train on")
         return Encoded(np.asarray(ids[:length], np.int32), mask, cut)
 
-    def _token_spans(self, text: str, spans: list, encoding) -> tuple[list[int], list[tuple[int, int]]]:
+    def _token_spans(
+        self, text: str, spans: list[tuple[int, int]], encoding: Any
+    ) -> tuple[list[int], list[tuple[int, int]]]:
         """Token ids and the token spans of the character spans.
 
         A token across a boundary (an answer that starts with the whitespace that ends the prompt) never occurs in
         serving, where prompt and answer are tokenised apart: then the pieces are tokenised apart here too.
         """
-        bounds = [tuple(_token_at(text, encoding, char) for char in span) for span in spans]
-        if all(None not in span for span in bounds):
+        tokens = [(_token_at(text, encoding, start), _token_at(text, encoding, end)) for start, end in spans]
+        bounds = [(start, end) for start, end in tokens if start is not None and end is not None]
+        if len(bounds) == len(spans):
             return encoding.ids, bounds
         edges = [0, *(char for span in spans for char in span), len(text)]
         pieces = self._tokenize([text[start:end] for start, end in zip(edges, edges[1:])])
@@ -168,14 +172,14 @@ class ChatEncoder:
         start = len(bos) if bos and one.startswith(bos) and bos not in block else 0
         return (start, len(one) - len(block)) if len(one) - len(block) > start else (0, 0)
 
-    def _render(self, conversations: list[list[dict]], chat: Chat | None, **options) -> list[str]:
+    def _render(self, conversations: list[list[dict]], chat: Chat | None, **options: Any) -> list[str]:
         try:
             return render_chat(self.tokenizer, conversations, tools=chat.tools if chat else None, **options)
         except TemplateFailed as failure:
             raise Unusable("refused_by_template", f"the target's chat template refuses it ({failure})") from None
 
 
-def _token_at(text: str, encoding, char: int) -> int | None:
+def _token_at(text: str, encoding: Any, char: int) -> int | None:
     """The token that starts at this character (the end of the text: the number of tokens); None: none does."""
     if char == len(text):
         return len(encoding.ids)

@@ -8,6 +8,7 @@ web page.
 
 import re
 from dataclasses import dataclass, field
+from typing import Any
 
 from eagle3_xla.data.config import DataConfig
 from eagle3_xla.errors import UserError
@@ -61,7 +62,7 @@ class Unusable(ValueError):
         super().__init__(message)
         self.reason = reason
 
-    def __reduce__(self):
+    def __reduce__(self) -> tuple[type["Unusable"], tuple[str, str]]:
         return Unusable, (self.reason, str(self))
 
 
@@ -119,7 +120,7 @@ def clean_questions(row: dict, where: str, source: str, data: DataConfig, repair
         raise UserError(
             f"{where}: no question in this row (`prompt`, `turns`, `instruction`, `messages` or `conversations`)"
         )
-    kept = []
+    kept: list[dict] = []
     for message in _messages(turns, data, questions=True):
         if message["role"] == "assistant":
             if kept and kept[-1]["role"] == "user":
@@ -152,7 +153,7 @@ def _refuse_texts(texts: list[str], data: DataConfig) -> None:
         raise Unusable("language", f"its language is {language}")
 
 
-def _turns(row: dict):
+def _turns(row: dict) -> Any:
     """The turns of a row in any of the forms, as they are; None: none of the forms."""
     for name in ("conversations", "messages"):
         if row.get(name) is not None:
@@ -165,7 +166,7 @@ def _turns(row: dict):
     return [] if "conversations" in row or "messages" in row else None
 
 
-def _as_turns(value, role: str):
+def _as_turns(value: Any, role: str) -> list:
     return value if isinstance(value, list) else [{"role": role, "content": value}]
 
 
@@ -177,7 +178,7 @@ def _alpaca_question(row: dict) -> list[dict]:
     return [{"role": "user", "content": instruction}]
 
 
-def _messages(turns, data: DataConfig, questions: bool = False) -> list[dict]:
+def _messages(turns: Any, data: DataConfig, questions: bool = False) -> list[dict]:
     """Turns of any row in OpenAI form. questions: answers without a usable text are empty, not an error."""
     if not isinstance(turns, list) or not turns:
         raise Unusable("no_turns", "the conversation has no turns" if not turns else "its turns are not a list")
@@ -206,7 +207,7 @@ def _messages(turns, data: DataConfig, questions: bool = False) -> list[dict]:
     return messages
 
 
-def text_of(content, role: str) -> str:
+def text_of(content: Any, role: str) -> str:
     """A turn's text: a string, or text parts joined. Raises Unusable for anything else, and for what is no text."""
     if content is None:
         return ""
@@ -233,7 +234,7 @@ def _without_oddities(messages: list[dict], repairs: Repairs) -> list[dict]:
         messages = messages[1:]
     system = messages[:1] if messages and messages[0]["role"] == "system" else []
     turns = messages[len(system) :]
-    kept = []
+    kept: list[dict] = []
     for turn in turns:
         if not kept and turn["role"] == "assistant":
             repairs.add("answer_before_any_question")

@@ -23,7 +23,13 @@ from eagle3_xla.errors import UserError
 
 CHUNK = 250  # conversations a worker gets at a time
 OPEN_FILES = 128
-COLUMNS = {"file": np.int32, "start": np.int64, "lengths": np.int64, "answers": np.int64, "source": np.int32}
+COLUMNS: dict[str, type] = {
+    "file": np.int32,
+    "start": np.int64,
+    "lengths": np.int64,
+    "answers": np.int64,
+    "source": np.int32,
+}
 COLUMNS |= {"spool": np.int32, "cut": bool}
 
 
@@ -116,7 +122,7 @@ class _Gathered:
 
     def __init__(self, files: list[Path], vocab_size: int, target: str):
         self.files, self.vocab_size, self.target = files, vocab_size, target
-        self.counts = np.zeros(vocab_size, np.int64)
+        self.counts: np.ndarray = np.zeros(vocab_size, np.int64)
         self.columns: dict[int, dict[str, np.ndarray]] = {}
         self.names: dict[str, dict[str, int]] = {"source": {}, "spool": {}}
         self.dropped: dict[int, list] = {}
@@ -154,15 +160,22 @@ class _Gathered:
             for spool, reason, message in self.dropped[number]:
                 entry = dropped.setdefault(spool, {}).setdefault(reason, {"rows": 0, "first": message})
                 entry["rows"] += 1
-        names = {}
+        names: dict[str, list[str]] = {}
         for name, known in self.names.items():  # in the order of the documents, whichever chunk came first
             used, first = np.unique(columns[name], return_index=True)
             used = used[np.argsort(first)]
-            position = np.zeros(len(known), np.int32)
+            position: np.ndarray = np.zeros(len(known), np.int32)
             position[used] = np.arange(len(used))
             columns[name] = position[columns[name]]
             names[f"{name}s"] = [list(known)[index] for index in used]
-        return Documents(self.files, **columns, **names, dropped=dropped, counts=self.counts)
+        return Documents(
+            self.files,
+            **columns,
+            sources=names["sources"],
+            spools=names["spools"],
+            dropped=dropped,
+            counts=self.counts,
+        )
 
 
 class _Tokenizer:

@@ -80,6 +80,7 @@ def _json(path: Path, magic: bytes) -> Iterator[tuple[str, object]]:
     import zstandard
 
     compressed = True
+    file: gzip.GzipFile | io.BufferedReader
     if magic[:2] == b"\x1f\x8b":
         file = gzip.open(path)
     elif magic == b"\x28\xb5\x2f\xfd":
@@ -100,7 +101,7 @@ def _json(path: Path, magic: bytes) -> Iterator[tuple[str, object]]:
         raise UserError(f"{path}:{number + 1}: the compressed file is broken here ({_line(error)})") from None
 
 
-def _lines(file, path: Path, limit: int | None) -> Iterator[tuple[int, str, object]]:
+def _lines(file: gzip.GzipFile | io.BufferedReader, path: Path, limit: int | None) -> Iterator[tuple[int, str, object]]:
     number = position = 0
     while line := file.readline(LONGEST_ROW + 1):
         number, position = number + 1, position + len(line)
@@ -122,7 +123,7 @@ def _lines(file, path: Path, limit: int | None) -> Iterator[tuple[int, str, obje
             raise UserError(f"{where}: not readable JSON ({_line(error)})") from None
 
 
-def _array(file, path: Path, limit: int | None) -> Iterator[tuple[int, str, object]]:
+def _array(file: gzip.GzipFile | io.BufferedReader, path: Path, limit: int | None) -> Iterator[tuple[int, str, object]]:
     """Elements of one JSON array, decoded one by one from a window of text."""
     decode, utf8 = json.JSONDecoder().raw_decode, codecs.getincrementaldecoder("utf-8-sig")()
     text, at, line, position, more = "", 0, 1, 0, True
@@ -131,7 +132,7 @@ def _array(file, path: Path, limit: int | None) -> Iterator[tuple[int, str, obje
     while True:
         try:
             # One element, or the end of the array; an error near the end of the window may only want more text.
-            start = SPACE.match(text, at).end()
+            start = _after_space(text, at)
             token = text[start : start + 1]
             if token == "" or (first and token != "["):
                 raise json.JSONDecodeError("Expecting '['" if first else "The array has no end", text, start)
@@ -139,7 +140,7 @@ def _array(file, path: Path, limit: int | None) -> Iterator[tuple[int, str, obje
                 break
             if token not in "[,":
                 raise json.JSONDecodeError("Expecting ',' or ']'", text, start)
-            start = SPACE.match(text, start + 1).end()
+            start = _after_space(text, start + 1)
             if first and text[start : start + 1] == "]":
                 break
             row, end = decode(text, start)
@@ -166,6 +167,11 @@ def _array(file, path: Path, limit: int | None) -> Iterator[tuple[int, str, obje
         yield line, f"{path}:{line}", row
         line += text.count("\n", start, end)
         at, first, size = end, False, 1 << 20
+
+
+def _after_space(text: str, at: int) -> int:
+    found = SPACE.match(text, at)
+    return found.end() if found else at
 
 
 def _check_expansion(position: int, limit: int | None, where: str) -> None:

@@ -3,6 +3,7 @@
 import hashlib
 import re
 from collections import Counter
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -32,7 +33,9 @@ class Filters:
         self.found: Counter[tuple[int, ...]] = Counter()
         self.seen = Seen(work / "seen.sqlite") if data.deduplicate != "none" else None
 
-    def pick(self, path: str, dropped: dict, offsets, want: int | None, heldout: bool = False):
+    def pick(
+        self, path: str, dropped: dict[str, dict], offsets: np.ndarray, want: int | None, heldout: bool = False
+    ) -> Iterator[int]:
         """Offsets of the conversations to use, at most `want`; what is left out is counted in `dropped`.
 
         Held-out conversations are only remembered, so that none of them is trained on.

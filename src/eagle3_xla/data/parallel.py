@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from itertools import islice
+from typing import Any
 
 _function: Callable | None = None
 
@@ -57,5 +58,6 @@ def _initialise(make: Callable, arguments: tuple) -> None:
     _function = make(*arguments)
 
 
-def _call(chunk):
+def _call(chunk: Any) -> Any:
+    assert _function is not None
     return _function(chunk)

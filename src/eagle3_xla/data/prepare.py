@@ -12,6 +12,7 @@ import hashlib
 import json
 import shutil
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -113,7 +114,7 @@ def prepare(recipe: Recipe, overwrite: bool = False) -> dict:
     return manifest
 
 
-def load_prepared(folder: str, vocab_size: int | None = None):
+def load_prepared(folder: str, vocab_size: int | None = None) -> tuple[Any, Any, torch.Tensor, dict]:
     """(train rows, held-out rows, draft ids [D] int64, manifest) of a prepared folder.
 
     vocab_size: of the target that they are for, None if it is not known. Raises UserError when there is no such folder,
@@ -138,7 +139,7 @@ def load_prepared(folder: str, vocab_size: int | None = None):
     return train, heldout, torch.tensor(ids, dtype=torch.int64), manifest
 
 
-def _load_rows(path: Path, split: str, manifest: dict):
+def _load_rows(path: Path, split: str, manifest: dict) -> Any:
     from datasets import load_from_disk
 
     again = "it is damaged; remove the folder and prepare it again"
@@ -190,7 +191,7 @@ def _check(data: DataConfig, vocab_size: int, always: int) -> None:
         )
 
 
-def _inputs_key(data: DataConfig, prints: dict, tokenizer, stop_ids: set[int], vocab_size: int) -> str:
+def _inputs_key(data: DataConfig, prints: dict, tokenizer: Any, stop_ids: set[int], vocab_size: int) -> str:
     """Fingerprint of everything that shapes the prepared rows: content of the sources, template, tokenizer, settings,
     and the code of this package."""
     digest = hashlib.sha256()

@@ -5,6 +5,7 @@ import os
 import random
 import shutil
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -16,7 +17,7 @@ ROWS_AT_ONCE = 1000
 SPLIT_FILES = ("data-*.arrow", "cache-*.arrow", "dataset_info.json", "state.json")  # that a folder of rows may hold
 
 
-def write_rows(path: Path, documents: Documents, data: DataConfig, pad_id: int, split: str, digest) -> dict:
+def write_rows(path: Path, documents: Documents, data: DataConfig, pad_id: int, split: str, digest: Any) -> dict:
     """Write the rows of a split to `path`, update `digest` with their content, return the split's part of the manifest.
 
     Packed: rows of data.row_length in a seeded order. Bucketed: grouped by length, `buckets` of the manifest says
@@ -55,17 +56,17 @@ def _rows_by_length(documents: Documents, data: DataConfig, by_source: bool) -> 
     """(row length, rows as lists of document numbers), in a seeded order."""
     order = random.Random(data.seed)
     if data.packing == "bucketed":
-        groups = bucket(documents.lengths.tolist(), [*data.buckets, data.row_length])
-        result = [(length, [[index] for index in indices]) for length, indices in groups.items()]
+        by_length = bucket(documents.lengths.tolist(), [*data.buckets, data.row_length])
+        result = [(length, [[index] for index in indices]) for length, indices in by_length.items()]
     else:
         rows = []
-        groups = [np.arange(len(documents))]
+        groups: list[np.ndarray] = [np.arange(len(documents))]
         if by_source:
             in_order = np.argsort(documents.source, kind="stable")
             groups = np.split(in_order, np.flatnonzero(np.diff(documents.source[in_order])) + 1)
-        for indices in groups:
-            packed = pack(documents.lengths[indices].tolist(), data.row_length)
-            rows += [[int(indices[i]) for i in row] for row in packed]
+        for group in groups:
+            packed = pack(documents.lengths[group].tolist(), data.row_length)
+            rows += [[int(group[i]) for i in row] for row in packed]
         result = [(data.row_length, rows)]
     for _, rows in result:
         order.shuffle(rows)
@@ -92,7 +93,7 @@ class _Writer:
         """Columns [R, T], `source` [R]."""
         import pyarrow as pa
 
-        def column(values: np.ndarray, kind: pa.DataType):
+        def column(values: np.ndarray, kind: pa.DataType) -> pa.Array:
             if values.ndim == 1:
                 return pa.array(values)
             flat, length = pa.array(values.reshape(-1)), values.shape[1]

@@ -3,6 +3,7 @@
 import os
 import sys
 from itertools import groupby
+from typing import Any
 
 import numpy as np
 
@@ -21,7 +22,7 @@ def show_rows(recipe: Recipe, count: int) -> str:
         raise UserError(f"--show {count}: a number of rows is expected")
     train, _, _, manifest = load_prepared(recipe.data.prepared)
     tokenizer = load_tokenizer(recipe.target.path)
-    colour = sys.__stdout__.isatty() and "NO_COLOR" not in os.environ
+    colour = sys.__stdout__ is not None and sys.__stdout__.isatty() and "NO_COLOR" not in os.environ
     parts = []
     for number in range(min(count, len(train))):
         row = {name: np.asarray(values) for name, values in train[number].items()}
@@ -36,7 +37,7 @@ def show_rows(recipe: Recipe, count: int) -> str:
     return "\n".join(parts)
 
 
-def marked(tokenizer, ids: np.ndarray, mask: np.ndarray, marks: tuple[str, str]) -> str:
+def marked(tokenizer: Any, ids: np.ndarray, mask: np.ndarray, marks: tuple[str, str]) -> str:
     """The text of ids [n]; each run of tokens with mask [n] true stands between the marks."""
     text = ""
     for trained, run in groupby(zip(ids.tolist(), mask.tolist(), strict=True), key=lambda pair: pair[1]):

@@ -50,9 +50,9 @@ def fingerprint(source: Source) -> str:
             return hashlib.file_digest(file, "sha256").hexdigest()
     if path.is_dir():
         digest = hashlib.sha256()
-        for file in sorted(path.rglob("*")):
-            if file.is_file():
-                digest.update(f"{file.relative_to(path)} {file.stat().st_size}".encode() + file.read_bytes())
+        for part in sorted(path.rglob("*")):
+            if part.is_file():
+                digest.update(f"{part.relative_to(path)} {part.stat().st_size}".encode() + part.read_bytes())
         return digest.hexdigest()
     if len(source.revision) == 40:  # a commit: no need to ask
         return source.revision

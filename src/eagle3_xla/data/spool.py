@@ -7,6 +7,7 @@ from array import array
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import overload
 
 import numpy as np
 from tqdm import tqdm
@@ -44,7 +45,11 @@ class Chats(Sequence):
     def __len__(self) -> int:
         return len(self.spool)
 
-    def __getitem__(self, index):
+    @overload
+    def __getitem__(self, index: int) -> tuple[str, int]: ...
+    @overload
+    def __getitem__(self, index: slice) -> "Chats": ...
+    def __getitem__(self, index: int | slice) -> "tuple[str, int] | Chats":
         if isinstance(index, slice):
             return self.at(np.arange(len(self))[index])
         return self.paths[self.spool[index]], int(self.offset[index])
@@ -70,13 +75,15 @@ def spool(source: Source, data: DataConfig, folder: Path, questions: bool) -> Sp
     """
     path, index = folder / "chats.jsonl", folder / "index"
     if stored := read_work_file(index):
-        meta, offsets = stored
+        meta, content = stored
         if file_is(path, meta["bytes"], meta["sha256"]):
-            return Spool(path, np.frombuffer(offsets, np.int64), meta["report"])
+            return Spool(path, np.frombuffer(content, np.int64), meta["report"])
     folder.mkdir(parents=True, exist_ok=True)
     index.unlink(missing_ok=True)
     name = sources.label(source)
-    read, dropped, repaired, offsets, digest = 0, {}, {}, array("q"), hashlib.sha256()
+    dropped: dict[str, dict] = {}
+    repaired: dict[str, int] = {}
+    read, offsets, digest = 0, array("q"), hashlib.sha256()
     chunks = batched(sources.rows(source, data.seed), CHUNK)
     with path.open("wb") as file, tqdm(desc=f"read {name}", unit="chat", delay=2) as bar:
         for chats, reasons, repairs in ordered_map(_Cleaner, (source, name, data, questions), chunks, data.workers):

@@ -1,6 +1,7 @@
 """The target's tokenizer, its end-of-turn tokens and its vocabulary size, from a folder or a hub id."""
 
 import datetime
+from typing import Any, overload
 
 from eagle3_xla import storage
 from eagle3_xla.checks import listing, mapping, number, text
@@ -51,7 +52,7 @@ def written_config(path: str) -> dict:
     return written
 
 
-def load_config(path: str):
+def load_config(path: str) -> Any:
     """The Hugging Face config of a causal LM. Raises UserError when there is none or it is another kind of model."""
     from transformers import AutoConfig
 
@@ -68,7 +69,7 @@ def load_config(path: str):
     return config
 
 
-def load_tokenizer(path: str):
+def load_tokenizer(path: str) -> Any:
     """The target's tokenizer. Raises UserError when there is none or it has no chat template."""
     from transformers import AutoTokenizer, PreTrainedTokenizerFast
     from transformers.models.auto.tokenization_auto import get_tokenizer_config
@@ -89,7 +90,7 @@ def load_tokenizer(path: str):
     return tokenizer
 
 
-def stop_token_ids(path: str, tokenizer) -> set[int]:
+def stop_token_ids(path: str, tokenizer: Any) -> set[int]:
     """Ids that end an answer: generation_config.json's, else the tokenizer's end-of-turn token.
 
     Raises UserError when there is none, or one that the tokenizer doesn't know.
@@ -121,7 +122,11 @@ class TemplateFailed(ValueError):
     """A chat template refuses a conversation, or does not parse; the message is one line."""
 
 
-def render_chat(tokenizer, messages: list, **options) -> str | list[str]:
+@overload
+def render_chat(tokenizer: Any, messages: list[dict], **options: Any) -> str: ...
+@overload
+def render_chat(tokenizer: Any, messages: list[list[dict]], **options: Any) -> list[str]: ...
+def render_chat(tokenizer: Any, messages: list, **options: Any) -> str | list[str]:
     """The text that the target's chat template makes of a conversation, or of each of several, on the day TODAY."""
     try:
         return tokenizer.apply_chat_template(messages, tokenize=False, strftime_now=TODAY.strftime, **options)
@@ -129,7 +134,7 @@ def render_chat(tokenizer, messages: list, **options) -> str | list[str]:
         raise TemplateFailed(f"{type(error).__name__}: {first_line(error)}") from None
 
 
-def shows_reasoning(tokenizer) -> bool:
+def shows_reasoning(tokenizer: Any) -> bool:
     """Whether the chat template shows an answer's `reasoning_content`."""
     chat = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b", "reasoning_content": "sphinx"}]
     try:

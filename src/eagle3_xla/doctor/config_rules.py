@@ -4,6 +4,8 @@ What a rule holds the file against: the weights where they tell, the record of t
 target else. Without a record a doubt about the training is a warning, and no fix is offered for it.
 """
 
+from typing import Any
+
 from eagle3_xla.doctor.files import Finding, Target
 from eagle3_xla.draft.saved import (
     ARCHITECTURE,
@@ -111,7 +113,7 @@ def target_size(head: SavedHead, target: Target) -> Finding:
 def heads(head: SavedHead, target: Target) -> Finding:
     config, q, k = head.config, *(head.shape(f"midlayer.self_attn.{name}_proj.weight") for name in "qk")
     keys = ("num_attention_heads", "num_key_value_heads", "head_dim")
-    given = tuple(config.get(key) for key in keys)
+    given: tuple[Any, ...] = tuple(config.get(key) for key in keys)
     if not given[2] and given[0]:
         given = (*given[:2], (config.get("hidden_size") or 0) // given[0])  # what readers assume
     if not q or not k:

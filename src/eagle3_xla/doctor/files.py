@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from eagle3_xla import storage
 from eagle3_xla.data.tokenizer import load_config
@@ -22,7 +23,7 @@ class Target:
     """config: Hugging Face config; folder: None for a hub id."""
 
     name: str
-    config: object
+    config: Any
     folder: Path | None
 
     @property

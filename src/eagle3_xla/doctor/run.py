@@ -2,7 +2,7 @@
 
 import json
 import os
-from pathlib import Path
+from typing import Any
 
 from eagle3_xla import storage
 from eagle3_xla.doctor import config_rules, weight_rules
@@ -55,7 +55,7 @@ def first_failure(folder: Location, target_path: str) -> str | None:
 
 
 def _changes(head: SavedHead, findings: list[Finding]) -> dict:
-    changes = {}
+    changes: dict[str, Any] = {}
     for finding in findings:
         changes |= finding.fix or {} if finding.status != "pass" else {}
     return {field: value for field, value in changes.items() if head.config.get(field) != value}
@@ -71,7 +71,7 @@ def _write(head: SavedHead) -> None:
         temporary.unlink(missing_ok=True)
 
 
-def _screen(folder: Path, findings: list[Finding], fixed: dict, fix: bool) -> str:
+def _screen(folder: Location, findings: list[Finding], fixed: dict, fix: bool) -> str:
     width = max(len(finding.rule) for finding in findings)
     lines = [f"{finding.status}  {finding.rule:<{width}}  {finding.message}" for finding in findings]
     for field, (before, after) in fixed.items():

@@ -46,7 +46,7 @@ def names(head: SavedHead, target: Target) -> Finding:
 
 def shapes(head: SavedHead, target: Target) -> Finding:
     wrong = [
-        f"{name} is {list(head.shape(name))}, {list(shape)} by config.json"
+        f"{name} is {list(head.tensors[name].shape)}, {list(shape)} by config.json"
         for name, shape in wanted_shapes(head).items()
         if name in head.tensors and head.shape(name) != shape
     ]
@@ -157,7 +157,7 @@ def _target_embedding(target: Target) -> torch.Tensor | None:
     if target.folder is None:
         return None
     index = target.folder / "model.safetensors.index.json"
-    file = "model.safetensors"
+    file: object = "model.safetensors"
     if index.is_file():
         file = mapping(read_json(index).get("weight_map"), f"{index}: weight_map").get(name)
     if not isinstance(file, str) or Path(file).name != file or not (target.folder / file).is_file():
@@ -179,7 +179,7 @@ def tokenizer(head: SavedHead, target: Target) -> Finding:
     if settings.get("tokenizer_class") == "TokenizersBackend":
         message = "tokenizer_class is TokenizersBackend, which engines on transformers 4 can't load; write "
         return Finding("target_tokenizer", "fail", message + f"PreTrainedTokenizerFast into {file}")
-    if not settings.get("chat_template") and not (target.folder / "chat_template.jinja").is_file():
+    if not settings.get("chat_template") and not file.with_name("chat_template.jinja").is_file():
         message = "the target has no chat template: a server then builds prompts that the head was not trained on"
         return Finding("target_tokenizer", "warn", message)
     return Finding("target_tokenizer", "pass", "with a chat template")

@@ -21,6 +21,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 
@@ -99,7 +100,9 @@ class Decoder:
         self.target, self.slots = target, slots
         self.watch: Watch = lambda prompt, generation: None
 
-    def decode(self, prompt: list[int], max_new_tokens: int, stop_ids: set[int], choose: Choice | None = None):
+    def decode(
+        self, prompt: list[int], max_new_tokens: int, stop_ids: set[int], choose: Choice | None = None
+    ) -> Generation:
         """The Generation of one prompt."""
         return self.decode_all([prompt], max_new_tokens, stop_ids, [choose or Choice()])[0]
 
@@ -116,10 +119,18 @@ class Decoder:
         with decoding(self.target.model):
             return self._decode_all(prompts, max_new_tokens, stop_ids, choices, done)
 
-    def _decode_all(self, prompts, max_new_tokens, stop_ids, choices, done) -> list[Generation]:
+    def _decode_all(
+        self,
+        prompts: Sequence[list[int]],
+        max_new_tokens: int,
+        stop_ids: set[int],
+        choices: Sequence[Choice],
+        done: Callable[[], object],
+    ) -> list[Generation]:
         self.cache = SlotCache(self.slots, self.target.device)
         self.draft_cache = SlotCache(self.slots, self.target.device)
-        waiting, generations = deque(zip(prompts, choices)), []
+        waiting = deque(zip(prompts, choices))
+        generations: list[Generation] = []
         running: list[_Text] = []  # text i has slot i
         while waiting or running:
             while waiting and len(running) < self.slots:
@@ -137,7 +148,9 @@ class Decoder:
                 self._retire(running, slot, max_new_tokens, stop_ids, done)
         return generations
 
-    def _retire(self, running: list[_Text], slot: int, max_new_tokens: int, stop_ids: set[int], done) -> None:
+    def _retire(
+        self, running: list[_Text], slot: int, max_new_tokens: int, stop_ids: set[int], done: Callable[[], object]
+    ) -> None:
         """Cut the answer at its end and tell of it; take the text out if it has ended."""
         text, tokens = running[slot], running[slot].generation.tokens
         end = next((i + 1 for i, token in enumerate(tokens[:max_new_tokens]) if token in stop_ids), max_new_tokens)
@@ -186,7 +199,9 @@ class Decoder:
 
         logits [nodes, V]; position: index in the text of the token after the root.
         """
-        node, kept, new = 0, [], []
+        node: int | None = 0
+        kept: list[int] = []
+        new: list[int] = []
         while node is not None:
             kept.append(node)
             new.append(choose(logits[node], position + len(new)))
@@ -203,7 +218,9 @@ class Decoder:
         start = torch.tensor(known, device=self.target.device)[:, None]
         self.cache.reorder(start + nodes, start + torch.arange(most, device=self.target.device))
 
-    def _target_rows(self, first: int, tokens: list[list[int]], known: list[int], own: torch.Tensor, **options):
+    def _target_rows(
+        self, first: int, tokens: list[list[int]], known: list[int], own: torch.Tensor, **options: Any
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         """Run the target over n new rows of each text from slot `first` on; tokens [B, n].
 
         known: rows in the cache before them, which all of them see; own [B, n, n] bool: what they see of each other.
@@ -234,7 +251,14 @@ class SpeculativeDecoder(Decoder):
     """
 
     def __init__(
-        self, target: Target, head: Eagle3Head, d2t: torch.Tensor, draft_tokens: int, topk=1, steps=None, slots=1
+        self,
+        target: Target,
+        head: Eagle3Head,
+        d2t: torch.Tensor,
+        draft_tokens: int,
+        topk: int = 1,
+        steps: int | None = None,
+        slots: int = 1,
     ):
         super().__init__(target, slots)
         self.head, self.draft_tokens, self.topk, self.steps = head, draft_tokens, topk, steps or draft_tokens
@@ -283,7 +307,9 @@ class SpeculativeDecoder(Decoder):
             hidden = self._head_rows(0, tokens, self.head.fed_back(hidden[texts, places]), known, own, positions)
         return [tree.pruned(self.draft_tokens) for tree in trees]
 
-    def _known_rows(self, first: int, aux: list[torch.Tensor], tokens: list[list[int]], start: list[int]):
+    def _known_rows(
+        self, first: int, aux: list[torch.Tensor], tokens: list[list[int]], start: list[int]
+    ) -> torch.Tensor:
         """Run the head over rows made of the target's states, [p, 3H] of each text, padded to the longest.
 
         Returns hidden [B, longest, H], pre-norm. What the padding leaves in the cache, the next rows write over.
@@ -295,7 +321,15 @@ class SpeculativeDecoder(Decoder):
         positions = torch.tensor(start)[:, None] + torch.arange(longest)
         return self._head_rows(first, tokens, self.head.features(padded), start, own, positions)
 
-    def _head_rows(self, first: int, tokens, hidden, known: list[int], own, positions) -> torch.Tensor:
+    def _head_rows(
+        self,
+        first: int,
+        tokens: list[list[int]],
+        hidden: torch.Tensor,
+        known: list[int],
+        own: torch.Tensor,
+        positions: torch.Tensor,
+    ) -> torch.Tensor:
         """Run the head over n new rows of each text from slot `first` on; tokens [B][n], hidden [B, n, H].
 
         known: rows in the cache that all of them see; own [B, n, m] bool: what they see of the m rows after those,
@@ -310,7 +344,7 @@ class SpeculativeDecoder(Decoder):
         embedded = self.head.embedded(self.target.embed_tokens(torch.tensor(tokens, device=device)).to(hidden.dtype))
         self.draft_cache.place(first, places[:, own.shape[-1] - own.shape[1] :], length)
 
-        def attend(query, key, value):
+        def attend(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
             query, key, value = (x.transpose(1, 2) for x in (query, key, value))
             key, value = self.draft_cache.update(key, value, 0)
             return decoding_attention(None, query, key, value, mask[:, None])[0]

@@ -4,6 +4,7 @@ import hashlib
 import json
 import time
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -38,7 +39,7 @@ def head_fingerprint(path: str) -> str | None:
         return None
     if not head or head.problem:
         return None
-    digest = _of_config(head.config, ())
+    digest = hashlib.sha256(_of_config(head.config, ()))
     for name, value in sorted(head.tensors.items()):
         digest.update(f"{name} {value.dtype} {list(value.shape)}".encode())
         digest.update(value.contiguous().reshape(-1).view(torch.uint8).numpy())
@@ -52,11 +53,11 @@ def target_fingerprint(path: str) -> str | None:
     """
     folder = _folder(path)
     files = sorted(folder.glob("*.safetensors")) if folder else []
-    if not files:
+    if not folder or not files:
         return None
     rows = {}
     try:
-        digest = _of_config(read_json(folder / "config.json"), VOLATILE)
+        digest = hashlib.sha256(_of_config(read_json(folder / "config.json"), VOLATILE))
         for file in files:
             with safe_open(file, framework="pt") as opened:
                 for name in opened.keys():
@@ -70,12 +71,12 @@ def target_fingerprint(path: str) -> str | None:
     return digest.hexdigest()
 
 
-def _of_config(config: dict, without: tuple[str, ...]):
+def _of_config(config: dict, without: tuple[str, ...]) -> bytes:
     kept = {name: value for name, value in config.items() if value is not None and name not in without}
-    return hashlib.sha256(json.dumps(kept, sort_keys=True).encode())
+    return json.dumps(kept, sort_keys=True).encode()
 
 
-def _rows(tensor) -> list[bytes]:
+def _rows(tensor: Any) -> list[bytes]:
     shape = tensor.get_shape()
     ends = [tensor[:1], tensor[shape[0] - 1 :]] if len(shape) > 1 else [tensor[:]] if shape else []
     described = f"{tensor.get_dtype()} {shape}".encode()

@@ -3,7 +3,7 @@
 from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from tqdm import tqdm
@@ -145,13 +145,15 @@ def load_pair(target_path: str, draft: str | SavedHead, options: EvalOptions) ->
     return Pair(model, head, d2t, layers_of(saved, model.config.num_hidden_layers))
 
 
-def prompt_ids(tokenizer, prompts: str, options: EvalOptions, longest: int) -> list[list[int]]:
+def prompt_ids(tokenizer: Any, prompts: str, options: EvalOptions, longest: int) -> list[list[int]]:
     """Token ids of the first turns of a file's prompts, as `template_ids`."""
     chats = [prompt.messages for prompt in read_prompts(prompts, options.limit)]
     return template_ids(tokenizer, prompts, chats, options, longest)
 
 
-def template_ids(tokenizer, prompts: str, chats: list[list[dict]], options: EvalOptions, longest: int):
+def template_ids(
+    tokenizer: Any, prompts: str, chats: list[list[dict]], options: EvalOptions, longest: int
+) -> list[list[int]]:
     """Token ids of chats in the target's chat template, ready for its answer. prompts: where they come from.
 
     Raises UserError when one leaves no room for the answer in `longest` tokens.
@@ -166,7 +168,7 @@ def template_ids(tokenizer, prompts: str, chats: list[list[dict]], options: Eval
     return ids
 
 
-def _chat_ids(tokenizer, chat: list[dict], options: EvalOptions, where: str) -> list[int]:
+def _chat_ids(tokenizer: Any, chat: list[dict], options: EvalOptions, where: str) -> list[int]:
     thinking = {}
     if options.thinking:
         if "enable_thinking" not in str(tokenizer.chat_template):
@@ -197,7 +199,7 @@ def decode_turns(
     decoder: Decoder,
     prompts: list[Prompt],
     ids: list[list[int]],
-    tokenizer,
+    tokenizer: Any,
     stop_ids: set[int],
     options: EvalOptions,
     longest: int,
@@ -211,7 +213,7 @@ def decode_turns(
     turns, without_room, later = [], 0, 0
     while numbers:
         answers = decode_prompts(decoder, ids, stop_ids, options, numbers)
-        turns += [Turn(i, chats[i][-1]["content"], *rest) for i, *rest in zip(numbers, ids, answers)]
+        turns += [Turn(i, chats[i][-1]["content"], text, answer) for i, text, answer in zip(numbers, ids, answers)]
         asked, numbers, ids = numbers, [], []
         if later + 1 == options.turns:
             break

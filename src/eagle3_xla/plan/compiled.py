@@ -6,7 +6,7 @@ alone, with so many and with a few more, whose difference is the cost of a layer
 grow by it. benchmarks/README.md compares such figures with those of all layers.
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from eagle3_xla.config import Recipe
 from eagle3_xla.errors import UserError
@@ -32,7 +32,7 @@ class CompiledStep(NamedTuple):
     arguments: int
 
 
-def lowered_steps(recipe: Recipe, target, coordinates: list | None = None) -> list[LoweredStep]:
+def lowered_steps(recipe: Recipe, target: Any, coordinates: list | None = None) -> list[LoweredStep]:
     """What `compile_step` compiles: the step of all layers, or with plan.layers that of a few and two targets. Raises
     UserError for a plan.layers that can't be extended. target: its Hugging Face config; coordinates: of the slice's
     chips.
@@ -50,12 +50,12 @@ def lowered_steps(recipe: Recipe, target, coordinates: list | None = None) -> li
     return [lower_step(recipe, with_layers(target, few), coordinates), *pair]
 
 
-def _more_layers(target) -> int:
+def _more_layers(target: Any) -> int:
     period = layer_period(target)
     return -(-MORE // period) * period
 
 
-def compile_step(recipe: Recipe, target, topology: Topology) -> CompiledStep:
+def compile_step(recipe: Recipe, target: Any, topology: Topology) -> CompiledStep:
     """Raises DoesNotFit, and UserError as `lowered_steps` does."""
     lowered, *pair = lowered_steps(recipe, target, topology.coordinates())
     every = target.num_hidden_layers
@@ -67,7 +67,7 @@ def compile_step(recipe: Recipe, target, topology: Topology) -> CompiledStep:
     _refuse_too_large(resident, lowered, topology, at_rest=True)
     step, low, high = (_compile(recipe, each, topology) for each in (lowered, *pair))
 
-    def extended(here, few, more):
+    def extended(here: Any, few: Any, more: Any) -> Any:
         return here + round(times * (more - few))
 
     memory = Memory(*map(extended, step.memory, low.memory, high.memory))

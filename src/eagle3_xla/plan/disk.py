@@ -1,6 +1,7 @@
 """What a run needs on disk, in bytes."""
 
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -13,7 +14,7 @@ POSITION = 4 + 1 / 8 + 2 + 4
 MXFP4 = 0.5 + 1 / 32  # of an element: 4 bits, and a byte for 32 of them
 
 
-def disk_bytes(recipe: Recipe, target, tokens: int | None) -> dict[str, int | None]:
+def disk_bytes(recipe: Recipe, target: Any, tokens: int | None) -> dict[str, int | None]:
     """Kind -> bytes. target: its Hugging Face config; tokens: positions of the whole run, None when unknown.
 
     target_download: 0 for a folder; checkpoints: those that `train.keep` leaves, the best one, and the one that is
@@ -22,16 +23,17 @@ def disk_bytes(recipe: Recipe, target, tokens: int | None) -> dict[str, int | No
     """
     rows = tokens / recipe.train.epochs if tokens else None
     states = 2 * 4 * target.hidden_size + 4 + 4  # aux and hidden in bfloat16, argmax, logsumexp (target/states.py)
-    needed = {
+    needed: dict[str, int | None] = {
         "target_download": 0 if Path(recipe.target.path).exists() else checkpoint_bytes(target),
-        "prepared_rows": rows and round(rows * POSITION),
+        "prepared_rows": round(rows * POSITION) if rows else None,
         "checkpoints": (recipe.train.keep + 2) * _training_state_bytes(recipe, target),
-        "target_states": (rows and round(rows * states)) if recipe.train.reuse_states else 0,
+        "target_states": (round(rows * states) if rows else None) if recipe.train.reuse_states else 0,
     }
-    return needed | {"total": None if None in needed.values() else sum(needed.values())}
+    known = [size for size in needed.values() if size is not None]
+    return needed | {"total": sum(known) if len(known) == len(needed) else None}
 
 
-def checkpoint_bytes(target) -> int:
+def checkpoint_bytes(target: Any) -> int:
     """The target's weights as its checkpoint stores them. All layers of a kind are alike: few are built."""
     every, period = target.num_hidden_layers, layer_period(target)
     few = every % period + period
@@ -39,7 +41,7 @@ def checkpoint_bytes(target) -> int:
     return round(low + (every - few) // period * (high - low))
 
 
-def _stored_bytes(config) -> float:
+def _stored_bytes(config: Any) -> float:
     from transformers import AutoModelForCausalLM
 
     dtype = config.dtype if isinstance(config.dtype, torch.dtype) else torch.bfloat16
@@ -57,7 +59,7 @@ def _stored_bytes(config) -> float:
     return size
 
 
-def _training_state_bytes(recipe: Recipe, target) -> int:
+def _training_state_bytes(recipe: Recipe, target: Any) -> int:
     """A checkpoint: the head and its two moments in float32, the draft vocabulary's maps."""
     draft_vocabulary = recipe.data.draft_vocab_size
     with torch.device("meta"):

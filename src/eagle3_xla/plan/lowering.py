@@ -1,5 +1,7 @@
 """The step that `train` runs, lowered without data: the same modules, optimizer and TrainStep over placeholders."""
 
+from typing import Any
+
 import torch
 
 from eagle3_xla import storage
@@ -16,7 +18,7 @@ from eagle3_xla.xla.aot import AotBackend, LoweredStep
 TOTAL_STEPS = 10_000  # the schedule's length is a constant in the graph; it changes no shape
 
 
-def lower_step(recipe: Recipe, target_config, coordinates: list | None = None) -> LoweredStep:
+def lower_step(recipe: Recipe, target_config: Any, coordinates: list | None = None) -> LoweredStep:
     """The micro-step that also updates the weights: of a run's graphs the one that needs the most.
 
     coordinates: of the slice's chips, which its mesh is laid over (xla/mesh.py).
@@ -50,7 +52,7 @@ def lower_step(recipe: Recipe, target_config, coordinates: list | None = None) -
     return backend.lower(lambda inputs: list(step.run(last_micro_step, inputs)), batch, state, _frozen(target))
 
 
-def lower_target(recipe: Recipe, target_config, coordinates: list | None = None) -> LoweredStep:
+def lower_target(recipe: Recipe, target_config: Any, coordinates: list | None = None) -> LoweredStep:
     """The target's layers alone, forward, as `lower_step` has them."""
     backend = AotBackend(recipe.xla, coordinates=coordinates)
     with torch.device("meta"):
@@ -61,7 +63,7 @@ def lower_target(recipe: Recipe, target_config, coordinates: list | None = None)
     return backend.lower(lambda inputs: list(target.hidden_states(**inputs)), batch, {}, _frozen(target))
 
 
-def _target(recipe: Recipe, target_config, backend: AotBackend) -> Target:
+def _target(recipe: Recipe, target_config: Any, backend: AotBackend) -> Target:
     from transformers import AutoModelForCausalLM
 
     model = AutoModelForCausalLM.from_config(target_config, dtype=getattr(torch, recipe.target.dtype))
@@ -79,7 +81,7 @@ def _frozen(target: Target) -> dict[str, torch.Tensor]:
     return dict(target.named_parameters()) | {f"target.{name}": buffer for name, buffer in target.named_buffers()}
 
 
-def _listed_positions(recipe: Recipe, backend) -> int | None:
+def _listed_positions(recipe: Recipe, backend: AotBackend) -> int | None:
     """How many positions a group of the prepared data lists (loss/rows.py), None when all are computed or unknown."""
     if not recipe.data.prepared or not storage.exists(storage.join(recipe.data.prepared, "manifest.json")):
         return None

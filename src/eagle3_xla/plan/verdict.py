@@ -3,6 +3,7 @@
 import json
 import os
 import time
+from typing import Any
 
 from eagle3_xla import storage
 from eagle3_xla.config import Recipe
@@ -46,7 +47,7 @@ def compile_verdict(recipe: Recipe) -> dict:
     started = time.perf_counter()
     limit = topology.chip.hbm_bytes
     mesh = {"dp": recipe.xla.dp, "tp": recipe.xla.tp, "draft_data_parallel": recipe.xla.draft_data_parallel}
-    layers = {"extrapolated": recipe.plan.layers not in (0, target.num_hidden_layers)}
+    layers: dict[str, int] = {"extrapolated": recipe.plan.layers not in (0, target.num_hidden_layers)}
     layers |= {"layers": target.num_hidden_layers, "compiled_layers": recipe.plan.layers or target.num_hidden_layers}
     total = recipe.plan.tokens or _prepared_tokens(recipe)
     disk = disk_bytes(recipe, target, total)
@@ -95,7 +96,7 @@ def compile_verdict(recipe: Recipe) -> dict:
     }
 
 
-def _refuse_indivisible(recipe: Recipe, target) -> None:
+def _refuse_indivisible(recipe: Recipe, target: Any) -> None:
     for name in ("num_key_value_heads", "num_attention_heads", "intermediate_size", "moe_intermediate_size"):
         if getattr(target, name, 0) % recipe.xla.tp:
             raise UserError(

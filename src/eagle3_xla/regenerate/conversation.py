@@ -17,7 +17,7 @@ class Sampling:
     max_tokens: int = 1024
     seed: int = 0
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         if not 0 <= self.temperature <= 100 or not 0 < self.top_p <= 1 or self.max_tokens < 1:
             raise UserError("--temperature must be in [0, 100], --top-p in (0, 1], --max-tokens 1 or more")
 

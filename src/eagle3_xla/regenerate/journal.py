@@ -2,7 +2,9 @@
 
 import fcntl
 import json
+from collections.abc import Callable
 from pathlib import Path
+from typing import BinaryIO
 
 from eagle3_xla.errors import UserError
 
@@ -36,7 +38,7 @@ class Journal:
         self.chats.close()
         self.drops.close()
 
-    def _open(self, path: Path, count):
+    def _open(self, path: Path, count: Callable[[dict], None]) -> BinaryIO:
         file = path.open("a+b")
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -55,7 +57,7 @@ class Journal:
         file.truncate(end)
         return file
 
-    def _append(self, file, row: dict) -> None:
+    def _append(self, file: BinaryIO, row: dict) -> None:
         file.write(json.dumps(row, ensure_ascii=False).encode() + b"\n")
         file.flush()  # with the kernel, it survives this process
 

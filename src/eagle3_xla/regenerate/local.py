@@ -54,7 +54,7 @@ class LocalTarget:
         self.loop = asyncio.create_task(self._run())
         return self
 
-    async def __aexit__(self, *error) -> None:
+    async def __aexit__(self, *error: object) -> None:
         self.loop.cancel()
 
     async def ask(self, messages: list[dict], seed: int) -> Reply:

@@ -15,8 +15,10 @@ import math
 import os
 import shutil
 import time
+from collections.abc import Awaitable, Iterator
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from tqdm import tqdm
 
@@ -34,6 +36,9 @@ from eagle3_xla.regenerate.conversation import Sampling, rewrite
 from eagle3_xla.regenerate.journal import Journal
 from eagle3_xla.regenerate.servers import GaveUp, Servers
 from eagle3_xla.storage import Location
+
+if TYPE_CHECKING:
+    from eagle3_xla.regenerate.local import LocalTarget
 
 UPLOAD_SECONDS = 60
 NAMED = 10  # of the conversations without an answer
@@ -78,7 +83,7 @@ def regenerate(recipe: Recipe, out: Location, options: Options) -> dict:
     return {"out": str(storage.join(out, "chats.jsonl"))} | counts
 
 
-async def _uploading(place: storage.LocalFolder, work) -> dict:
+async def _uploading(place: storage.LocalFolder, work: Awaitable[dict]) -> dict:
     """The result of `work`; meanwhile what it has written goes to the URL now and then, if it is one."""
 
     done = asyncio.Event()
@@ -99,15 +104,12 @@ async def _uploading(place: storage.LocalFolder, work) -> dict:
 
 
 async def _regenerate(data: DataConfig, out: Path, options: Options, journal: Journal) -> dict:
-    if options.servers:
-        key = _api_key(options.api_key_env)
-        backend = Servers(options.servers, options.sampling, options.concurrency, options.timeout, key)
-    else:
-        from eagle3_xla.regenerate.local import LocalTarget
-
-        backend = LocalTarget(options.target, options.sampling, options.concurrency, options.device)
-    async with backend:
-        settings = {"model": backend.model, "sampling": asdict(options.sampling), "chats": _fingerprint(data)}
+    async with _asked(options) as backend:
+        settings: dict[str, Any] = {
+            "model": backend.model,
+            "sampling": asdict(options.sampling),
+            "chats": _fingerprint(data),
+        }
         _check_settings(out / "regenerate.json", settings)
         work = out / ".work" / settings["chats"][:16]
         chats = mix(data, work, questions=True).train
@@ -116,10 +118,11 @@ async def _regenerate(data: DataConfig, out: Path, options: Options, journal: Jo
         if options.chats:  # in the order of the files; a mix stays shuffled, so that `limit` takes some of each source
             chats = chats.in_order_of_sources()
         chats = chats[: options.limit or None]
-        started, before, left = time.perf_counter(), journal.tokens, {}
+        left: dict[int, str] = {}
+        started, before = time.perf_counter(), journal.tokens
         with tqdm(total=len(chats), initial=len(journal.done), desc="regenerate", unit="chat") as bar:
 
-            async def ask_all(todo) -> None:
+            async def ask_all(todo: Iterator[tuple[int, tuple[str, int]]]) -> None:
                 for number, (path, offset) in todo:
                     if number in journal.done:
                         continue
@@ -138,7 +141,7 @@ async def _regenerate(data: DataConfig, out: Path, options: Options, journal: Jo
             todo = enumerate(chats)  # shared: each takes the next
             await _all_or_first_error([ask_all(todo) for _ in range(options.concurrency)])
     seconds = time.perf_counter() - started
-    counts = {"conversations": len(chats), "finished": sum(journal.finishes.values())}
+    counts: dict[str, Any] = {"conversations": len(chats), "finished": sum(journal.finishes.values())}
     counts |= {"finish": journal.finishes, "dropped": journal.dropped, "new_tokens": journal.tokens}
     _write_json(out / "regenerate.json", settings | counts)
     if left:
@@ -152,6 +155,16 @@ async def _regenerate(data: DataConfig, out: Path, options: Options, journal: Jo
         shutil.rmtree(out / ".work", ignore_errors=True)
     speed = (journal.tokens - before) / seconds
     return counts | {"tokens_per_second": round(speed, 1)}
+
+
+def _asked(options: Options) -> "Servers | LocalTarget":
+    """Who answers."""
+    if options.servers:
+        key = _api_key(options.api_key_env)
+        return Servers(options.servers, options.sampling, options.concurrency, options.timeout, key)
+    from eagle3_xla.regenerate.local import LocalTarget
+
+    return LocalTarget(options.target, options.sampling, options.concurrency, options.device)
 
 
 def _api_key(name: str) -> str:

@@ -62,7 +62,7 @@ class Servers:
         self.model = models[0]
         return self
 
-    async def __aexit__(self, *error) -> None:
+    async def __aexit__(self, *error: object) -> None:
         await self.http.aclose()
 
     async def ask(self, messages: list[dict], seed: int) -> Reply:
@@ -121,8 +121,8 @@ class Servers:
     def _reply(self, response: httpx.Response, where: str) -> Reply:
         """The one reader of an answer. Raises Refused, _Failed (another try may help) or RunError (none will)."""
         if 400 <= response.status_code < 500 and response.status_code not in PASSING:
-            message = f"{where}: {_start(response, 300)}"
-            raise RunError(message) if response.status_code in (401, 403, 404) else self._refusal(message)
+            refusal = f"{where}: {_start(response, 300)}"
+            raise RunError(refusal) if response.status_code in (401, 403, 404) else self._refusal(refusal)
         if response.status_code != 200:
             raise _Failed(f"{where}: {_start(response, 300)}")
         try:

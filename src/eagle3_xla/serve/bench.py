@@ -4,6 +4,7 @@ import statistics
 import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from typing import Any
 
 from tqdm import tqdm
 
@@ -30,7 +31,7 @@ class BenchOptions:
     request: Request = field(default_factory=Request)
     draft: str = ""
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         number(self.limit, "--limit", 0, whole=True)
         if not self.concurrency:
             raise UserError("--concurrency takes numbers of requests in flight, such as 1,4,16")
@@ -84,11 +85,14 @@ def server_prompts(server: Server, prompts: str, target: str, limit: int, reques
     return prompt_ids(tokenizer, prompts, EvalOptions(limit=limit, max_new_tokens=request.max_new_tokens), 10**9)
 
 
-def run_prompts(server: Server, ids: list[list[int]], request: Request, concurrency: int):
+def run_prompts(
+    server: Server, ids: list[list[int]], request: Request, concurrency: int
+) -> tuple[list[Answer], Drafts | None, float]:
     """(answers in the order of the prompts, Drafts or None, seconds). Raises RunError when the server fails."""
     server.generate(ids[0], Request(max_new_tokens=4), salt="warm-up")  # what starts late starts before the clock
     server.forget()
-    before, answers = server.counters(), []
+    before = server.counters()
+    answers: list[Answer] = []
     salt = f"{time.time_ns()}"
     bar = tqdm(total=len(ids), desc=f"{server.url}, {concurrency} in flight", unit="prompt")
     started = time.perf_counter()
@@ -109,11 +113,11 @@ def run_prompts(server: Server, ids: list[list[int]], request: Request, concurre
 
 
 def _drafts(server: Server, answers: list[Answer], before: Drafts | None, after: Drafts | None) -> Drafts | None:
-    if (before is None) != (after is None) or (before and len(before.reached) != len(after.reached)):
+    if (before is None) != (after is None) or (before and after and len(before.reached) != len(after.reached)):
         raise RunError(
             f"the counters of the server at {server.url} changed while it was measured; was it started anew?"
         )
-    if after is not None:
+    if before is not None and after is not None:
         reached = [b - a for a, b in zip(before.reached, after.reached)]
         drafts = Drafts(after.calls - before.calls, after.accepted - before.accepted, reached)
         if min(drafts.calls, drafts.accepted, *reached) < 0:
@@ -157,11 +161,12 @@ def _against(answers: list[Answer], speed: float, plain: list[Answer], plain_sec
     """The baseline's figures; a speed-up only where both gave the same answers, or sampled ones."""
     differing = sum(answer.tokens != other.tokens for answer, other in zip(answers, plain, strict=True))
     empty = sum(not answer.tokens for answer in [*answers, *plain])
-    row = {
-        "baseline_tokens_per_second": _tokens(plain) / plain_seconds,
+    baseline_speed = _tokens(plain) / plain_seconds
+    row: dict[str, Any] = {
+        "baseline_tokens_per_second": baseline_speed,
         "baseline_time_to_first_token": statistics.median(answer.first for answer in plain),
     }
-    ratio = speed / row["baseline_tokens_per_second"]
+    ratio = speed / baseline_speed
     if not request.temperature:
         row |= {"identical": not differing, "differing": differing}
     if empty:

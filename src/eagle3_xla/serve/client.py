@@ -2,7 +2,9 @@
 
 import re
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import httpx
 
@@ -36,7 +38,7 @@ class Request:
     top_p: float = 1.0
     seed: int = 0
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         number(self.max_new_tokens, "--max-new-tokens", 1, whole=True)
         number(self.temperature, "--temperature", 0)
         number(self.top_p, "--top-p", 0, 1, above=True)
@@ -80,10 +82,24 @@ class Server:
     """
 
     engine = version = model = name = ""
-    dtype = device = head = steps = topk = draft_tokens = window = None
+    dtype: str | None = None
+    device: str | None = None
+    head: str | None = None
+    steps: int | None = None
+    topk: int | None = None
+    draft_tokens: int | None = None
+    window: int | None = None
 
     def __init__(self, url: str, http: httpx.Client):
         self.url, self.http = url, http
+
+    def question(self, prompt: list[int], request: Request, salt: str) -> tuple[str, dict]:
+        """(path, JSON body) of the request for one answer."""
+        raise NotImplementedError
+
+    def answer(self, chunks: list[dict], first: float, seconds: float, where: str) -> Answer:
+        """The answer that the events of a stream give."""
+        raise NotImplementedError
 
     def generate(self, prompt: list[int], request: Request, salt: str = "") -> Answer:
         """Answer one prompt of token ids.
@@ -92,7 +108,8 @@ class Server:
         """
         path, body = self.question(prompt, request, salt)
         where = f"{self.url}{path}"
-        started, chunks, first = time.perf_counter(), [], 0.0
+        chunks: list[dict] = []
+        started, first = time.perf_counter(), 0.0
         for wait in WAITS:
             try:
                 for chunk in self._stream(path, body | {"stream": True}, where):
@@ -109,7 +126,7 @@ class Server:
             raise RunError(f"{where} ended its answer without a token")
         return self.answer(chunks, first, time.perf_counter() - started, where)
 
-    def _stream(self, path: str, body: dict, where: str):
+    def _stream(self, path: str, body: dict, where: str) -> Iterator[dict]:
         with self.http.stream("POST", path, json=body, timeout=ANSWER_SECONDS) as response:
             if response.status_code != 200:
                 raise RunError(f"{where} answered {response.status_code}: {_message(response)}")
@@ -123,7 +140,7 @@ class Server:
         where = f"{self.url}{path}"
         return replies.prompt_tokens(parse_json(answer.text, where), where) if answer.status_code == 200 else None
 
-    def fetch(self, method: str, path: str, **more) -> httpx.Response:
+    def fetch(self, method: str, path: str, **more: Any) -> httpx.Response:
         try:
             return self.http.request(method, path, **more)
         except httpx.HTTPError as error:
@@ -170,7 +187,7 @@ class SGLang(Server):
 
     def answer(self, chunks: list[dict], first: float, seconds: float, where: str) -> Answer:
         tokens, meta = replies.sglang_tokens(chunks, where)
-        if not self.head:
+        if not self.head or self.steps is None:
             return Answer(tokens, first, seconds)
         if len(tokens) > 1 and "spec_num_correct_drafts" not in meta:
             raise UserError(
@@ -222,7 +239,7 @@ class VLLM(Server):
         return replies.vllm_drafts(self.fetch("GET", "/metrics").text, f"{self.url}/metrics")
 
 
-def _json(response: httpx.Response):
+def _json(response: httpx.Response) -> Any:
     """What a server answered, None where it is no JSON."""
     try:
         return parse_json(response.text, "") if response.status_code == 200 else None

@@ -6,6 +6,7 @@ otherwise. An experiment that lands on the served figure, or that beats the expo
 """
 
 import copy
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -17,11 +18,12 @@ from eagle3_xla.doctor.run import doctor
 from eagle3_xla.draft.model import Eagle3Head
 from eagle3_xla.draft.saved import SavedHead, read_head
 from eagle3_xla.errors import UserError
+from eagle3_xla.evaluate.decode import Generation
 from eagle3_xla.evaluate.options import EvalOptions
 from eagle3_xla.evaluate.run import Pair, decode_all, load_pair, prompt_ids, tau
 from eagle3_xla.serve.bench import run_prompts
 from eagle3_xla.serve.client import Request, Server, connect
-from eagle3_xla.target.model import aux_layers
+from eagle3_xla.target.families import aux_layers
 
 TOLERANCE = 0.02  # relative; what float32 on both sides leaves is far smaller
 DEFAULT_THETA = 10000.0  # what readers assume that don't find rope_theta
@@ -45,7 +47,7 @@ def gap(target_path: str, draft: str, prompts: str, url: str, options: EvalOptio
     experiments: acceptance length of each; ok: the two agree and nothing is wrong with the head.
     """
     server = connect(url)
-    if not server.steps:
+    if not (server.steps and server.topk and server.draft_tokens):
         raise UserError(f"the server at {url} serves without a head; start it with its speculative settings")
     options = replace(
         options, draft_tokens=server.draft_tokens, topk=server.topk, steps=server.steps, batch_size=1, force=True
@@ -66,14 +68,15 @@ def gap(target_path: str, draft: str, prompts: str, url: str, options: EvalOptio
     offline = tau(generations)
     difference = served / offline - 1
 
-    causes, experiments = [], []
+    found: list[tuple[float, str]] = []
+    experiments = []
     if abs(difference) > TOLERANCE or any(rule["status"] == "fail" for rule in rules):
         for experiment in _experiments(pair, target_path, d2t_missing):
             reached = tau(decode_all(experiment.pair, ids, stop_ids, options))
             experiments.append({"cause": experiment.cause, "acceptance_length": reached})
             if _explains(experiment, reached, served, offline):
-                causes.append((abs(reached / served - 1), f"{experiment.cause} (offline so: {reached:.3f})"))
-        causes = [text for _, text in sorted(causes)]
+                found.append((abs(reached / served - 1), f"{experiment.cause} (offline so: {reached:.3f})"))
+    causes = [text for _, text in sorted(found)]
     causes += _positions(pair, ids, generations) + _template(server, prompts, ids)
     causes += [f"{rule['rule']}: {rule['message']}" for rule in rules if rule["status"] == "fail"]
     if server.engine == "sglang" and trained_window and server.window != trained_window:
@@ -116,7 +119,7 @@ def _complete(head: SavedHead) -> bool:
     return True
 
 
-def _experiments(pair: Pair, target_path: str, d2t_missing: bool):
+def _experiments(pair: Pair, target_path: str, d2t_missing: bool) -> Iterator[Experiment]:
     target, head = pair.model.config, pair.head.config
     default = aux_layers(target.num_hidden_layers)
     layers = pair.layers or default
@@ -153,7 +156,7 @@ def _explains(experiment: Experiment, reached: float, served: float, offline: fl
     return reached > offline * (1 + TOLERANCE)
 
 
-def _positions(pair: Pair, ids: list[list[int]], generations) -> list[str]:
+def _positions(pair: Pair, ids: list[list[int]], generations: list[Generation]) -> list[str]:
     """Do answers reach past the positions that config.json promises?"""
     longest, target = pair.head.config.max_position_embeddings, pair.model.config.max_position_embeddings
     past = [i for i, (p, g) in enumerate(zip(ids, generations)) if len(p) + len(g.tokens) > longest]

@@ -74,6 +74,7 @@ def patch(action: str, engine: str | None = None, path: str | None = None) -> di
     elif status == "unknown":
         raise UserError(f"{about}: the patch doesn't fit its {MODEL}, nothing was changed; {found.releases}")
     elif (action, status) in {("apply", "needed"), ("revert", "applied")}:
+        assert changed is not None
         _replace(file, changed)
         status = "applied" if action == "apply" else "needed"
         message = "patched" if action == "apply" else "the patch is taken back"

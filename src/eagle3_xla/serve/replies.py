@@ -7,6 +7,7 @@ import json
 import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
+from typing import Any
 
 from eagle3_xla.checks import listing, mapping, number, parse_json, shown, text
 from eagle3_xla.errors import RunError, UserError
@@ -68,11 +69,11 @@ def events(lines: Iterable[str], where: str) -> Iterator[dict]:
         yield chunk
 
 
-def token_ids(value, where: str) -> list[int]:
+def token_ids(value: Any, where: str) -> list[int]:
     return [number(token, where, 0, 1 << 31, whole=True) for token in listing(value, where)]
 
 
-def count(value, where: str, least: int = 0) -> int:
+def count(value: Any, where: str, least: int = 0) -> int:
     return number(value, where, least, 1 << 62, whole=True)
 
 
@@ -135,7 +136,7 @@ def sglang_drafts(meta: dict, steps: int, where: str) -> Drafts:
     return Drafts(calls, accepted, [sum(histogram[k + 1 :]) for k in range(steps)])
 
 
-def vllm_model(models, where: str) -> tuple[str, str] | None:
+def vllm_model(models: Any, where: str) -> tuple[str, str] | None:
     """(name, path or id) of the model in `/v1/models`; None when it is not vLLM's."""
     data = models.get("data") if isinstance(models, dict) else None
     model = data[0] if isinstance(data, list) and data else None
@@ -158,20 +159,23 @@ def vllm_tokens(chunks: list[dict], where: str) -> list[int] | None:
 
 def vllm_drafts(metrics: str, where: str) -> Drafts | None:
     """The counters of `/metrics`, all engines together; None without a head."""
-    sums, positions = {}, {}
+    sums: dict[str, int] = {}
+    positions: dict[int, int] = {}
     for name, labels, value in COUNTER.findall(metrics):
         try:
             value = int(number(float(value), f"{where}: {name}", 0, 1 << 62))
         except (ValueError, OverflowError):  # a UserError is a ValueError
             raise UserError(f"{where}: {name} is {shown(value)}; a count is expected") from None
         position = re.search(r'position="(\d{1,4})"', labels)
-        into, key = (positions, int(position[1])) if position else (sums, name)
-        into[key] = into.get(key, 0) + value
+        if position:
+            positions[int(position[1])] = positions.get(int(position[1]), 0) + value
+        else:
+            sums[name] = sums.get(name, 0) + value
     if "drafts" not in sums:
         return None
     return Drafts(sums["drafts"], sums.get("accepted_tokens", 0), [positions[k] for k in sorted(positions)])
 
 
-def prompt_tokens(answer, where: str) -> int:
+def prompt_tokens(answer: Any, where: str) -> int:
     usage = mapping(mapping(answer, where).get("usage"), f"{where}: usage")
     return count(usage.get("prompt_tokens"), f"{where}: usage.prompt_tokens")

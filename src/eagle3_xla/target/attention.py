@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from transformers import AttentionInterface, AttentionMaskInterface
@@ -12,8 +13,17 @@ DECODING = "decoding"
 
 
 def grouped_einsum_attention(
-    module, query, key, value, attention_mask, scaling=None, dropout=0.0, softcap=None, s_aux=None, **kwargs
-):
+    module: torch.nn.Module | None,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    softcap: float | None = None,
+    s_aux: torch.Tensor | None = None,
+    **kwargs: Any,
+) -> tuple[torch.Tensor, None]:
     """Softmax attention with grouped heads and no repeated keys.
 
     As `torch.nn.functional.scaled_dot_product_attention`, heads sharded over tp make the partitioner gather query, key
@@ -43,8 +53,17 @@ def grouped_einsum_attention(
 
 
 def decoding_attention(
-    module, query, key, value, attention_mask, scaling=None, dropout=0.0, softcap=None, s_aux=None, **kwargs
-):
+    module: torch.nn.Module | None,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    softcap: float | None = None,
+    s_aux: torch.Tensor | None = None,
+    **kwargs: Any,
+) -> tuple[torch.Tensor, None]:
     """As `grouped_einsum_attention`, by torch's kernel where it computes what the family does: for a few rows over long
     caches, where transformers' own call of that kernel spends its time on repeating the keys.
     """
@@ -58,7 +77,7 @@ def decoding_attention(
 
 
 @contextmanager
-def decoding(model) -> Iterator[None]:
+def decoding(model: torch.nn.Module) -> Iterator[None]:
     """The model attends by `decoding_attention`; its masks are given."""
     before = model.config._attn_implementation
     model.config._attn_implementation = DECODING
@@ -68,7 +87,7 @@ def decoding(model) -> Iterator[None]:
         model.config._attn_implementation = before
 
 
-def _bool_mask(*arguments, **keywords):
+def _bool_mask(*arguments: Any, **keywords: Any) -> Any:
     """transformers' own bool mask, which sdpa leaves out where its kernel has a flag for it."""
     return sdpa_mask(*arguments, **keywords | {"allow_is_causal_skip": False})
 

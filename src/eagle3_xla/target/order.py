@@ -4,6 +4,9 @@ XLA's schedule on the CPU keeps large tensors of independent parts alive togethe
 what a backward pass was to compute anew. An optimization barrier changes neither: its CPU compiler drops them first.
 """
 
+from collections.abc import Callable
+from typing import Any
+
 import torch
 
 
@@ -14,7 +17,7 @@ def after(x: torch.Tensor, *before: torch.Tensor) -> torch.Tensor:
     return x
 
 
-def recomputed(function, *tensors):
+def recomputed(function: Callable[..., tuple[torch.Tensor, ...]], *tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
     """function(*tensors) -> tensors, of which nothing is kept for the backward pass: it is computed again there.
 
     The inputs that have the shape of the first result wait for its gradient, so that the second computation is
@@ -25,13 +28,13 @@ def recomputed(function, *tensors):
 
 class _Recomputed(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, function, *tensors):
+    def forward(ctx: Any, function: Callable, *tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
         ctx.function = function
         ctx.save_for_backward(*tensors)
         return function(*tensors)
 
     @staticmethod
-    def backward(ctx, *gradients):
+    def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         leaves = [x.detach().requires_grad_(need) for x, need in zip(ctx.saved_tensors, ctx.needs_input_grad[1:])]
         first = gradients[0]
         with torch.enable_grad():

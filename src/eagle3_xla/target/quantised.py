@@ -23,7 +23,7 @@ def refusal(quantization: dict) -> str | None:
             if (weights.get("type"), weights.get("num_bits")) != ("float", 8) or not whole:
                 return f"compressed-tensors with {kind}; FP8 by tensor, channel or block is read, so {ORIGINAL}"
         return None
-    known = {"gptq": "GPTQ", "awq": "AWQ", "bitsandbytes": "bitsandbytes"}.get(method, method)
+    known = {"gptq": "GPTQ", "awq": "AWQ", "bitsandbytes": "bitsandbytes"}.get(str(method), method)
     return f"its weights are quantised by {known}, which is not read here; {ORIGINAL}"
 
 

@@ -6,7 +6,9 @@ or not at all, so an interrupted computation continues at the first missing one.
 
 import json
 import os
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -19,12 +21,14 @@ from eagle3_xla.target.model import TargetStates
 
 SHARD_ROWS = 16
 INDEX = "states.json"
+# This host's part of a batch -> the states of all its rows, on the host.
+StatesOf = Callable[[dict[str, torch.Tensor]], TargetStates]
 
 
 class StatesStore:
     """States of all rows of `dataset` in folder `path`; `key` fingerprints the rows and the target."""
 
-    def __init__(self, path: Path, dataset, key: str):
+    def __init__(self, path: Path, dataset: Any, key: str):
         self.path, self.dataset = Path(path), dataset
         self.path.mkdir(parents=True, exist_ok=True)
         index = self.path / INDEX
@@ -35,10 +39,8 @@ class StatesStore:
             index.write_text(json.dumps(content))
         self._shards: dict[int, dict[str, torch.Tensor]] = {}
 
-    def fill(self, states_of, batch_rows: int, backend) -> None:
-        """Compute the shards that are missing, on any host. states_of(this host's part of a batch) -> TargetStates of
-        all its `batch_rows` rows, on the host.
-        """
+    def fill(self, states_of: StatesOf, batch_rows: int, backend: Any) -> None:
+        """Compute the shards that are missing, on any host, from batches of `batch_rows` rows; backend: the run's."""
         rows, hosts = len(self.dataset), backend.hosts
         mine = [start for start in range(0, rows, SHARD_ROWS) if not self._is_whole(start)]
         missing = sorted(set().union(*hosts.gather(mine)))

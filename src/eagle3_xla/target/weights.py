@@ -2,7 +2,9 @@
 
 import contextlib
 import json
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -65,10 +67,11 @@ class StoredWeights:
         return UserError(f"the weights of target {self.path!r} don't load: {why}")
 
     @contextlib.contextmanager
-    def _open(self, file: Location | None):
+    def _open(self, file: Location | None) -> Iterator[Any]:
         if file and storage.is_url(file):
-            self._remote[file] = self._remote.get(file) or RemoteFile(file)
-            yield self._remote[file]
+            url = str(file)
+            self._remote[url] = self._remote.get(url) or RemoteFile(url)
+            yield self._remote[url]
             return
         try:
             with safe_open(file or "", "pt") as opened:

@@ -1,10 +1,12 @@
 """The compile budget: how many graphs a run needs is known beforehand, and any further one stops it with the reason."""
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 
 from eagle3_xla.errors import RunError
+from eagle3_xla.xla.backend import Backend
 
 
 class CompileBudget:
@@ -13,12 +15,12 @@ class CompileBudget:
     planned: function -> shapes of its batches; with `allow` a further compilation is told to `say` instead of raised.
     """
 
-    def __init__(self, backend, planned: dict[str, int], say: Callable[[str], None], allow: bool = False):
+    def __init__(self, backend: Backend, planned: dict[str, int], say: Callable[[str], None], allow: bool = False):
         self.backend, self.planned, self.say, self.allow = backend, planned, say, allow
         self.made = 0
         self._seen: dict[str, list[dict[str, str]]] = {name: [] for name in planned}
 
-    def run(self, name: str, function, *batch: dict[str, torch.Tensor]):
+    def run(self, name: str, function: Callable, *batch: dict[str, torch.Tensor]) -> Any:
         """function(*batch). Raises RunError when that compiled more than is planned."""
         before = self.backend.compilations()
         result = function(*batch)

@@ -1,9 +1,13 @@
 """Acceptance on held-out rows while the run goes: of each source of the data, and of all together."""
 
+from collections.abc import Callable
+from typing import Any
+
 import numpy as np
+import torch
 
 from eagle3_xla.data.batches import drafted_positions, rounded
-from eagle3_xla.loss.metrics import add_up, expected_tau, rates
+from eagle3_xla.loss.metrics import AcceptanceSums, add_up, expected_tau, rates
 from eagle3_xla.train.loader import Loader
 from eagle3_xla.train.step import unpack_metrics
 
@@ -15,7 +19,7 @@ class HeldOut:
     `rows` of the result are the chosen ones; `batches` number these.
     """
 
-    def __init__(self, rows, sources: list[str], buckets: list, limit: int, batch: int):
+    def __init__(self, rows: Any, sources: list[str], buckets: list[tuple[int, int, int]], limit: int, batch: int):
         source = np.asarray(rows["source"]) if len(rows) else np.array([], int)
         each = max(1, limit // max(1, len(sources))) if limit else 0
         of_each = [np.flatnonzero(source == s)[:each] for s in range(len(sources))]
@@ -47,12 +51,12 @@ class HeldOut:
             most[mask.shape[1]] = max(most.get(mask.shape[1], 1), int(drafted.max()))
         return {length: rounded(count, group * length) for length, count in most.items()}
 
-    def measure(self, loader: Loader, evaluate) -> dict:
+    def measure(self, loader: Loader, evaluate: Callable[[dict[str, torch.Tensor]], torch.Tensor]) -> dict:
         """evaluate(batch) -> metrics vector. Returns `tau`, `acceptance` per position, and `sources`: name -> tau."""
         if not self._placed:
             self._placed = [loader.load(indices, counts)[0] for _, indices, counts in self.batches]
         vectors = [evaluate(batch) for batch in self._placed]  # all of them, before the first is waited for
-        sums: dict[str, list] = {}
+        sums: dict[str, list[AcceptanceSums]] = {}
         for (source, _, _), vector in zip(self.batches, vectors):
             sums.setdefault(source, []).append(unpack_metrics(vector)[2])
         acceptance = rates(add_up([each for of_source in sums.values() for each in of_source]))["acceptance"]

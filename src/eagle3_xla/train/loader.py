@@ -1,8 +1,9 @@
 """Rows of a split as batches on the devices: what this host reads of them, their stored states, their listed rows."""
 
 from collections import deque
-from collections.abc import Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Generator, Iterable
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Any
 
 import numpy as np
 import torch
@@ -18,6 +19,8 @@ from eagle3_xla.data.batches import (
     to_tensors,
 )
 from eagle3_xla.target.model import TargetStates
+from eagle3_xla.target.states import StatesOf, StatesStore
+from eagle3_xla.xla.backend import Backend
 
 # Listing rows moves data; it must spare at least this share of the positions to be worth it.
 WORTH_LISTING = 0.05
@@ -32,8 +35,17 @@ class Loader:
     TTT steps are unrolled, drawn by `seed`; store: its target states, when they are kept (target/states.py).
     """
 
-    def __init__(self, rows, capacities: dict[int, int] | None, group: int, backend, anchors=1.0, seed=0):
-        self.rows, self.backend, self.anchors, self.seed, self.store = rows, backend, anchors, seed, None
+    def __init__(
+        self,
+        rows: Any,
+        capacities: dict[int, int] | None,
+        group: int,
+        backend: Backend,
+        anchors: float = 1.0,
+        seed: int = 0,
+    ):
+        self.rows, self.backend, self.anchors, self.seed = rows, backend, anchors, seed
+        self.store: StatesStore | None = None
         self.listed = {
             length: capacity
             for length, capacity in (capacities or {}).items()
@@ -70,10 +82,12 @@ class Loader:
             batch |= draw_anchors(drafted, count, self.seed, step, first)
         return self.backend.put(batch), tokens
 
-    def ahead(self, batches: Iterable[tuple[int, np.ndarray]]) -> Iterator[tuple[dict[str, torch.Tensor], int]]:
+    def ahead(
+        self, batches: Iterable[tuple[int, np.ndarray]]
+    ) -> Generator[tuple[dict[str, torch.Tensor], int], None, None]:
         """`load` of each (step, indices); a thread reads, lists and transfers the next ones while the caller works with
         one."""
-        loading = deque()
+        loading: deque[Future[tuple[dict[str, torch.Tensor], int]]] = deque()
         with ThreadPoolExecutor(1, "load") as thread:
             for step, indices in batches:
                 loading.append(thread.submit(self.load, indices, step=step))
@@ -82,14 +96,14 @@ class Loader:
             while loading:
                 yield loading.popleft().result()
 
-    def states(self, indices: np.ndarray, states_of) -> tuple[dict[str, torch.Tensor], TargetStates]:
+    def states(self, indices: np.ndarray, states_of: StatesOf) -> tuple[dict[str, torch.Tensor], TargetStates]:
         """(all rows of `indices` as host tensors, their target states), on every host: from the store, or by
         `states_of(this host's part)`, which gives all hosts the states of all."""
         batch = to_tensors(self.rows[indices])
         return batch, self.store.read(indices) if self.store else states_of(self.host_batch(indices))
 
 
-def training_batches(recipe: Recipe, rows, manifest: dict, backend) -> tuple[Batches, Loader]:
+def training_batches(recipe: Recipe, rows: Any, manifest: dict, backend: Backend) -> tuple[Batches, Loader]:
     """The batches of a run and what loads them; rows, manifest: `load_prepared`'s."""
     buckets = buckets_of(manifest, "train", len(rows))
     drafted = np.concatenate([drafted_positions(rows[f : f + n]["loss_mask"]).sum(1) for _, f, n in buckets])

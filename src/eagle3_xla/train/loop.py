@@ -56,7 +56,7 @@ def train(recipe: Recipe, max_steps: int = 0, allow_recompile: bool = False, pro
 def _stop_by_signals(stopping: list[str]) -> dict:
     """SIGTERM and Ctrl-C are noted in `stopping`; a second Ctrl-C interrupts at once. Returns the handlers before."""
 
-    def note(number: int, frame) -> None:
+    def note(number: int, frame: object) -> None:
         stopping.append(signal.Signals(number).name)
         if number == signal.SIGINT:
             signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -193,13 +193,13 @@ class Loop:
 
     def _save(self, tau: float | None, folder: str = "checkpoints") -> Location:
         """Copy the state to the host and begin to write it; returns where."""
-        folder = storage.join(self.run.out, folder)
+        place = storage.join(self.run.out, folder)
         self._log()  # a run that goes on from here will not write it again
         with self.reporter.waiting("save"):
             state = self.run.checkpoint(self.done, tau)
             if self.run.backend.hosts.index == 0:  # every host holds the whole state, one writes it
-                self.saver.save(folder, state)
-        return storage.join(folder, f"step-{self.done:08d}")
+                self.saver.save(place, state)
+        return storage.join(place, f"step-{self.done:08d}")
 
     def summary(self) -> dict:
         total = self.run.data.total_steps

@@ -9,6 +9,7 @@ import math
 import torch
 
 from eagle3_xla.train.config import TrainConfig
+from eagle3_xla.xla.backend import Backend
 
 EPSILON = 1e-8
 
@@ -25,10 +26,10 @@ class AdamW:
 
     def __init__(
         self,
-        parameters: dict,
+        parameters: dict[str, torch.Tensor],
         config: TrainConfig,
         total_steps: int,
-        backend,
+        backend: Backend,
         lr_scale: dict[str, torch.Tensor],
         state: dict[str, torch.Tensor] | None = None,
     ):

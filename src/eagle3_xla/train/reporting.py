@@ -5,20 +5,25 @@ import json
 import os
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
+import torch
 from tqdm import tqdm
 
 from eagle3_xla import storage
 from eagle3_xla.errors import UserError
 from eagle3_xla.loss.metrics import add_up, rates
 from eagle3_xla.train.config import TrainConfig
+from eagle3_xla.train.optimizer import AdamW
 from eagle3_xla.train.step import unpack_metrics
+from eagle3_xla.xla.backend import Backend
 
 WAITS = ("input", "save", "evaluation")
 
 
-def make_tracker(config: TrainConfig, folder: Path, settings: dict):
+def make_tracker(config: TrainConfig, folder: Path, settings: dict) -> Any:
     """accelerate's tracker of that name, or None. Logs lie under `folder`/tensorboard."""
     if config.tracker == "none":
         return None
@@ -46,7 +51,7 @@ class Reporter:
     local: the folder of this machine where the files grow; `train.out` itself, or uploaded to its URL at each save.
     """
 
-    def __init__(self, config: TrainConfig, total: int, start: int, recipe: dict, backend, flops: float):
+    def __init__(self, config: TrainConfig, total: int, start: int, recipe: dict, backend: Backend, flops: float):
         self.config, self.backend, self.flops = config, backend, flops
         self.speaks = backend.hosts.index == 0
         self.heldout: list[float] = []  # every held-out tau of the run so far
@@ -66,7 +71,7 @@ class Reporter:
         self._waited = dict.fromkeys(WAITS, 0.0)
 
     @contextlib.contextmanager
-    def dispatching(self):
+    def dispatching(self) -> Iterator[None]:
         """Around the dispatch of a micro-step: the host's time for it."""
         started = time.perf_counter()
         yield
@@ -74,7 +79,7 @@ class Reporter:
         self._steps += 1
 
     @contextlib.contextmanager
-    def waiting(self, what: str):
+    def waiting(self, what: str) -> Iterator[None]:
         """Around what keeps the next step from being dispatched; what: one of WAITS."""
         started = time.perf_counter()
         yield
@@ -85,7 +90,13 @@ class Reporter:
         self._tokens += tokens
         self.bar.update()
 
-    def log(self, step: int, window: list, optimizer, compilations: int) -> None:
+    def log(
+        self,
+        step: int,
+        window: list[tuple[torch.Tensor, torch.Tensor | None]],
+        optimizer: AdamW,
+        compilations: int,
+    ) -> None:
         """window: what train/step.py returned for the steps since the last log; reading it waits for these."""
         losses, _, sums = zip(*(unpack_metrics(vector) for vector, _ in window))
         norms = [float(norm) for _, norm in window if norm is not None]

@@ -1,8 +1,11 @@
 """Checkpoints written by a thread while the steps go on: one at a time, none is lost, a failure ends the run."""
 
+from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
+from types import TracebackType
 
 from eagle3_xla import checkpoint as checkpoints
+from eagle3_xla.storage import Location
 
 
 class Saver:
@@ -12,15 +15,17 @@ class Saver:
     block ended for another one.
     """
 
-    def __init__(self, keep: int, say, before=lambda: None):
+    def __init__(self, keep: int, say: Callable[[str], object], before: Callable[[], object] = lambda: None):
         self.keep, self.say, self.before = keep, say, before
         self._thread = ThreadPoolExecutor(1, "save")
         self._writing: Future | None = None
 
-    def __enter__(self):
+    def __enter__(self) -> "Saver":
         return self
 
-    def __exit__(self, kind, error, trace):
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         try:
             self.wait()
         except OSError as failed:
@@ -30,12 +35,12 @@ class Saver:
         finally:
             self._thread.shutdown()
 
-    def save(self, folder, state: checkpoints.Checkpoint) -> None:
+    def save(self, folder: Location, state: checkpoints.Checkpoint) -> None:
         """Begin to write `state`, host tensors of its own, once the one before is written. Raises its SaveFailed."""
         self.wait()
         self._writing = self._thread.submit(self._write, folder, state)
 
-    def _write(self, folder, state: checkpoints.Checkpoint) -> None:
+    def _write(self, folder: Location, state: checkpoints.Checkpoint) -> None:
         self.before()
         checkpoints.save(folder, state, self.keep)
 

@@ -1,8 +1,10 @@
 """What a run is before its first step: the data, the frozen target, the head with its optimizer, the compiled step."""
 
 import dataclasses
+from typing import Any
 
 import torch
+from transformers import LlamaConfig
 
 from eagle3_xla import checkpoint as checkpoints
 from eagle3_xla import storage
@@ -17,13 +19,13 @@ from eagle3_xla.errors import UserError
 from eagle3_xla.outputs import claim_output, write_run_file
 from eagle3_xla.storage import Location
 from eagle3_xla.target.families import linear_rows, load_target_config, norm_offset
-from eagle3_xla.target.model import TargetStates, open_target
-from eagle3_xla.target.states import StatesStore
+from eagle3_xla.target.model import Target, TargetStates, open_target
+from eagle3_xla.target.states import StatesOf, StatesStore
 from eagle3_xla.train.heldout import HeldOut
 from eagle3_xla.train.loader import Loader, buckets_of, training_batches
 from eagle3_xla.train.optimizer import AdamW
 from eagle3_xla.train.step import TrainStep
-from eagle3_xla.xla.backend import make_backend
+from eagle3_xla.xla.backend import Backend, make_backend
 from eagle3_xla.xla.hosts import Hosts
 
 
@@ -53,9 +55,9 @@ class Run:
     """A run that is ready to step. saved: the checkpoint that it goes on from, or None."""
 
     recipe: Recipe
-    backend: object
+    backend: Backend
     data: Data
-    target_config: object
+    target_config: Any
     head: Eagle3Head
     optimizer: AdamW
     step: TrainStep
@@ -158,7 +160,7 @@ def _saved_run(recipe: Recipe, data_key: str) -> checkpoints.Checkpoint | None:
     return saved
 
 
-def _read_data(recipe: Recipe, backend, vocab_size: int) -> Data:
+def _read_data(recipe: Recipe, backend: Backend, vocab_size: int) -> Data:
     settings = recipe.train
     train_rows, heldout_rows, draft_ids, manifest = load_prepared(recipe.data.prepared, vocab_size)
     batches, loader = training_batches(recipe, train_rows, manifest, backend)
@@ -179,14 +181,14 @@ def _read_data(recipe: Recipe, backend, vocab_size: int) -> Data:
     return Data(manifest, draft_ids, batches, loader, heldout, heldout_loader, rows_per_step, total_steps)
 
 
-def _states_function(backend, target, stopping: list[str]):
+def _states_function(backend: Backend, target: Target, stopping: list[str]) -> StatesOf:
     """host batch -> the target's states on the host."""
 
     @backend.compile
-    def target_states(batch):
+    def target_states(batch: dict[str, torch.Tensor]) -> TargetStates:
         return target.states(batch["input_ids"], batch["position_ids"], batch["document_ids"])
 
-    def states_of(host_batch) -> TargetStates:
+    def states_of(host_batch: dict[str, torch.Tensor]) -> TargetStates:
         if backend.hosts.any(bool(stopping)):
             raise Stopped
         return TargetStates(*map(backend.to_host, target_states(backend.put(host_batch))))
@@ -194,7 +196,7 @@ def _states_function(backend, target, stopping: list[str]):
     return states_of
 
 
-def _keep_states(recipe: Recipe, backend, data: Data, data_key: str, states_of) -> None:
+def _keep_states(recipe: Recipe, backend: Backend, data: Data, data_key: str, states_of: StatesOf) -> None:
     """Run the target once over all rows; the step starts from what it said."""
     if len(data.batches.buckets) > 1:
         raise UserError("train.reuse_states needs rows of one length; set it to false")
@@ -205,7 +207,15 @@ def _keep_states(recipe: Recipe, backend, data: Data, data_key: str, states_of) 
         loader.store.fill(states_of, data.rows_per_step, backend)
 
 
-def _initialise(recipe: Recipe, backend, data: Data, target, head, lm_head_rows, states_of) -> dict[str, torch.Tensor]:
+def _initialise(
+    recipe: Recipe,
+    backend: Backend,
+    data: Data,
+    target: Target,
+    head: Eagle3Head,
+    lm_head_rows: torch.Tensor,
+    states_of: StatesOf,
+) -> dict[str, torch.Tensor]:
     """Give `head` its first weights (draft/initialise.py); returns the learning rates' scales (AdamW)."""
     settings, moments = recipe.train, InputMoments(head.config.hidden_size)
     norm_weight = backend.to_host(target.final_norm_weight).float() + norm_offset(target.model.config)
@@ -219,7 +229,9 @@ def _initialise(recipe: Recipe, backend, data: Data, target, head, lm_head_rows,
     return {"fc.weight": 1 / moments.aux_rms().clamp_min(1e-3)}
 
 
-def refuse_other_head(warm, wanted, path: str, layers: tuple | None, of_target: tuple) -> None:
+def refuse_other_head(
+    warm: LlamaConfig, wanted: LlamaConfig, path: str, layers: tuple[int, ...] | None, of_target: tuple[int, ...]
+) -> None:
     """Raises UserError when the head of a warm start was made for another target."""
     names = (
         "hidden_size",
@@ -239,7 +251,7 @@ def refuse_other_head(warm, wanted, path: str, layers: tuple | None, of_target: 
         ours, its = (getattr(config, name, None) or None for config in (wanted, warm))
         if ours != its:
             differences.append(f"its {name} is {its} (setting draft.{named})")
-    if layers not in (None, tuple(of_target)):
+    if layers is not None and layers != tuple(of_target):
         differences.append(f"its aux layers are {list(layers)}, not {list(of_target)}")
     if differences:
         raise UserError(f"train.warm_start: the head at {path} was made for another target: {'; '.join(differences)}")

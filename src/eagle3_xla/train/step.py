@@ -1,28 +1,34 @@
 """One micro-step: target, teacher, TTT unroll, backward, and every `gradient_accumulation` of them AdamW."""
 
+from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 import torch
 from torch.func import functional_call
 
 from eagle3_xla.config import Recipe
+from eagle3_xla.draft.model import Eagle3Head
 from eagle3_xla.loss.metrics import AcceptanceSums
 from eagle3_xla.loss.unroll import UnrollResult, teacher_positions, unroll
+from eagle3_xla.target.model import Target
 from eagle3_xla.target.order import recomputed
+from eagle3_xla.train.optimizer import AdamW
+from eagle3_xla.xla.backend import Backend
 
 
 class _WithHead(torch.nn.Module):
     """Calls a function that uses the head, so that functional_call can put other weights into it meanwhile."""
 
-    def __init__(self, head):
+    def __init__(self, head: Eagle3Head):
         super().__init__()
         self.head = head
 
-    def forward(self, function, *arguments):
+    def forward(self, function: Callable, *arguments: Any) -> Any:
         return function(*arguments)
 
 
-def _directly(name, function, *batch):
+def _directly(name: str, function: Callable, *batch: dict[str, torch.Tensor]) -> Any:
     return function(*batch)
 
 
@@ -33,7 +39,16 @@ class TrainStep:
     draft vocabulary's maps; optimizer: train.optimizer.AdamW over the head's parameters.
     """
 
-    def __init__(self, recipe: Recipe, backend, target, head, d2t, t2d, optimizer=None):
+    def __init__(
+        self,
+        recipe: Recipe,
+        backend: Backend,
+        target: Target,
+        head: Eagle3Head,
+        d2t: torch.Tensor,
+        t2d: torch.Tensor,
+        optimizer: AdamW,
+    ):
         self.recipe, self.backend, self.target, self.head = recipe, backend, target, head
         self.d2t, self.t2d = backend.replicate(d2t), backend.replicate(t2d)
         self.optimizer = optimizer
@@ -42,19 +57,20 @@ class TrainStep:
         self._parameters = list(head.parameters())
         # One graph a micro-step when each one updates; else the gradients' (added to buffers that exist before the
         # first micro-step) and the small one of the optimizer, so that target and unroll are compiled once.
-        state = [*self._parameters, *(optimizer.changing() if optimizer else [])]
+        state = [*self._parameters, *optimizer.changing()]
         self._evaluate = backend.compile(self._evaluate_eager, self._parameters)
         if self.accumulation == 1:
             self._step = backend.compile(self._gradients_and_update_eager, state)
             return
-        if optimizer is not None:
-            for parameter in self._parameters:
-                parameter.grad = backend.like(torch.zeros(parameter.shape), parameter)
+        for parameter in self._parameters:
+            parameter.grad = backend.like(torch.zeros(parameter.shape), parameter)
         gradients = [parameter.grad for parameter in self._parameters if parameter.grad is not None]
         self._step = backend.compile(self._gradients_eager, [*self._parameters, *gradients])
         self._update = backend.compile(self._update_eager, [*state, *gradients])
 
-    def run(self, micro_step: int, batch: dict, call=_directly) -> tuple[torch.Tensor, torch.Tensor | None]:
+    def run(
+        self, micro_step: int, batch: dict[str, torch.Tensor], call: Callable[..., Any] = _directly
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Micro-step number `micro_step` (from 0); every `gradient_accumulation`-th updates the weights.
 
         call(name, function, *batch) runs one of `graphs` (CompileBudget.run). Returns the step's metrics, a device
@@ -67,7 +83,7 @@ class TrainStep:
         return metrics, call("update", self._update) if updates else None
 
     @property
-    def graphs(self) -> dict:
+    def graphs(self) -> dict[str, tuple[Callable, int]]:
         """Name -> (compiled function, how often it runs for one update); all but `update` take a batch."""
         if self.accumulation == 1:
             return {"step": (self._step, 1)}
@@ -93,19 +109,19 @@ class TrainStep:
             argmax, logsumexp = (backend.draft_layout(x) for x in known)
         teacher = self.target.teacher(hidden, argmax, logsumexp)
 
-        def with_weights(function, *arguments):
+        def with_weights(function: Callable, *arguments: Any) -> Any:
             named = {f"head.{name}": weight for name, weight in weights.items()}
             with backend.autocast():
                 return functional_call(self._with_head, named, (function, *arguments))
 
-        def remat(function, *tensors):  # with the same weights when the backward pass calls it again
+        # With the same weights when the backward pass calls it again.
+        def remat(function: Callable, *tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
             return recomputed(partial(with_weights, function), *tensors)
 
         arguments = (self.target.embed_tokens, batch, aux.float(), teacher, self.t2d, self.d2t, self.recipe.loss)
-        arguments += (remat if self.recipe.xla.remat else None, groups)
-        return with_weights(unroll, self.head, *arguments)
+        return with_weights(unroll, self.head, *arguments, remat if self.recipe.xla.remat else None, groups)
 
-    def _backward(self, batch) -> UnrollResult:
+    def _backward(self, batch: dict[str, torch.Tensor]) -> UnrollResult:
         """Add the gradients of `batch`'s loss to the parameters'."""
         weights = self.backend.working_weights(self.head)
         result = self._unroll(batch, weights)
@@ -116,16 +132,16 @@ class TrainStep:
                 parameter.grad = gradient if parameter.grad is None else parameter.grad.add_(gradient)
         return result
 
-    def _gradients_eager(self, batch):
+    def _gradients_eager(self, batch: dict[str, torch.Tensor]) -> torch.Tensor:
         return _pack_metrics(self._backward(batch))
 
-    def _update_eager(self):
+    def _update_eager(self) -> torch.Tensor:
         norm = self.optimizer.step()
         for parameter in self._parameters:
             parameter.grad.zero_()
         return norm
 
-    def _gradients_and_update_eager(self, batch):
+    def _gradients_and_update_eager(self, batch: dict[str, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
         result = self._backward(batch)
         norm = self.optimizer.step()
         for parameter in self._parameters:
@@ -133,7 +149,7 @@ class TrainStep:
         return _pack_metrics(result), norm
 
     @torch.no_grad()
-    def _evaluate_eager(self, batch):
+    def _evaluate_eager(self, batch: dict[str, torch.Tensor]) -> torch.Tensor:
         return _pack_metrics(self._unroll(batch, self.backend.working_weights(self.head)))
 
 

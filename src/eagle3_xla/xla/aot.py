@@ -6,7 +6,8 @@ MB, through the same code that `train` runs.
 
 import math
 import re
-from typing import NamedTuple
+from collections.abc import Callable, Iterable
+from typing import Any, NamedTuple
 
 import torch
 import torch_xla
@@ -41,23 +42,23 @@ class AotBackend(SpmdBackend):
 
     runs_here = False  # what the TPU compiler frees, gigabytes, is given back
 
-    def _move(self, module):
+    def _move(self, module: torch.nn.Module) -> torch.nn.Module:
         return module._apply(self._to_device)
 
     def _to_device(self, tensor: torch.Tensor) -> torch.Tensor:
         # clone(): a tensor of its own over the placeholder, so that sharding it leaves the placeholder as it is.
         return xla_builder.create_placeholder_tensor(tuple(tensor.shape), tensor.dtype).clone()
 
-    def _mark(self, tensor: torch.Tensor, sharding) -> None:
+    def _mark(self, tensor: torch.Tensor, sharding: Any) -> None:
         _annotate(tensor, sharding)
 
-    def compile(self, function, state=()):
+    def compile(self, function: Callable, state: Iterable[torch.Tensor] = ()) -> Callable:
         return function
 
     def settle(self) -> None:
         pass
 
-    def lower(self, function, inputs: dict, state: dict, frozen: dict) -> LoweredStep:
+    def lower(self, function: Callable[[dict], list], inputs: dict, state: dict, frozen: dict) -> LoweredStep:
         """Trace `function(inputs)`, which returns a list of tensors, updates the tensors of `state` in place and reads
         those of `frozen`. All three: name -> placeholder, as this backend placed them.
         """

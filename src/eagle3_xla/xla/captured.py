@@ -54,7 +54,7 @@ class Captured:
         torch.cuda.current_stream().wait_stream(self._stream)
         return results
 
-    def _record(self, batches: tuple[Batch, ...]):
+    def _record(self, batches: tuple[Batch, ...]) -> tuple[torch.cuda.CUDAGraph, tuple[Batch, ...], Any] | None:
         gradients = [x.grad for x in self.state]
         inputs = tuple({name: x.clone() for name, x in batch.items()} for batch in batches)
         graph = torch.cuda.CUDAGraph()

@@ -11,7 +11,8 @@ import dataclasses
 import functools
 import threading
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from typing import Any, ParamSpec, TypeVar
 
 import torch
 import torch_xla
@@ -19,10 +20,12 @@ import torch_xla.core.xla_model as xla_model
 from torch_xla.utils.buffer_donor_context import alias_with_buffer_donor_config
 
 _XLAC = torch_xla._XLAC
+P = ParamSpec("P")
+R = TypeVar("R")
 # What torch_xla doesn't promise to keep.
-NEEDED = ("_get_tensors_xla_device_data_node", "_get_tensors_handle", "_get_graph_hash", "_xla_warm_up_cache")
-NEEDED += ("_run_cached_graph", "_check_tensor_need_materialization", "_clear_pending_irs")
-NEEDED += ("_set_buffer_donation", "_get_seed_info_id", "_unique_id_for_ir_and_data")
+NEEDED = """_get_tensors_xla_device_data_node _get_tensors_handle _get_graph_hash _xla_warm_up_cache _run_cached_graph
+_check_tensor_need_materialization _clear_pending_irs _set_buffer_donation _get_seed_info_id
+_unique_id_for_ir_and_data""".split()
 # A sync takes every live tensor of the process. One that another thread has made but not yet sharded is then uploaded
 # whole, or the other thread ends in "Check failed: data()->tensor_data". So whoever makes tensors, traces or syncs
 # holds this; running a graph by its hash does neither.
@@ -48,13 +51,13 @@ def compiled(function: Callable, state: list[torch.Tensor]) -> Callable:
     return alone(torch_xla.compile(function, full_graph=True, name=function.__name__))
 
 
-def alone(function: Callable) -> Callable:
+def alone(function: Callable[P, R]) -> Callable[P, R]:
     """`function` with LAZY_TENSORS held."""
 
     @functools.wraps(function)
-    def locked(*arguments):
+    def locked(*arguments: P.args, **keywords: P.kwargs) -> R:
         with LAZY_TENSORS:
-            return function(*arguments)
+            return function(*arguments, **keywords)
 
     return locked
 
@@ -72,7 +75,7 @@ class _Graph:
     constants: list
     given: dict[int, int]
     changed: list[int]
-    form: object
+    form: Any
     confirmed: bool = False
 
     def with_inputs(self, tensors: list[torch.Tensor]) -> list[torch.Tensor]:
@@ -82,7 +85,7 @@ class _Graph:
             inputs[position] = tensors[number]
         return inputs
 
-    def run(self, inputs: list[torch.Tensor], state: list[torch.Tensor]):
+    def run(self, inputs: list[torch.Tensor], state: list[torch.Tensor]) -> Any:
         """What the function returns; the tensors of `state` get their new values."""
         outputs = _XLAC._run_cached_graph(self.hash, inputs)
         for number, value in zip(reversed(self.changed), reversed(outputs)):
@@ -111,7 +114,7 @@ class Dispatched:
         self.function, self.state = function, state
         self._graphs: dict[tuple, _Graph] = {}
 
-    def __call__(self, *batches: dict[str, torch.Tensor]):
+    def __call__(self, *batches: dict[str, torch.Tensor]) -> Any:
         batch = [tensor for part in batches for tensor in part.values()]
         key = tuple((name, tensor.dtype, tensor.shape) for part in batches for name, tensor in part.items())
         graph = self._graphs.get(key)
@@ -120,7 +123,7 @@ class Dispatched:
         return self._traced_call(key, batches, batch)
 
     @alone
-    def _traced_call(self, key: tuple, batches: tuple, batch: list[torch.Tensor]):
+    def _traced_call(self, key: tuple, batches: tuple, batch: list[torch.Tensor]) -> Any:
         graph = self._graphs.get(key)
         traced, inputs = self._trace(batches, batch)
         if graph:
@@ -184,7 +187,7 @@ def _handles(tensors: list[torch.Tensor]) -> list[int]:
 
 
 @contextlib.contextmanager
-def _one_graph():
+def _one_graph() -> Iterator[None]:
     """What is traced inside is one graph: it raises when something has to be computed meanwhile."""
     allowed = _XLAC._get_allow_execution()
     _XLAC._set_allow_execution(False)
@@ -195,7 +198,7 @@ def _one_graph():
 
 
 @contextlib.contextmanager
-def _named(name: str):
+def _named(name: str) -> Iterator[None]:
     """What is compiled inside has this name, in traces and dumps."""
     before = _XLAC._get_current_graph_name()
     _XLAC._set_current_graph_name(name)

@@ -64,7 +64,8 @@ class Instruction:
 
 def parse(text: str) -> tuple[dict[str, list[Instruction]], str]:
     """computation name -> its instructions in scheduled order, and the entry's name."""
-    computations, entry, current = {}, "", []
+    computations: dict[str, list[Instruction]] = {}
+    entry, current = "", []
     for line in text.splitlines():
         header = _COMPUTATION.match(line)
         if header:

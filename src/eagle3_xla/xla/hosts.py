@@ -14,7 +14,10 @@ import pickle
 import sys
 import threading
 import time
+from collections.abc import Callable
 from datetime import timedelta
+from types import TracebackType
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -24,6 +27,7 @@ from eagle3_xla.errors import RunError, UserError
 ARRIVE = timedelta(minutes=30)
 PATIENCE = timedelta(days=14)  # a host that is gone is noticed at once
 MESSAGE = 4000  # bytes between the listening threads: an exit code and a line
+T = TypeVar("T")
 DONE, LOST = 0, 75  # exit codes; 75: try again (sysexits.h), as launch/train_torchrun.sh does
 
 
@@ -44,7 +48,9 @@ class Hosts:
     def __enter__(self) -> "Hosts":
         return self
 
-    def __exit__(self, kind, error, traceback) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
         if self.count == 1:
             return
         if error is not None:
@@ -58,11 +64,11 @@ class Hosts:
             self._send(0, DONE, "")
             self._listeners[0].join()
 
-    def gather(self, value) -> list:
+    def gather(self, value: T) -> list[T]:
         """Every host's `value`, in their order."""
         if self.count == 1:
             return [value]
-        values = [None] * self.count
+        values: list[Any] = [None] * self.count
         self._together(dist.all_gather_object, values, value)
         return values
 
@@ -88,12 +94,12 @@ class Hosts:
     def barrier(self) -> None:
         self.any(False)
 
-    def from_first(self, value):
+    def from_first(self, value: T) -> T:
         """Host 0's `value`, on every host: anything that can be pickled; tensors in it travel one by one."""
         if self.count == 1:
             return value
         tensors: list[torch.Tensor] = []
-        message = [None]
+        message: list[Any] = [None]
         if self.index == 0:
             content = _pickled(value, tensors)
             message = [(content, [(tensor.shape, tensor.dtype) for tensor in tensors])]
@@ -106,7 +112,7 @@ class Hosts:
                 self._together(dist.broadcast, tensor.view(-1).view(torch.uint8), 0)
         return value if self.index == 0 else _unpickled(content, tensors)
 
-    def _together(self, collective, *arguments) -> None:
+    def _together(self, collective: Callable, *arguments: Any) -> None:
         try:
             collective(*arguments, group=self._group)
         except RuntimeError as error:  # a connection is gone; the listening thread knows why and ends this process
@@ -172,11 +178,11 @@ def _group() -> dist.ProcessGroup:
     return group
 
 
-def _pickled(value, tensors: list[torch.Tensor]) -> bytes:
+def _pickled(value: object, tensors: list[torch.Tensor]) -> bytes:
     """`value` without its tensors, which are added to `tensors`."""
 
     class Pickler(pickle.Pickler):
-        def persistent_id(self, item):
+        def persistent_id(self, item: object) -> int | None:
             if not isinstance(item, torch.Tensor):
                 return None
             tensors.append(item.detach().cpu().contiguous())
@@ -187,10 +193,12 @@ def _pickled(value, tensors: list[torch.Tensor]) -> bytes:
     return file.getvalue()
 
 
-def _unpickled(content: bytes, tensors: list[torch.Tensor]):
-    unpickler = pickle.Unpickler(io.BytesIO(content))
-    unpickler.persistent_load = lambda number: tensors[number]
-    return unpickler.load()
+def _unpickled(content: bytes, tensors: list[torch.Tensor]) -> Any:
+    class Unpickler(pickle.Unpickler):
+        def persistent_load(self, number: int) -> torch.Tensor:
+            return tensors[number]
+
+    return Unpickler(io.BytesIO(content)).load()
 
 
 def _line(error: BaseException) -> str:

@@ -19,8 +19,8 @@ def mesh_devices(dp: int, tp: int, coordinates: list[tuple[int, ...]] | None = N
     blocks = max((x // HOST + 1, y // HOST + 1) for x, y, *_ in coordinates)
 
     def place(number: int) -> tuple:
-        x, y, *z = coordinates[number]
-        z = z[0] if z else 0
+        x, y, *more = coordinates[number]
+        z = more[0] if more else 0
         column, row = x // HOST, y // HOST
         row = blocks[1] - 1 - row if z % 2 else row  # there and back, so that the next host is a neighbour
         column = blocks[0] - 1 - column if row % 2 else column

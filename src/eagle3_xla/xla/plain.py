@@ -2,10 +2,13 @@
 
 import contextlib
 import resource
+from collections.abc import Callable, Iterable
 
 import torch
 
+from eagle3_xla.draft.model import Eagle3Head
 from eagle3_xla.errors import UserError
+from eagle3_xla.target.model import Target
 from eagle3_xla.xla.captured import Captured
 from eagle3_xla.xla.config import XlaConfig
 from eagle3_xla.xla.hosts import Hosts
@@ -38,15 +41,19 @@ class PlainBackend:
             return f"{processor()}, eager torch"
         return f"{torch.cuda.get_device_name()}, CUDA graphs"
 
-    def place_target(self, target):
+    def place_target(self, target: Target) -> Target:
         return target.place(lambda tensor: tensor.to(self.device))
 
-    def place_head(self, head):
+    def place_head(self, head: Eagle3Head) -> Eagle3Head:
         return head.to(self.device)
 
-    def working_weights(self, head) -> dict[str, torch.Tensor]:
+    def working_weights(self, head: Eagle3Head) -> dict[str, torch.Tensor]:
         """Parameter name -> the weight that a step computes with; here the parameter itself."""
         return dict(head.named_parameters())
+
+    def reduced(self, gradient: torch.Tensor, parameter: torch.Tensor) -> torch.Tensor:
+        """The gradient of a working weight as the parameter's; here it is that already."""
+        return gradient
 
     def draft_layout(self, tensor: torch.Tensor) -> torch.Tensor:
         """A tensor [B or groups, ...] as the draft phase computes with it."""
@@ -69,12 +76,12 @@ class PlainBackend:
     def put(self, batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         return {name: value.to(self.device) for name, value in batch.items()}
 
-    def autocast(self):
+    def autocast(self) -> contextlib.AbstractContextManager:
         if not self._autocast:
             return contextlib.nullcontext()
         return torch.autocast(self.device.type, dtype=torch.bfloat16)
 
-    def compile(self, function, state=()):
+    def compile(self, function: Callable, state: Iterable[torch.Tensor] = ()) -> Callable:
         return function if self.device.type == "cpu" else Captured(function, list(state), self._pool)
 
     def compilations(self) -> int:
@@ -86,7 +93,7 @@ class PlainBackend:
             return torch.cuda.max_memory_allocated()
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
-    def profiler(self, folder: str):
+    def profiler(self, folder: str) -> contextlib.AbstractContextManager:
         """A context whose trace is written to `folder`."""
         return torch.profiler.profile(on_trace_ready=torch.profiler.tensorboard_trace_handler(folder))
 

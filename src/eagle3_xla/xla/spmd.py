@@ -4,7 +4,8 @@ import contextlib
 import os
 import re
 import resource
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any
 
 import torch
 import torch_xla
@@ -13,9 +14,11 @@ import torch_xla.debug.metrics as xla_metrics
 import torch_xla.distributed.spmd as spmd
 import torch_xla.runtime as runtime
 
+from eagle3_xla.draft.model import Eagle3Head
 from eagle3_xla.errors import UserError
 from eagle3_xla.target.attention import GROUPED_EINSUM
 from eagle3_xla.target.experts import PARTED, RoutedExperts, route_experts
+from eagle3_xla.target.model import Target
 from eagle3_xla.xla.config import XlaConfig
 from eagle3_xla.xla.dispatch import alone, compiled
 from eagle3_xla.xla.hosts import Hosts
@@ -78,16 +81,16 @@ class SpmdBackend:
         return f"{_hardware()}, torch_xla {torch_xla.__version__}, mesh {self._shape}"
 
     # What xla/aot.py does with placeholders instead of data: move a module, move a tensor, give a tensor its sharding.
-    def _move(self, module):
+    def _move(self, module: torch.nn.Module) -> torch.nn.Module:
         return module.to(self.device)
 
     def _to_device(self, tensor: torch.Tensor) -> torch.Tensor:
         return tensor.to(self.device)
 
-    def _mark(self, tensor: torch.Tensor, sharding) -> None:
+    def _mark(self, tensor: torch.Tensor, sharding: Any) -> None:
         torch_xla._XLAC._xla_mark_sharding(tensor, sharding)
 
-    def place_target(self, target):
+    def place_target(self, target: Target) -> Target:
         """Shard by the model's own `base_model_tp_plan`, experts by their parts; anything else is replicated."""
         target.model.config._attn_implementation = GROUPED_EINSUM
         route_experts(target.model, self.mesh.shape()["tp"], self.data_parallel, scanned, local_take_rows(self.mesh))
@@ -111,13 +114,13 @@ class SpmdBackend:
 
         return target.place(self._to_device, mark)
 
-    def place_head(self, head):
+    def place_head(self, head: Eagle3Head) -> Eagle3Head:
         head = self._move(head)
         for name, parameter in head.named_parameters():
             self._mark(parameter, self._stored(name, parameter))
         return head
 
-    def _stored(self, name: str, parameter):
+    def _stored(self, name: str, parameter: torch.Tensor) -> Any:
         """Sharding of a parameter at rest, and of its moments and gradient: a matrix over all devices (ZeRO) when the
         draft phase is not split over tp; else as the step computes with it (benchmarks/README.md).
         """
@@ -125,7 +128,7 @@ class SpmdBackend:
             return self._computed(name, parameter)
         return self.mesh.get_op_sharding((("dp", "tp"), None))  # as in `draft_layout`
 
-    def _computed(self, name: str, parameter):
+    def _computed(self, name: str, parameter: torch.Tensor) -> Any:
         """Sharding of a weight while the step computes with it."""
         module = name.split(".")[-2]
         if not self._tensor_parallel_draft:
@@ -136,7 +139,7 @@ class SpmdBackend:
             return self.mesh.get_op_sharding((None, "tp"))
         return self.mesh.get_op_sharding((None,) * parameter.ndim)
 
-    def working_weights(self, head) -> dict[str, torch.Tensor]:
+    def working_weights(self, head: Eagle3Head) -> dict[str, torch.Tensor]:
         """Parameter name -> the weight that a step computes with: gathered once, in bf16 if autocast."""
         weights = {}
         for name, parameter in head.named_parameters():
@@ -155,7 +158,7 @@ class SpmdBackend:
         """A tensor [B or groups, ...] of the draft phase as the target computes with it: over dp."""
         return self._laid_out(tensor, ("dp", "tp"), "dp") if self._split_draft else tensor
 
-    def _laid_out(self, tensor: torch.Tensor, *layouts) -> torch.Tensor:
+    def _laid_out(self, tensor: torch.Tensor, *layouts: str | tuple[str, ...]) -> torch.Tensor:
         # Both sides are said: else the partitioner carries one side's layout on into the other's computation.
         for axes in layouts:
             tensor = tensor.clone()
@@ -218,7 +221,7 @@ class SpmdBackend:
         sharding = self.mesh.get_op_sharding(("dp",) + (None,) * (part.ndim - 1))
         return torch_xla._XLAC._global_tensor_from_cpu_shards(shards, sharding, None)
 
-    def autocast(self):
+    def autocast(self) -> contextlib.AbstractContextManager:
         return torch.autocast("xla", dtype=torch.bfloat16) if self._autocast else contextlib.nullcontext()
 
     def memory_bytes(self) -> int | None:
@@ -228,14 +231,14 @@ class SpmdBackend:
         return None
 
     @contextlib.contextmanager
-    def profiler(self, folder: str):
+    def profiler(self, folder: str) -> Iterator[None]:
         """A context whose xprof trace is written to `folder`/plugins/profile, where tensorboard finds it."""
         session = torch_xla._XLAC.profiler.TslProfilerSessionWrapper()
         yield
         xla_model.wait_device_ops()
         session.export(session.stop(), folder)
 
-    def compile(self, function, state: Iterable[torch.Tensor] = ()):
+    def compile(self, function: Callable, state: Iterable[torch.Tensor] = ()) -> Callable:
         """`function` as one graph; torch_xla raises when it would need a second one. state: the tensors that may differ
         between two calls besides its arguments (xla/dispatch.py).
         """
@@ -252,7 +255,7 @@ class SpmdBackend:
         torch_xla.sync(wait=True)
 
 
-def _annotate(tensor: torch.Tensor, sharding) -> None:
+def _annotate(tensor: torch.Tensor, sharding: Any) -> None:
     """Give a tensor inside a graph its sharding."""
     torch_xla._XLAC._xla_annotate_custom_sharding(tensor, sharding)
 

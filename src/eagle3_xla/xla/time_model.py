@@ -122,7 +122,7 @@ class _Walk:
         time = StepTime()
         shapes = {instruction.name: instruction.arrays for instruction in instructions}
         clock = 0.0  # of compute; collectives in flight end at `ends`
-        ends: dict[str, float] = {}
+        ends: dict[str | None, float] = {}
         wire_free = 0.0
         for instruction in instructions:
             opcode = instruction.opcode
@@ -184,7 +184,9 @@ class _Walk:
         inside = self.computations.get(instruction.calls[0], [])
         return next((i for i in inside if i.opcode in COLLECTIVES), None)
 
-    def _collective(self, instruction: Instruction, base: str, shapes) -> tuple[str, int, np.ndarray | None]:
+    def _collective(
+        self, instruction: Instruction, base: str, shapes: dict[str, list[Array]]
+    ) -> tuple[str, int, np.ndarray | None]:
         fused = self._fused_collective(instruction)
         if fused:
             kind = fused.opcode if instruction.name.startswith(FUSED_START) else "reduce-scatter"
@@ -195,7 +197,7 @@ class _Walk:
             outputs -= inputs if base != "all-reduce" else 0
         return base, max(inputs, outputs), instruction.groups()
 
-    def _compute(self, instruction: Instruction, shapes) -> tuple[float, bool]:
+    def _compute(self, instruction: Instruction, shapes: dict[str, list[Array]]) -> tuple[float, bool]:
         arrays = list(instruction.arrays)
         for position, name in enumerate(instruction.operands):
             share = self._share_read(instruction, position)

@@ -6,7 +6,7 @@ StableHLO to that libtpu.
 
 import os
 import re
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -165,8 +165,8 @@ def compile_for(topology: Topology, hlo: bytes, donated: list[int], flags: str =
     )
     text = "\n".join(module.to_string() for module in executable.hlo_modules())
     aliases = re.search(r"input_output_alias=\{(.*?) \}, ", text)
-    donated = {int(number) for number in re.findall(r": \((\d+),", aliases[1])} if aliases else set()
-    return Executable(memory, executable.cost_analysis()["flops"], donated, text)
+    reused = {int(number) for number in re.findall(r": \((\d+),", aliases[1])} if aliases else set()
+    return Executable(memory, executable.cost_analysis()["flops"], reused, text)
 
 
 def topology_devices(topology: Topology) -> list:
@@ -205,15 +205,19 @@ def _with_shardings(text: bytes | str, donated: list[int]) -> bytes:
     from jaxlib.mlir import ir
 
     with make_ir_context() as context, ir.Location.unknown(context):
-        module = ir.Module.parse(text)
+        module: Any = ir.Module.parse(text)  # of its operations' own classes the stubs know nothing
         main = next(op for op in module.body if op.name.value == "main")
         shardings = {}
         for operation in main.entry_block:
             if operation.operation.name != "stablehlo.custom_call":
                 continue
-            operand = operation.operation.operands[0] if len(operation.operation.operands) else None
-            if operation.call_target_name.value == "Sharding" and ir.BlockArgument.isinstance(operand):
-                shardings[ir.BlockArgument(operand).arg_number] = operation.operation.attributes["mhlo.sharding"]
+            operands = operation.operation.operands
+            if (
+                operation.call_target_name.value == "Sharding"
+                and len(operands)
+                and ir.BlockArgument.isinstance(operands[0])
+            ):
+                shardings[ir.BlockArgument(operands[0]).arg_number] = operation.operation.attributes["mhlo.sharding"]
         attributes = []
         for number, old in enumerate(main.arg_attrs):
             new = {entry.name: entry.attr for entry in old}
