@@ -98,6 +98,7 @@ SETS: dict[str, dict[str, dict[str, str]]] = {
         "TTT 1": {"loss.ttt_length": "1"},
         "TTT 3": {"loss.ttt_length": "3"},
         "TTT 7": {"loss.ttt_length": "7"},
+        "TTT length grows over half": {"loss.ttt_warmup": "0.5"},
     },
     "optimizer": {
         "default": {},

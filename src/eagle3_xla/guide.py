@@ -22,7 +22,7 @@ EXAMPLES = {
   torchrun --nproc-per-node=1 -m eagle3_xla train --config qwen2.5-7b-v4-32 --train.out=gs://my-bucket/run""",
     "plan": """
   eagle3-xla plan --config qwen2.5-7b-v4-32
-  eagle3-xla plan --config qwen2.5-7b-v4-32 --topology v5e-16 --xla.draft_data_parallel=true
+  eagle3-xla plan --config qwen2.5-7b-v4-32 --topology v5e-16
   eagle3-xla plan --config qwen2.5-7b-v4-32 --search --plan.price_per_chip_hour=3.22""",
     "export": """
   eagle3-xla export --checkpoint work/run --out work/head                        the run's best checkpoint

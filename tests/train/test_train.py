@@ -36,9 +36,14 @@ def recipe_of(small_run, *more):
     return recipe
 
 
-@pytest.mark.parametrize("reuse, accumulation", [(False, 2), (True, 1)], ids=["target in the step", "states reused"])
-def test_a_seed_gives_the_same_weights_twice_and_resumes_to_them(small_run, tmp_path, reuse, accumulation):
+@pytest.mark.parametrize(
+    "reuse, accumulation, warmup",
+    [(False, 2, 0.5), (True, 1, 0)],
+    ids=["target in the step, growing TTT length", "states reused"],
+)
+def test_a_seed_gives_the_same_weights_twice_and_resumes_to_them(small_run, tmp_path, reuse, accumulation, warmup):
     more = [f"train.reuse_states={reuse}", f"train.gradient_accumulation={accumulation}", "train.init=least_squares"]
+    more += [f"loss.ttt_warmup={warmup}"]
     whole = recipe_of(small_run, *more)
     summary = train(whole)
     assert summary["micro_steps"] == summary["of"] >= 8

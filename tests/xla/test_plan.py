@@ -63,7 +63,10 @@ def test_what_cannot_fit_is_said_before_compiling(forks, tmp_path):
 REFUSED = [
     (["--topology", "v9-1"], "unknown topology 'v9-1'; known: v4-8 = v4:2x2x1, 4 chips, "),
     (["--topology", "v4-16"], "xla.dp * xla.tp = 4 * 4 = 16, but v4-16 has 8 chips"),
-    (["--xla.dp=2", "--xla.tp=8"], "xla.tp is 8, which does not divide the target's num_key_value_heads 4"),
+    (
+        ["--train.batch_size=8", "--xla.dp=2", "--xla.tp=8"],
+        "xla.tp is 8, which does not divide the target's num_key_value_heads 4",
+    ),
     (["--xla.device=cpu"], "xla.device is cpu"),
     (["--target.path=/nowhere"], "no target at '/nowhere'"),
     (["--xla-flags=--xla_a=1 nonsense"], "setting plan.xla_flags: 'nonsense' is no flag; --xla_NAME=VALUE"),

@@ -13,6 +13,8 @@ OBJECTIVES = ("kl", "reverse_kl", "tv", "lk_alpha", "lk_lambda")
 class LossConfig:
     # steps of the unroll: as many drafts as the head learns to write on its own states
     ttt_length: int = setting(7, within="[1, 64]")
+    # share of the training over which that length grows from 1, each one as long; every length is a graph of its own
+    ttt_warmup: float = setting(0.0, within="[0, 1)")
     decay: float = setting(0.8, within="(0, 1]")  # step k weighs decay**k
     objective: str = "kl"  # kl | reverse_kl | tv | lk_alpha | lk_lambda, or a weighted sum: "kl + 0.5*tv"
     # serving: the rows an engine drafts at | specforge: row t counts by the mask of token t
@@ -21,6 +23,11 @@ class LossConfig:
     anchors: float = setting(1.0, within="(0, 1]")
     # rows: rows that count | sequences: conversations, each the mean of its own | all: all B*T rows, as SpecForge
     mean_over: str = setting("rows", among=("rows", "sequences", "all"))
+
+    def ttt_length_at(self, update: int, updates: int) -> int:
+        """Steps of the unroll in update number `update` (from 0) of a run of `updates`."""
+        growing = self.ttt_warmup * updates
+        return self.ttt_length if update >= growing else 1 + int(update * (self.ttt_length - 1) / growing)
 
     def check(self) -> None:
         """Raises UserError for an objective that is none, and for settings that don't go together."""

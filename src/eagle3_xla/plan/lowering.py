@@ -48,7 +48,7 @@ def lower_step(recipe: Recipe, target_config: Any, coordinates: list | None = No
         batch = backend.put(batch)
     state = {f"head.{name}": parameter for name, parameter in parameters.items()} | optimizer.state()
     state |= {f"gradient.{name}": p.grad for name, p in parameters.items() if p.grad is not None}
-    last_micro_step = recipe.train.gradient_accumulation - 1
+    last_micro_step = TOTAL_STEPS * recipe.train.gradient_accumulation - 1  # at the whole TTT length
     return backend.lower(lambda inputs: list(step.run(last_micro_step, inputs)), batch, state, _frozen(target))
 
 

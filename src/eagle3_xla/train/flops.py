@@ -6,8 +6,8 @@ from eagle3_xla.config import Recipe
 from eagle3_xla.target.families import inner_widths
 
 
-def flops_per_token(target: Any, recipe: Recipe) -> float:
-    """FLOPs of one position of a micro-step; target: its Hugging Face config.
+def flops_per_token(target: Any, recipe: Recipe, ttt_length: int | None = None) -> float:
+    """FLOPs of one position of a micro-step; target: its Hugging Face config; ttt_length: `loss.ttt_length` by default.
 
     A matmul with an [m, n] weight is 2 m n. The target runs forward: its layers, the full vocabulary's logits; I is
     then as wide as what a token's chosen experts have together. The head runs forward and backward (3 times forward,
@@ -23,7 +23,7 @@ def flops_per_token(target: Any, recipe: Recipe) -> float:
         target.hidden_size,
         target.intermediate_size,
         recipe.data.row_length,
-        recipe.loss.ttt_length,
+        ttt_length or recipe.loss.ttt_length,
     )
     head_dim = getattr(target, "head_dim", None) or hidden // target.num_attention_heads
     queries, keys = target.num_attention_heads * head_dim, target.num_key_value_heads * head_dim

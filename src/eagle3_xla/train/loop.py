@@ -38,9 +38,8 @@ def train(recipe: Recipe, max_steps: int = 0, allow_recompile: bool = False, pro
         handlers = _stop_by_signals(stopping)
         try:
             run = set_up(recipe, stopping, hosts)
-            flops = flops_per_token(run.target_config, recipe)
             settings = dataclasses.asdict(recipe)
-            reporter = Reporter(recipe.train, run.data.total_steps, run.first_step, settings, run.backend, flops)
+            reporter = Reporter(recipe.train, run.data.total_steps, run.first_step, settings, run.backend)
             saver = Saver(recipe.train.keep, reporter.say, reporter.upload)
             with contextlib.closing(reporter), saver:
                 loop = Loop(run, reporter, saver, allow_recompile, stopping)
@@ -80,6 +79,7 @@ class Loop:
         self.unlogged: tuple[int, list] | None = None  # steps done, and what the steps since the last log returned
         self.path = run.saved and storage.join(run.out, "checkpoints", f"step-{self.done:08d}")  # the last checkpoint
         self.budget = self._compile_budget(allow_recompile)
+        self.flops = {length: flops_per_token(run.target_config, run.recipe, length) for length in run.step.lengths}
 
     def _compile_budget(self, allow_recompile: bool) -> CompileBudget:
         run, say = self.run, self.reporter.say
@@ -113,7 +113,7 @@ class Loop:
                     window.append(run.step.run(micro_step, batch, self.budget.run))
                 if micro_step + 1 - run.first_step == PROFILED.stop:
                     tracing.close()
-                reporter.count(tokens)
+                reporter.count(tokens, self.flops[run.step.length(micro_step)])
                 self.done = micro_step + 1
 
                 # Read metrics one step late: the device already has the next step, so the host never makes it wait.

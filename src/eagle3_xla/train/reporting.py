@@ -46,13 +46,13 @@ def make_tracker(config: TrainConfig, folder: Path, settings: dict) -> Any:
 class Reporter:
     """Progress bar on stderr, one JSON object a logged step in metrics.jsonl, the tracker's scalars; on host 0 only.
 
-    recipe: the resolved one, for the tracker; flops: of one position (train/flops.py), for
-    MFU = flops * tokens per second / (devices * their peak). A full disk costs the log, not the run.
+    recipe: the resolved one, for the tracker. MFU = FLOPs (train/flops.py) per second / (devices * their peak). A full
+    disk costs the log, not the run.
     local: the folder of this machine where the files grow; `train.out` itself, or uploaded to its URL at each save.
     """
 
-    def __init__(self, config: TrainConfig, total: int, start: int, recipe: dict, backend: Backend, flops: float):
-        self.config, self.backend, self.flops = config, backend, flops
+    def __init__(self, config: TrainConfig, total: int, start: int, recipe: dict, backend: Backend):
+        self.config, self.backend = config, backend
         self.speaks = backend.hosts.index == 0
         self.heldout: list[float] = []  # every held-out tau of the run so far
         self._complained = False
@@ -68,6 +68,7 @@ class Reporter:
         self.heldout = backend.hosts.from_first(self.heldout)  # all stop by `patience` at the same step
         self.bar = tqdm(total=total, initial=start, desc="train", unit="step", mininterval=1.0, disable=not self.speaks)
         self._since, self._tokens, self._speed, self._host_seconds, self._steps = time.perf_counter(), 0, 0.0, 0.0, 0
+        self._work, self._work_speed = 0.0, 0.0
         self._waited = dict.fromkeys(WAITS, 0.0)
 
     @contextlib.contextmanager
@@ -85,9 +86,10 @@ class Reporter:
         yield
         self._waited[what] += time.perf_counter() - started
 
-    def count(self, tokens: int) -> None:
+    def count(self, tokens: int, flops_per_token: float) -> None:
         """A micro-step over `tokens` tokens was dispatched."""
         self._tokens += tokens
+        self._work += tokens * flops_per_token
         self.bar.update()
 
     def log(
@@ -102,7 +104,7 @@ class Reporter:
         norms = [float(norm) for _, norm in window if norm is not None]
         now = time.perf_counter()
         if self._tokens:
-            self._speed = self._tokens / (now - self._since)
+            self._speed, self._work_speed = self._tokens / (now - self._since), self._work / (now - self._since)
         acc = rates(add_up(sums))["acc"]
         row = {
             "step": step,
@@ -118,9 +120,9 @@ class Reporter:
         }
         row |= {f"{what}_wait_seconds": seconds for what, seconds in self._waited.items()}  # since the last row
         self._waited = dict.fromkeys(WAITS, 0.0)
-        self._since, self._tokens, self._host_seconds, self._steps = now, 0, 0.0, 0
+        self._since, self._tokens, self._work, self._host_seconds, self._steps = now, 0, 0.0, 0.0, 0
         if self.backend.peak_flops:
-            row["mfu"] = self.flops * self._speed / self.backend.peak_flops
+            row["mfu"] = self._work_speed / self.backend.peak_flops
         if memory := self.backend.memory_bytes():
             row["memory_gib"] = memory / 2**30
         self._write(row)
@@ -141,7 +143,7 @@ class Reporter:
             + (f" ({by_source})" if by_source else "")
         )
         self._track({"heldout/tau": tau} | {f"heldout/tau/{name}": value for name, value in sources.items()}, step)
-        self._since, self._tokens = time.perf_counter(), 0
+        self._since, self._tokens, self._work = time.perf_counter(), 0, 0.0
 
     def best_tau(self) -> float | None:
         return max(self.heldout, default=None)

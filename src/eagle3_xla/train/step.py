@@ -1,7 +1,8 @@
 """One micro-step: target, teacher, TTT unroll, backward, and every `gradient_accumulation` of them AdamW."""
 
 from collections.abc import Callable
-from functools import partial
+from dataclasses import replace
+from functools import partial, wraps
 from typing import Any
 
 import torch
@@ -57,15 +58,18 @@ class TrainStep:
         self._parameters = list(head.parameters())
         # One graph a micro-step when each one updates; else the gradients' (added to buffers that exist before the
         # first micro-step) and the small one of the optimizer, so that target and unroll are compiled once.
+        # And one for each TTT length (`loss.ttt_warmup`).
+        self.updates, loss = optimizer.total_steps, recipe.loss
+        self.lengths = sorted({loss.ttt_length_at(update, self.updates) for update in range(self.updates)})
         state = [*self._parameters, *optimizer.changing()]
         self._evaluate = backend.compile(self._evaluate_eager, self._parameters)
         if self.accumulation == 1:
-            self._step = backend.compile(self._gradients_and_update_eager, state)
+            self._steps = self._of_each_length(self._gradients_and_update_eager, state)
             return
         for parameter in self._parameters:
             parameter.grad = backend.like(torch.zeros(parameter.shape), parameter)
         gradients = [parameter.grad for parameter in self._parameters if parameter.grad is not None]
-        self._step = backend.compile(self._gradients_eager, [*self._parameters, *gradients])
+        self._steps = self._of_each_length(self._gradients_eager, [*self._parameters, *gradients])
         self._update = backend.compile(self._update_eager, [*state, *gradients])
 
     def run(
@@ -76,24 +80,45 @@ class TrainStep:
         call(name, function, *batch) runs one of `graphs` (CompileBudget.run). Returns the step's metrics, a device
         vector that `unpack_metrics` reads, and at an update the norm of the gradients.
         """
+        length = self.length(micro_step)
+        name = self._name(length)
         if self.accumulation == 1:
-            return call("step", self._step, batch)
-        metrics = call("gradients", self._step, batch)
+            return call(name, self._steps[length], batch)
+        metrics = call(name, self._steps[length], batch)
         updates = (micro_step + 1) % self.accumulation == 0
         return metrics, call("update", self._update) if updates else None
+
+    def length(self, micro_step: int) -> int:
+        """TTT length of micro-step number `micro_step`."""
+        return self.recipe.loss.ttt_length_at(micro_step // self.accumulation, self.updates)
 
     @property
     def graphs(self) -> dict[str, tuple[Callable, int]]:
         """Name -> (compiled function, how often it runs for one update); all but `update` take a batch."""
-        if self.accumulation == 1:
-            return {"step": (self._step, 1)}
-        return {"gradients": (self._step, self.accumulation), "update": (self._update, 1)}
+        steps = {self._name(length): (step, self.accumulation) for length, step in self._steps.items()}
+        return steps if self.accumulation == 1 else steps | {"update": (self._update, 1)}
+
+    def _name(self, length: int) -> str:
+        what = "step" if self.accumulation == 1 else "gradients"
+        return what if len(self.lengths) == 1 else f"{what}, TTT {length}"
+
+    def _of_each_length(self, function: Callable, state: list[torch.Tensor]) -> dict[int, Callable]:
+        """TTT length -> function(length, batch), compiled."""
+
+        def of(length: int) -> Callable:
+            @wraps(function)
+            def step(batch: dict[str, torch.Tensor]) -> Any:
+                return function(length, batch)
+
+            return self.backend.compile(step, state)
+
+        return {length: of(length) for length in self.lengths}
 
     def evaluate(self, batch: dict[str, torch.Tensor]) -> torch.Tensor:
         """Metrics of a batch without gradients."""
         return self._evaluate(batch)
 
-    def _unroll(self, batch: dict[str, torch.Tensor], weights: dict[str, torch.Tensor]) -> UnrollResult:
+    def _unroll(self, length: int, batch: dict[str, torch.Tensor], weights: dict[str, torch.Tensor]) -> UnrollResult:
         """weights: what the head computes with, by parameter name."""
         backend, groups = self.backend, self.backend.draft_groups
         if "aux" not in batch:
@@ -118,13 +143,14 @@ class TrainStep:
         def remat(function: Callable, *tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
             return recomputed(partial(with_weights, function), *tensors)
 
-        arguments = (self.target.embed_tokens, batch, aux.float(), teacher, self.t2d, self.d2t, self.recipe.loss)
+        loss = replace(self.recipe.loss, ttt_length=length)
+        arguments = (self.target.embed_tokens, batch, aux.float(), teacher, self.t2d, self.d2t, loss)
         return with_weights(unroll, self.head, *arguments, remat if self.recipe.xla.remat else None, groups)
 
-    def _backward(self, batch: dict[str, torch.Tensor]) -> UnrollResult:
+    def _backward(self, length: int, batch: dict[str, torch.Tensor]) -> UnrollResult:
         """Add the gradients of `batch`'s loss to the parameters'."""
         weights = self.backend.working_weights(self.head)
-        result = self._unroll(batch, weights)
+        result = self._unroll(length, batch, weights)
         (result.loss / self.accumulation).backward()
         for name, parameter in self.head.named_parameters():
             if weights[name] is not parameter:
@@ -132,8 +158,8 @@ class TrainStep:
                 parameter.grad = gradient if parameter.grad is None else parameter.grad.add_(gradient)
         return result
 
-    def _gradients_eager(self, batch: dict[str, torch.Tensor]) -> torch.Tensor:
-        return _pack_metrics(self._backward(batch))
+    def _gradients_eager(self, length: int, batch: dict[str, torch.Tensor]) -> torch.Tensor:
+        return self._pack_metrics(self._backward(length, batch))
 
     def _update_eager(self) -> torch.Tensor:
         norm = self.optimizer.step()
@@ -141,21 +167,26 @@ class TrainStep:
             parameter.grad.zero_()
         return norm
 
-    def _gradients_and_update_eager(self, batch: dict[str, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
-        result = self._backward(batch)
+    def _gradients_and_update_eager(
+        self, length: int, batch: dict[str, torch.Tensor]
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        result = self._backward(length, batch)
         norm = self.optimizer.step()
         for parameter in self._parameters:
             parameter.grad = None
-        return _pack_metrics(result), norm
+        return self._pack_metrics(result), norm
 
     @torch.no_grad()
     def _evaluate_eager(self, batch: dict[str, torch.Tensor]) -> torch.Tensor:
-        return _pack_metrics(self._unroll(batch, self.backend.working_weights(self.head)))
+        result = self._unroll(self.recipe.loss.ttt_length, batch, self.backend.working_weights(self.head))
+        return self._pack_metrics(result)
 
-
-def _pack_metrics(result: UnrollResult) -> torch.Tensor:
-    """One float32 vector, so that one transfer fetches everything: [1 + 6 K]."""
-    return torch.cat([result.loss.detach().reshape(1), result.step_losses, *result.sums])
+    def _pack_metrics(self, result: UnrollResult) -> torch.Tensor:
+        """One float32 vector, so that one transfer fetches everything: [1 + 6 K]; steps not unrolled have zeros."""
+        columns = [result.step_losses, *result.sums]
+        if missing := self.recipe.loss.ttt_length - len(result.step_losses):
+            columns = [torch.nn.functional.pad(column, (0, missing)) for column in columns]
+        return torch.cat([result.loss.detach().reshape(1), *columns])
 
 
 def unpack_metrics(vector: torch.Tensor) -> tuple[float, torch.Tensor, AcceptanceSums]:
