@@ -26,6 +26,7 @@ from typing import Any
 import torch
 
 from eagle3_xla.draft.model import Eagle3Head
+from eagle3_xla.errors import UserError
 from eagle3_xla.evaluate.tree import Tree
 from eagle3_xla.target.attention import decoding, decoding_attention
 from eagle3_xla.target.cache import SlotCache
@@ -262,7 +263,8 @@ class SpeculativeDecoder(Decoder):
     ):
         super().__init__(target, slots)
         self.head, self.draft_tokens, self.topk, self.steps = head, draft_tokens, topk, steps or draft_tokens
-        assert head.window is None or head.window >= self.steps  # else a node's ancestors fall out of its sight
+        if head.window and head.window < self.steps:  # a node's ancestors would fall out of its sight
+            raise UserError(f"the head sees {head.window} positions: drafts of {self.steps} steps don't fit")
         self.d2t, self.draft_ids = d2t, (d2t + torch.arange(len(d2t), device=d2t.device)).to(target.device)
 
     def _start(self, slot: int, prompt: list[int], choose: Choice) -> _Text:
