@@ -48,7 +48,8 @@ def small_config(folder, **changes):
 @pytest.mark.slow
 def test_few_layers_extended_are_all_layers(forks, tmp_path):
     settings = [small_config(tmp_path), "plan.topology=v4-8", "xla.dp=2", "xla.tp=2", "data.row_length=128"]
-    settings += ["data.draft_vocab_size=512", "train.batch_size=2", "loss.ttt_length=2"]
+    settings += ["data.draft_vocab_size=512", "train.batch_size=1", "loss.ttt_length=2"]
+    settings += ["xla.draft_data_parallel=false"]
     done = forks.run_code(PLANS, *settings)
     *verdicts, refused = done.stdout.splitlines()
     every, few = map(json.loads, verdicts)
