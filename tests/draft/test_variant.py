@@ -23,14 +23,18 @@ def rule(result: dict, name: str) -> str:
     return next(finding["status"] for finding in result["rules"] if finding["rule"] == name)
 
 
-@pytest.fixture(scope="module")
-def head(small_run_in, tmp_path_factory):
-    folder = tmp_path_factory.mktemp("variant")
-    recipe = load_recipe(None, [*small_run_in(folder), "draft.variant=eagle3.1", "train.init=least_squares"])
+def exported(folder, settings):
+    recipe = load_recipe(None, settings)
     prepare(recipe)
     train(recipe, max_steps=4)
     export(folder / "run", folder / "head", "float32")
     return folder / "head"
+
+
+@pytest.fixture(scope="module")
+def head(small_run_in, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("variant")
+    return exported(folder, [*small_run_in(folder), "draft.variant=eagle3.1", "train.init=least_squares"])
 
 
 def test_it_is_exported_measured_and_believed(head, small_target, chat_file):
@@ -65,11 +69,7 @@ def test_a_warm_start_from_the_other_variant_is_refused(head, small_run):
 @pytest.fixture(scope="module")
 def narrow_head(small_run_in, tmp_path_factory):
     folder = tmp_path_factory.mktemp("narrow")
-    recipe = load_recipe(None, [*small_run_in(folder), "draft.window=9", "draft.qk_norm=true"])
-    prepare(recipe)
-    train(recipe, max_steps=4)
-    export(folder / "run", folder / "head", "float32")
-    return folder / "head"
+    return exported(folder, [*small_run_in(folder), "draft.window=9", "draft.qk_norm=true"])
 
 
 def test_a_window_and_normed_queries(narrow_head, small_target, chat_file, tmp_path):

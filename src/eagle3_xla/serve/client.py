@@ -2,6 +2,7 @@
 
 import re
 import time
+from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -74,7 +75,7 @@ def connect(url: str) -> "Server":
     raise UserError(f"what answers at {shown_url} is neither an SGLang nor a vLLM server")
 
 
-class Server:
+class Server(ABC):
     """engine, version; model: path or id of the target; dtype, device: what it computes in and on, None where the
     engine doesn't say; head: path of the draft model, None without one or unknown; steps, topk, draft_tokens: the
     shape of its drafts (draft_tokens without the root), None without a head; window: how many positions the head is let
@@ -93,13 +94,13 @@ class Server:
     def __init__(self, url: str, http: httpx.Client):
         self.url, self.http = url, http
 
+    @abstractmethod
     def question(self, prompt: list[int], request: Request, salt: str) -> tuple[str, dict]:
         """(path, JSON body) of the request for one answer."""
-        raise NotImplementedError
 
+    @abstractmethod
     def answer(self, chunks: list[dict], first: float, seconds: float, where: str) -> Answer:
         """The answer that the events of a stream give."""
-        raise NotImplementedError
 
     def generate(self, prompt: list[int], request: Request, salt: str = "") -> Answer:
         """Answer one prompt of token ids.
@@ -166,6 +167,7 @@ class Server:
         """Drafts since the server's start, all requests together; None where each answer has its own."""
         return None
 
+    @abstractmethod
     def forget(self) -> None:
         """Drop cached prompts, so that the next measurement starts as the last one did."""
 
@@ -210,6 +212,9 @@ class VLLM(Server):
         if drafts is not None:  # its API does not name the draft model
             self.head, self.topk, self.steps = "", 1, len(drafts.reached)
             self.draft_tokens = self.steps
+
+    def forget(self) -> None:
+        pass  # a question's salt keeps it from what was cached
 
     def question(self, prompt: list[int], request: Request, salt: str) -> tuple[str, dict]:
         body = {"model": self.name, "prompt": prompt, "max_tokens": request.max_new_tokens, "return_token_ids": True}
