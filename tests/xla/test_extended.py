@@ -18,15 +18,15 @@ from eagle3_xla.train.optimizer import AdamW
 from eagle3_xla.xla.backend import make_backend
 from eagle3_xla.xla.config import XlaConfig
 
-# Verdicts of all layers and of few of them, and what an unknown flag of the compiler gives.
+# Verdicts of a recipe with the settings after the first argument and, one after the other, each of the first's.
 PLANS = """
 import json, os, sys
 from eagle3_xla.config import load_recipe
 from eagle3_xla.errors import UserError
 from eagle3_xla.plan.verdict import compile_verdict
-for change in ("plan.layers=0", "plan.layers=8", "plan.xla_flags='--xla_nonsense=1'"):
+for change in sys.argv[1].split("; "):
     try:
-        print(json.dumps(compile_verdict(load_recipe("qwen2.5-7b-v4-32", [*sys.argv[1:], change]))))
+        print(json.dumps(compile_verdict(load_recipe("qwen2.5-7b-v4-32", [*sys.argv[2:], change]))))
     except UserError as error:
         print(error)
 sys.stdout.flush()
@@ -46,13 +46,13 @@ def small_config(folder, **changes):
 
 
 @pytest.mark.slow
-def test_few_layers_extended_are_all_layers(forks, tmp_path):
+@pytest.mark.parametrize("draft", ["split over tp", "rows over all chips"])
+def test_few_layers_extended_are_all_layers(forks, tmp_path, draft):
     settings = [small_config(tmp_path), "plan.topology=v4-8", "xla.dp=2", "xla.tp=2", "data.row_length=128"]
-    settings += ["data.draft_vocab_size=512", "train.batch_size=1", "loss.ttt_length=2"]
-    settings += ["xla.draft_data_parallel=false"]
-    done = forks.run_code(PLANS, *settings)
-    *verdicts, refused = done.stdout.splitlines()
-    every, few = map(json.loads, verdicts)
+    settings += ["data.draft_vocab_size=512", "train.batch_size=2", "loss.ttt_length=2"]
+    settings += [f"xla.draft_data_parallel={str(draft == 'rows over all chips').lower()}"]
+    done = forks.run_code(PLANS, "plan.layers=0; plan.layers=8", *settings)
+    every, few = map(json.loads, done.stdout.splitlines())
     assert not every["extrapolated"] and few["extrapolated"] and (few["layers"], few["compiled_layers"]) == (20, 8)
     for key in ("flops_per_chip", "modelled_step_seconds", "mfu", "host_step_seconds"):
         assert few[key] == pytest.approx(every[key], rel=0.01), key
@@ -60,7 +60,12 @@ def test_few_layers_extended_are_all_layers(forks, tmp_path):
         assert few["hbm"][part] == pytest.approx(every["hbm"][part], rel=0.01), part
     assert few["collectives"] == every["collectives"] and few["state_donated"]
     assert every["host_is_the_limit"] and 0.005 < every["host_step_seconds"] < 0.02
-    assert refused == "setting plan.xla_flags: No such compile option: 'xla_nonsense'"
+
+
+def test_a_flag_that_the_compiler_lacks(forks, tmp_path):
+    settings = [small_config(tmp_path), "plan.topology=v4-8", "xla.dp=2", "xla.tp=2"]
+    done = forks.run_code(PLANS, "plan.xla_flags='--xla_nonsense=1'", *settings)
+    assert done.stdout == "setting plan.xla_flags: No such compile option: 'xla_nonsense'\n"
 
 
 @pytest.mark.slow

@@ -4,8 +4,12 @@ Layers of a target are alike and only run forward, so what one more of them cost
 nor on what follows. With `plan.layers` the recipe's step with so many layers is compiled, and the target's layers
 alone, with so many and with a few more, whose difference is the cost of a layer. Memory, FLOPs, times and collectives
 grow by it. benchmarks/README.md compares such figures with those of all layers.
+
+With xla.draft_data_parallel what follows does matter: it wants the rows of a replica on several chips, and the compiler
+splits the layers for it. There the whole step is compiled twice, with a few layers and with a few more.
 """
 
+import copy
 from typing import Any, NamedTuple
 
 from eagle3_xla.config import Recipe
@@ -33,9 +37,9 @@ class CompiledStep(NamedTuple):
 
 
 def lowered_steps(recipe: Recipe, target: Any, coordinates: list | None = None) -> list[LoweredStep]:
-    """What `compile_step` compiles: the step of all layers, or with plan.layers that of a few and two targets. Raises
-    UserError for a plan.layers that can't be extended. target: its Hugging Face config; coordinates: of the slice's
-    chips.
+    """What `compile_step` compiles: the step of all layers, or with plan.layers that of a few, and what is compared for
+    the cost of a layer: two targets, or that step and one of more layers. Raises UserError for a plan.layers that can't
+    be extended. target: its Hugging Face config; coordinates: of the slice's chips.
     """
     few, every, more = recipe.plan.layers, target.num_hidden_layers, _more_layers(target)
     if few in (0, every):
@@ -46,8 +50,11 @@ def lowered_steps(recipe: Recipe, target: Any, coordinates: list | None = None) 
             f"plan.layers is {few}; the target has {every}: give 0 for all of them, or from {MIN_LAYERS} to "
             f"{every - more}" + (f", {every} less a multiple of {period}" if period > 1 else "")
         )
-    pair = [lower_target(recipe, with_layers(target, layers), coordinates) for layers in (few, few + more)]
-    return [lower_step(recipe, with_layers(target, few), coordinates), *pair]
+    low, high = with_layers(target, few), with_layers(target, few + more)
+    step = lower_step(recipe, low, coordinates)
+    if recipe.xla.draft_data_parallel and recipe.xla.tp > 1:
+        return [step, step, lower_step(recipe, high, coordinates)]
+    return [step, lower_target(recipe, low, coordinates), lower_target(recipe, high, coordinates)]
 
 
 def _more_layers(target: Any) -> int:
@@ -65,7 +72,8 @@ def compile_step(recipe: Recipe, target: Any, topology: Topology) -> CompiledSte
     times = (every - recipe.plan.layers) / _more_layers(target)
     resident = _resident(lowered) + round(times * (_resident(pair[1]) - _resident(pair[0])))
     _refuse_too_large(resident, lowered, topology, at_rest=True)
-    step, low, high = (_compile(recipe, each, topology) for each in (lowered, *pair))
+    step, high = (_compile(recipe, each, topology) for each in (lowered, pair[1]))
+    low = copy.deepcopy(step) if pair[0] is lowered else _compile(recipe, pair[0], topology)
 
     def extended(here: Any, few: Any, more: Any) -> Any:
         return here + round(times * (more - few))
