@@ -2,30 +2,62 @@
 
 import os
 import re
+import signal
+import threading
+import time
 from pathlib import Path
 
 import nbformat
 import pytest
 import yaml
 from nbclient import NotebookClient
+from nbclient.exceptions import DeadKernelError
 
 NOTEBOOK = Path(__file__).parents[2] / "launch" / "notebook.ipynb"
 # The small target on eight modelled chips; a plan needs no device.
 PLAN = "--topology=v5e-8 --xla.device=xla --xla.dp=8 --train.batch_size=1 --loss.ttt_length=1"
 
 
-def run(environment: dict[str, str], monkeypatch) -> str:
-    """What the cells print, with their tracebacks."""
-    for name, value in environment.items():
-        monkeypatch.setenv(name, value)
+def cells(skipped: str = "") -> nbformat.NotebookNode:
+    """The notebook; without the code cell that calls a verb that is skipped."""
     notebook = nbformat.read(NOTEBOOK, as_version=4)
+    if skipped:
+        kept = [cell for cell in notebook.cells if f'eagle3("{skipped}"' not in cell.source]
+        assert len(kept) == len(notebook.cells) - 1
+        notebook.cells = kept
+    return notebook
+
+
+def run(notebook: nbformat.NotebookNode) -> str:
+    """What the cells print, with their tracebacks."""
     NotebookClient(notebook, timeout=600, kernel_name="python3").execute()
     outputs = [output for cell in notebook.cells if cell.cell_type == "code" for output in cell.outputs]
     return "".join(output.get("text", "") for output in outputs)
 
 
+def lose_the_runtime(notebook: nbformat.NotebookNode, checkpoint: Path) -> None:
+    """The kernel and all that it started are killed when there is a checkpoint."""
+    client = NotebookClient(notebook, timeout=600, kernel_name="python3")
+    lost = threading.Event()
+
+    def kill():
+        while not (checkpoint.exists() or lost.is_set()):
+            time.sleep(0.01)
+        os.killpg(client.km.provisioner.pid, signal.SIGKILL)
+
+    killer = threading.Thread(target=kill)
+    killer.start()
+    try:
+        with pytest.raises(DeadKernelError):
+            client.execute()
+    finally:
+        lost.set()
+        killer.join()
+    assert checkpoint.exists()
+
+
 @pytest.mark.slow
-def test_every_cell(small_target, small_run, chat_file, tmp_path, monkeypatch):
+def test_every_cell_after_a_lost_runtime(small_target, small_run, chat_file, tmp_path, monkeypatch):
     recipe = {}
     for setting in small_run:
         name, _, value = setting.partition("=")
@@ -43,8 +75,13 @@ def test_every_cell(small_target, small_run, chat_file, tmp_path, monkeypatch):
         "PJRT_DEVICE": "CPU",
         "PYTHONPATH": os.pathsep.join([str(NOTEBOOK.parents[1] / "src"), os.environ.get("PYTHONPATH", "")]),
     }
-    printed = run(environment | {"EAGLE3_TRAIN": "--max-steps=8"}, monkeypatch)
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    work = tmp_path / "work"
+    lose_the_runtime(cells(skipped="plan"), work / "run" / "checkpoints" / "step-00000004")
+    monkeypatch.setenv("EAGLE3_TRAIN", "--max-steps=8")
+    printed = run(cells())
     assert re.search(r"^ended +max_steps$", printed, re.MULTILINE), printed[-6000:]
-    for part in ("fits v5e-8: 8 chips, dp=8 x tp=1", "\ntau "):
+    for part in ("fits v5e-8: 8 chips, dp=8 x tp=1", "continued after step ", "\ntau "):
         assert part in printed, printed[-6000:]
-    assert (tmp_path / "work" / "head" / "model.safetensors").is_file()
+    assert (work / "head" / "model.safetensors").is_file()

@@ -156,3 +156,13 @@ def test_xla_dist_does_not_repeat_an_explained_failure(hosts):
 def test_the_lock_file_is_that_of_setup_cfg():
     done = subprocess.run([sys.executable, LAUNCH / "lock.py", "--check"], capture_output=True, text=True)
     assert done.returncode == 0, f"run .venv/bin/python launch/lock.py: {done.stdout}"
+
+
+def test_a_fresh_environment_gets_what_is_locked_and_no_more(tmp_path):
+    """By the package index's own metadata; nothing is downloaded that isn't there."""
+    subprocess.run([sys.executable, "-m", "venv", "--without-pip", tmp_path / "venv"], check=True)
+    command = [sys.executable, "-m", "uv", "pip", "install", "--dry-run", "--python", tmp_path / "venv"]
+    done = subprocess.run([*command, "--requirement", LAUNCH / "requirements.lock"], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    wanted = [line for line in (LAUNCH / "requirements.lock").read_text().splitlines() if "==" in line]
+    assert sorted(line[3:] for line in done.stderr.splitlines() if line.startswith(" + ")) == sorted(wanted)
