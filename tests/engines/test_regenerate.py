@@ -11,7 +11,6 @@ import sys
 import time
 
 import pytest
-from engines.servers import serve
 from regenerate.conftest import lines_of, rows_of, wait_for
 
 from eagle3_xla.data.files import data_file, read_rows
@@ -30,24 +29,23 @@ def write_chats(path):
 
 
 @pytest.mark.slow
-def test_killed_twice_every_row_once(embedded_target, tmp_path, cli):
+def test_killed_twice_every_row_once(trained, server_of, tmp_path, cli):
     questions = write_chats(tmp_path / "chats.jsonl")
     out = tmp_path / "out"
-    with serve("vllm", embedded_target, log=tmp_path / "server.log") as server:
-        arguments = ["regenerate", "--server", server.url, "--chats", tmp_path / "chats.jsonl", "--out", out]
-        arguments += ["--max-tokens", "48", "--concurrency", "8", "--temperature", "0", "--json"]
-        started = time.monotonic()
-        for goal in (ROWS // 4, ROWS // 2):
-            process = subprocess.Popen([sys.executable, "-m", "eagle3_xla", *map(str, arguments)])
-            wait_for(lambda: lines_of(out) >= goal, 300)  # noqa: B023
-            os.kill(process.pid, signal.SIGKILL)
-            process.wait()
-            killed_at = lines_of(out)
-            assert killed_at < ROWS
-        done = cli(*arguments)
-        assert done.returncode == 0, done.stderr[-3000:]
-        result = json.loads(done.stdout)
-        print(f"\n{ROWS} rows, killed twice, {time.monotonic() - started:.0f} s: {result}")
+    arguments = ["regenerate", "--server", server_of("vllm").url, "--chats", tmp_path / "chats.jsonl", "--out", out]
+    arguments += ["--max-tokens", "48", "--concurrency", "8", "--temperature", "0", "--json"]
+    started = time.monotonic()
+    for goal in (ROWS // 4, ROWS // 2):
+        process = subprocess.Popen([sys.executable, "-m", "eagle3_xla", *map(str, arguments)])
+        wait_for(lambda: lines_of(out) >= goal, 300)  # noqa: B023
+        os.kill(process.pid, signal.SIGKILL)
+        process.wait()
+        killed_at = lines_of(out)
+        assert killed_at < ROWS
+    done = cli(*arguments)
+    assert done.returncode == 0, done.stderr[-3000:]
+    result = json.loads(done.stdout)
+    print(f"\n{ROWS} rows, killed twice, {time.monotonic() - started:.0f} s: {result}")
     rows = sorted(rows_of(out), key=lambda row: row["id"])
     assert result["finished"] == ROWS and [row["id"] for row in rows] == list(range(ROWS))
     assert [row["messages"][0]["content"] for row in rows] == questions
@@ -57,7 +55,7 @@ def test_killed_twice_every_row_once(embedded_target, tmp_path, cli):
     assert any(len(row["messages"]) == 4 for row in rows)
 
     # The in-process target writes the same, greedily; a near tie in float32 may fall the other way once.
-    arguments = ["--target", embedded_target, "--limit", 6, *arguments[3:]]
+    arguments = ["--target", trained.target, "--limit", 6, *arguments[3:]]
     done = cli("regenerate", *arguments, "--out", tmp_path / "local")
     assert done.returncode == 0, done.stderr[-3000:]
     local = sorted(rows_of(tmp_path / "local"), key=lambda row: row["id"])

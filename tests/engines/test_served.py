@@ -10,7 +10,6 @@ import threading
 
 import pytest
 from engines.conftest import PROMPTS
-from engines.servers import serve
 
 from eagle3_xla.data.tokenizer import load_tokenizer
 from eagle3_xla.errors import RunError, UserError
@@ -24,38 +23,37 @@ FEW = EvalOptions(limit=4, max_new_tokens=32)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("engine", ["sglang", "vllm"])
-def test_served_is_what_eval_shows(engine, trained, cli, tmp_path, monkeypatch):
-    target, head = trained
-    with serve(engine, target, head, log=tmp_path / "server.log") as server:
-        figures = gap(str(target), str(head), PROMPTS, server.url, FEW)
-        assert figures["ok"] and abs(figures["difference"]) <= 0.02 and not figures["causes"], figures
-        assert figures["identical"]  # to our greedy decoding, which is the target's own (tests/evaluate)
-        assert figures["engine"] == engine and figures["served"] > 1.0
+@pytest.mark.parametrize("engine", ["vllm", "sglang"])  # vLLM's server runs already, and is killed here
+def test_served_is_what_eval_shows(engine, trained, server_of, cli, monkeypatch):
+    (target, head), server = trained, server_of(engine)
+    figures = gap(str(target), str(head), PROMPTS, server.url, FEW)
+    assert figures["ok"] and abs(figures["difference"]) <= 0.02 and not figures["causes"], figures
+    assert figures["identical"]  # to our greedy decoding, which is the target's own (tests/evaluate)
+    assert figures["engine"] == engine and figures["served"] > 1.0
 
-        arguments = ["--prompts", PROMPTS, "--limit", 4, "--max-new-tokens", 32, "--concurrency", 4, "--json"]
-        done = cli("bench", "--server", server.url, *arguments)
-        assert done.returncode == 0, done.stderr[-3000:]
-        bench = json.loads(done.stdout)
-        assert bench["acceptance_length"] == pytest.approx(figures["served"])
-        assert len(bench["acceptance"]) == 5 and bench["acceptance"] == sorted(bench["acceptance"], reverse=True)
-        assert 1 + sum(bench["acceptance"]) == pytest.approx(bench["acceptance_length"])
-        assert 0 < bench["time_to_first_token"] < bench["seconds"] and bench["tokens_per_second"] > 0
-        assert bench["speedup"] is None and [row["concurrency"] for row in bench["concurrency"]] == [4]
+    arguments = ["--prompts", PROMPTS, "--limit", 4, "--max-new-tokens", 32, "--concurrency", 4, "--json"]
+    done = cli("bench", "--server", server.url, *arguments)
+    assert done.returncode == 0, done.stderr[-3000:]
+    bench = json.loads(done.stdout)
+    assert bench["acceptance_length"] == pytest.approx(figures["served"])
+    assert len(bench["acceptance"]) == 5 and bench["acceptance"] == sorted(bench["acceptance"], reverse=True)
+    assert 1 + sum(bench["acceptance"]) == pytest.approx(bench["acceptance_length"])
+    assert 0 < bench["time_to_first_token"] < bench["seconds"] and bench["tokens_per_second"] > 0
+    assert bench["speedup"] is None and [row["concurrency"] for row in bench["concurrency"]] == [4]
 
-        # The server is killed in the middle of a measurement: one clear line.
-        ids = prompt_ids(load_tokenizer(str(target)), PROMPTS, FEW, 10**6)
-        connected = connect(server.url)
-        generate, asked = connected.generate, []
+    # The server is killed in the middle of a measurement: one clear line.
+    ids = prompt_ids(load_tokenizer(str(target)), PROMPTS, FEW, 10**6)
+    connected = connect(server.url)
+    generate, asked = connected.generate, []
 
-        def killed_at_the_third(*arguments, **options):
-            asked.append(arguments)
-            if len(asked) == 4:  # the warm-up was the first
-                threading.Timer(0.2, os.killpg, (server.process.pid, signal.SIGKILL)).start()
-            return generate(*arguments, **options)
+    def killed_at_the_third(*arguments, **options):
+        asked.append(arguments)
+        if len(asked) == 4:  # the warm-up was the first
+            threading.Timer(0.2, os.killpg, (server.process.pid, signal.SIGKILL)).start()
+        return generate(*arguments, **options)
 
-        monkeypatch.setattr(connected, "generate", killed_at_the_third)
-        with pytest.raises(RunError, match=rf"after [2-9] of 40 answers: the server at {server.url} died"):
-            run_prompts(connected, ids * 10, Request(32), 1)
-        with pytest.raises(UserError, match=f"no server answers at {server.url}"):
-            connect(server.url)
+    monkeypatch.setattr(connected, "generate", killed_at_the_third)
+    with pytest.raises(RunError, match=rf"after [2-9] of 40 answers: the server at {server.url} died"):
+        run_prompts(connected, ids * 10, Request(32), 1)
+    with pytest.raises(UserError, match=f"no server answers at {server.url}"):
+        connect(server.url)

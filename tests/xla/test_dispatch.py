@@ -143,6 +143,7 @@ def test_a_dispatched_run_resumes_to_the_weights_of_a_traced_one(forks, small_ru
     """Evaluation included: the same acceptance at the same steps."""
     settings = [*small_run, "xla.device=xla", f"xla.dp={dp}", f"xla.tp={tp}", f"train.batch_size={2 // dp}"]
     settings += [f"train.gradient_accumulation={accumulation}", "train.eval_every=1", "train.epochs=4"]
+    settings += ["loss.ttt_length=1"]
     prepare(load_recipe(None, settings))
     done = forks.run_code(RUNS, tmp_path, *settings)
     assert done.returncode == 0, done.stderr

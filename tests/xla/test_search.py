@@ -25,8 +25,8 @@ def test_search_compiles_each_once(forks, small_target, tmp_path):
     (tmp_path / "target").mkdir()
     (tmp_path / "target" / "config.json").write_text(json.dumps(config))
     arguments = ["plan", "--search", "--json", "--topology", "v4-8", "--config", "qwen2.5-7b-v4-32"]
-    arguments += [f"--target.path={tmp_path / 'target'}", "--data.draft_vocab_size=256", "--data.row_length=128"]
-    arguments += ["--loss.ttt_length=2", "--xla.dp=4", "--xla.tp=1", "--train.batch_size=1"]
+    arguments += [f"--target.path={tmp_path / 'target'}", "--data.draft_vocab_size=256", "--data.row_length=64"]
+    arguments += ["--loss.ttt_length=1", "--xla.dp=4", "--xla.tp=1", "--train.batch_size=1"]
     arguments += ["--train.gradient_accumulation=1"]
     cache = {"XDG_CACHE_HOME": str(tmp_path / "cache")}
     done = forks.run(*arguments, environment=cache)

@@ -3,19 +3,19 @@
 import dataclasses
 import hashlib
 import json
+import multiprocessing
 import os
-import subprocess
-import sys
-import tempfile
+from concurrent.futures import Executor, ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from importlib import metadata
 from pathlib import Path
 
-from omegaconf import OmegaConf
 from tqdm import tqdm
 
 import eagle3_xla
 from eagle3_xla.config import Recipe
 from eagle3_xla.errors import UserError
+from eagle3_xla.plan.verdict import plan
 from eagle3_xla.target.known import plan_config
 from eagle3_xla.xla.tpu import find_topology
 
@@ -51,22 +51,30 @@ def search(recipe: Recipe) -> dict:
     topology = find_topology(recipe.plan.topology)
     meshes = candidates(recipe, topology.chips, plan_config(recipe.target.path).num_key_value_heads)
     rows, bar = [], tqdm(total=sum(map(len, meshes)), desc=f"plans for {topology.name}", unit="plan")
-    for mesh in meshes:
-        remats = [False, True]
-        for candidate in mesh:
-            while remats:
-                xla = dataclasses.replace(candidate.xla, remat=remats[0])
-                bar.set_postfix(_shape(candidate) | {"remat": xla.remat})
-                verdict = _verdict(dataclasses.replace(candidate, xla=xla))
-                rows.append(_shape(candidate) | {"remat": xla.remat} | verdict)
-                if verdict["fits"]:
-                    break
-                remats.pop(0)
-            bar.update()
+    forks = multiprocessing.get_context("forkserver")  # of a process that has imported everything, once
+    forks.set_forkserver_preload(["eagle3_xla.plan.compiled"])
+    with ProcessPoolExecutor(1, forks, max_tasks_per_child=1) as compilers:
+        for mesh in meshes:
+            rows += _verdicts_of(mesh, compilers, bar)
     bar.close()
     rows.sort(key=lambda row: row.get("tokens_per_second", 0), reverse=True)
     best = next((row for row in rows if row["fits"]), None)
     return {"ok": best is not None, "topology": topology.name, "best": best, "plans": rows, "screen": _table(rows)}
+
+
+def _verdicts_of(mesh: list[Recipe], compilers: Executor, bar: tqdm) -> list[dict]:
+    rows, remats = [], [False, True]
+    for candidate in mesh:
+        while remats:
+            xla = dataclasses.replace(candidate.xla, remat=remats[0])
+            bar.set_postfix(_shape(candidate) | {"remat": xla.remat})
+            verdict = _verdict(dataclasses.replace(candidate, xla=xla), compilers)
+            rows.append(_shape(candidate) | {"remat": xla.remat} | verdict)
+            if verdict["fits"]:
+                break
+            remats.pop(0)
+        bar.update()
+    return rows
 
 
 def _shape(recipe: Recipe) -> dict:
@@ -74,18 +82,14 @@ def _shape(recipe: Recipe) -> dict:
     return shape | {name: getattr(recipe.train, name) for name in ("batch_size", "gradient_accumulation")}
 
 
-def _verdict(recipe: Recipe) -> dict:
+def _verdict(recipe: Recipe, compilers: Executor) -> dict:
     cached = _cache_folder() / f"{_key(recipe)}.json"
     if cached.exists():
         return json.loads(cached.read_text())
-    with tempfile.NamedTemporaryFile("w", suffix=".yaml") as file:
-        OmegaConf.save(OmegaConf.structured(recipe), file.name)
-        command = [sys.executable, "-m", "eagle3_xla", "plan", "--json", "--config", file.name]
-        done = subprocess.run(command, capture_output=True, text=True)
     try:
-        verdict = json.loads(done.stdout)
-    except json.JSONDecodeError:
-        raise UserError(f"a plan failed: {' '.join(done.stderr.strip().splitlines()[-1:])}") from None
+        verdict = compilers.submit(plan, recipe).result()
+    except BrokenProcessPool:
+        raise UserError(f"a plan failed: the compiler's process died at {_shape(recipe)}") from None
     partial = cached.with_suffix(f".{os.getpid()}")
     partial.write_text(json.dumps(verdict))
     os.replace(partial, cached)
