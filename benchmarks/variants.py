@@ -30,10 +30,13 @@ class _FrozenLmHead(AdamW):
 class _Muon(AdamW):
     """Muon (Jordan et al., 2024) on the 2-D weights of fc and the layer, AdamW on lm_head and the norms."""
 
-    def __init__(self, parameters, *arguments):
-        super().__init__(parameters, *arguments)
+    def __init__(self, parameters, config, total_steps, backend, *arguments):
+        super().__init__(parameters, config, total_steps, backend, *arguments)
         inner = {name: p for name, p in parameters.items() if p.ndim == 2 and name != "lm_head.weight"}
-        self.momentum = {name: torch.zeros_like(p) for name, p in inner.items()}
+        self.momentum = {name: backend.like(torch.zeros(p.shape), p) for name, p in inner.items()}
+
+    def changing(self):
+        return [*super().changing(), *self.momentum.values()]
 
     @torch.no_grad()
     def step(self) -> torch.Tensor:
@@ -54,7 +57,8 @@ def _orthogonal(x: torch.Tensor) -> torch.Tensor:
     """Newton-Schulz iteration towards the nearest orthogonal matrix."""
     a, b, c = 3.4445, -4.7750, 2.0315
     tall = x.shape[0] > x.shape[1]
-    x = (x.T if tall else x).bfloat16()
+    x = x.T if tall else x
+    x = x.bfloat16() if x.is_cuda else x
     x = x / (x.norm() + 1e-7)
     for _ in range(5):
         gram = x @ x.T
@@ -67,9 +71,12 @@ class _Ema(AdamW):
 
     averages: dict[str, torch.Tensor] = {}  # of the newest run
 
-    def __init__(self, parameters, *arguments):
-        super().__init__(parameters, *arguments)
-        _Ema.averages = {name: p.detach().clone() for name, p in parameters.items()}
+    def __init__(self, parameters, config, total_steps, backend, *arguments):
+        super().__init__(parameters, config, total_steps, backend, *arguments)
+        _Ema.averages = {name: backend.like(p.detach().clone(), p) for name, p in parameters.items()}
+
+    def changing(self):
+        return [*super().changing(), *_Ema.averages.values()]
 
     @torch.no_grad()
     def step(self) -> torch.Tensor:
