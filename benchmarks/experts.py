@@ -50,7 +50,7 @@ def every_expert(self: RoutedExperts, hidden: torch.Tensor) -> tuple[torch.Tenso
 
 def measure(name: str, form: str) -> list[str]:
     """A row of the table. In a process of its own: it has the slice's devices."""
-    recipe = load_recipe(name)
+    recipe = load_recipe(name, [])
     os.environ.update(PJRT_DEVICE="CPU", CPU_NUM_DEVICES=str(recipe.xla.dp * recipe.xla.tp))
     from eagle3_xla.xla.time_model import model_time
     from eagle3_xla.xla.tpu import compile_for, find_topology

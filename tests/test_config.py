@@ -90,9 +90,9 @@ def test_recipes_that_build_on_others(tmp_path):
     mine.write_text("base: deep/lower.yaml\ntrain: {lr: 1e-3}\ndata: {train: [a.jsonl]}\n")
     lower.write_text("base: lowest.yaml\ntrain: {lr: 2e-3, epochs: 5}\n")
     data = "data: {train: [b, c], conversations: 0}"
-    lowest.write_text(f"base: qwen2.5-7b-v4-32\ntrain: {{epochs: 6, batch_size: 8}}\n{data}\n")
+    lowest.write_text(f"base: qwen2.5-7b-v4-32\ntrain: {{epochs: 6, batch_size: 4}}\n{data}\n")
     recipe = load_recipe(str(mine), ["train.warmup=0.5"])
-    assert (recipe.train.lr, recipe.train.epochs, recipe.train.batch_size, recipe.train.warmup) == (1e-3, 5, 8, 0.5)
+    assert (recipe.train.lr, recipe.train.epochs, recipe.train.batch_size, recipe.train.warmup) == (1e-3, 5, 4, 0.5)
     assert recipe.target.path == "Qwen/Qwen2.5-7B-Instruct" and [s.path for s in recipe.data.train] == ["a.jsonl"]
     write_run_file(recipe, tmp_path, "train")
     assert "base" not in yaml.safe_load((tmp_path / "run.yaml").read_text())
