@@ -20,9 +20,6 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 # Compiling for the CPU takes a quarter of the time without LLVM's expensive passes; results stay within rounding.
 FAST_COMPILE = "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
 os.environ.setdefault("XLA_FLAGS", FAST_COMPILE)
-# And two thirds of that again without the fusions' own code generator, for a process that compiles much. Not where runs
-# are compared bit by bit.
-FASTER_COMPILE = {"XLA_FLAGS": f"{os.environ['XLA_FLAGS']} --xla_cpu_use_fusion_emitters=false"}
 
 import pytest
 import torch
