@@ -9,8 +9,7 @@ if [ $# -eq 0 ]; then
   if ! command -v chromium >/dev/null && [ "$(id -u)" = 0 ]; then
     { apt-get -qq update; apt-get install -y -qq --no-install-recommends chromium; } >.engines/chromium.log 2>&1 &
   fi
-  # One process more than there are cores: some wait for a server, a download or a disk.
-  set -- --numprocesses=$(($(nproc) + 1)) --dist=loadgroup
+  set -- --numprocesses=auto --dist=loadgroup
 fi
 "$python" -m ruff check .
 "$python" -m mypy

@@ -37,7 +37,7 @@ def test_killed_twice_every_row_once(trained, server_of, tmp_path, cli):
     started = time.monotonic()
     for goal in (ROWS // 4, ROWS // 2):
         process = subprocess.Popen([sys.executable, "-m", "eagle3_xla", *map(str, arguments)])
-        wait_for(lambda: lines_of(out) >= goal, 300)  # noqa: B023
+        wait_for(lambda goal=goal: lines_of(out) >= goal, 300)
         os.kill(process.pid, signal.SIGKILL)
         process.wait()
         killed_at = lines_of(out)
