@@ -153,7 +153,7 @@ def test_killed_twice_every_row_once(misbehaving, tmp_path):
     command += ["--out", out, "--concurrency", "4", "--max-tokens", "16"]
     for goal in (20, 60):
         process = subprocess.Popen(list(map(str, command)), stderr=subprocess.DEVNULL)
-        wait_for(lambda: lines_of(out) > goal)  # noqa: B023
+        wait_for(lambda goal=goal: lines_of(out) > goal)
         os.kill(process.pid, signal.SIGKILL)
         process.wait()
         assert lines_of(out) < 200
