@@ -23,7 +23,7 @@ def verdict_screen(verdict: dict) -> str:
         f"  HBM per chip     {memory}",
         f"                   arguments {share['arguments']}, temporaries {share['temporaries']}, code {share['code']}, "
         f"outputs {share['outputs']} of which {share['aliased']} reuse their arguments",
-        f"  FLOPs per chip   {verdict['flops_per_chip'] / 1e12:.2f}e12 compiled, "
+        f"  FLOPs per chip   {verdict['flops_per_chip'] / 1e12:.2f}e12 compiled (a loop's body once), "
         f"{verdict['model_flops_per_chip'] / 1e12:.2f}e12 needed by the maths",
         "  collectives      "
         + ", ".join(

@@ -107,8 +107,8 @@ class Memory(NamedTuple):
 
 
 class Executable(NamedTuple):
-    """memory; flops: per chip, as the compiler counts them; donated: arguments that share a buffer with an output;
-    text: the scheduled HLO module.
+    """memory; flops: per chip, as the compiler counts them, the body of a loop (experts have one) once; donated:
+    arguments that share a buffer with an output; text: the scheduled HLO module.
     """
 
     memory: Memory
