@@ -12,7 +12,7 @@ from eagle3_xla.config import Recipe
 from eagle3_xla.data.batches import Batches
 from eagle3_xla.data.prepare import load_prepared
 from eagle3_xla.data.vocab import d2t_t2d, draft_ids_of
-from eagle3_xla.draft.initialise import InputMoments, initialise_head
+from eagle3_xla.draft.initialise import SampledRows, aux_rms, initialise_head, unscaled
 from eagle3_xla.draft.model import Eagle3Head, draft_config
 from eagle3_xla.draft.saved import NORM_FLAGS, layers_of, load_head, read_head
 from eagle3_xla.errors import UserError
@@ -217,16 +217,18 @@ def _initialise(
     states_of: StatesOf,
 ) -> dict[str, torch.Tensor]:
     """Give `head` its first weights (draft/initialise.py); returns the learning rates' scales (AdamW)."""
-    settings, moments = recipe.train, InputMoments(head.config.hidden_size)
+    settings, sample = recipe.train, []
     norm_weight = backend.to_host(target.final_norm_weight).float() + norm_offset(target.model.config)
     for step in range(min(max(1, settings.init_rows // data.rows_per_step), data.batches.steps_per_epoch)):
         batch, states = data.loader.states(data.batches.indices(step), states_of)
         embeds = backend.to_host(target.embed_tokens(batch["input_ids"].to(target.device)))
         with torch.no_grad():
-            aux = head.normed_aux(states.aux.float())
-        moments.add(aux, embeds, states.hidden, norm_weight, batch["loss_mask"])
-    initialise_head(head, settings.init, settings.seed, lm_head_rows, norm_weight, moments)
-    return {"fc.weight": 1 / moments.aux_rms().clamp_min(1e-3)}
+            aux, hidden = head.normed_aux(states.aux.float()), unscaled(states.hidden.float(), norm_weight)
+        # In bfloat16, as states lie on disk.
+        rows = (aux.bfloat16(), embeds.bfloat16(), hidden.bfloat16(), batch["loss_mask"])
+        sample.append(SampledRows(*rows))
+    initialise_head(head, settings.init, settings.seed, lm_head_rows, norm_weight, sample)
+    return {"fc.weight": 1 / aux_rms(sample).clamp_min(1e-3)}
 
 
 def refuse_other_head(

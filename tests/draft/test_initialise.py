@@ -1,0 +1,71 @@
+"""The start in closed form, on a target that the head can follow exactly: its next state is a map of low rank of the
+next token's embedding and of its state."""
+
+import pytest
+import torch
+from transformers import LlamaConfig
+
+from eagle3_xla.draft.initialise import SampledRows, initialise_head, unscaled
+from eagle3_xla.draft.model import Eagle3Head, draft_config
+from eagle3_xla.loss.config import LossConfig
+from eagle3_xla.loss.unroll import teacher_positions, unroll
+from eagle3_xla.target.model import Teacher
+
+SIZE, VOCABULARY, ROWS, LENGTH, RANK, STEPS = 64, 96, 48, 64, 32, 3
+MASK = torch.ones(ROWS, LENGTH, dtype=torch.bool)
+
+
+def normed(x):
+    return x * torch.rsqrt(x.square().mean(-1, keepdim=True))
+
+
+@pytest.fixture(scope="module")
+def target():
+    """(token ids, embedding [V, H], aux, hidden after the norm, that norm's scale, lm_head [V, H])."""
+    generator = torch.Generator().manual_seed(0)
+
+    def draw(*shape):
+        return torch.randn(*shape, generator=generator)
+
+    ids, embedding, scale = torch.randint(VOCABULARY, (ROWS, LENGTH), generator=generator), draw(VOCABULARY, SIZE), 2.0
+    basis = torch.linalg.qr(draw(SIZE, RANK)).Q
+    of_embeds, state = draw(SIZE, RANK) @ basis.T / SIZE**0.5, normed(draw(ROWS, SIZE))
+    states = []
+    for t in range(LENGTH):
+        state = normed(state - 0.5 * state @ basis @ basis.T + normed(embedding)[ids[:, t]] @ of_embeds)
+        states.append(state)
+    hidden = torch.stack(states, 1)
+    aux = torch.cat([hidden @ draw(SIZE, SIZE) * size for size in (0.1, 1.0, 30.0)], -1)
+    norm_weight = scale + draw(SIZE).abs()
+    return ids, embedding, aux, hidden * norm_weight, norm_weight, draw(VOCABULARY, SIZE)
+
+
+def acceptance(target, how):
+    """Of the head before its first step, at each TTT step, on all rows."""
+    ids, embedding, aux, hidden, norm_weight, lm_head = target
+    config = LlamaConfig(
+        hidden_size=SIZE,
+        intermediate_size=128,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        head_dim=64,
+        vocab_size=VOCABULARY,
+        num_hidden_layers=8,
+    )
+    head = Eagle3Head(draft_config(config, VOCABULARY))
+    sample = [SampledRows(aux, embedding[ids], unscaled(hidden, norm_weight), MASK)]
+    initialise_head(head, how, 0, lm_head, norm_weight, sample)
+    positions = torch.arange(LENGTH).expand(ROWS, -1)
+    batch = {"input_ids": ids, "position_ids": positions, "document_ids": torch.zeros_like(ids), "loss_mask": MASK}
+    logits = hidden @ lm_head.T
+    of_rows = (teacher_positions(batch, x) for x in (logits, logits.logsumexp(-1), logits.argmax(-1)))
+    every, none = torch.ones(VOCABULARY, dtype=torch.bool), torch.zeros(VOCABULARY, dtype=torch.long)
+    with torch.no_grad():
+        loss = LossConfig(ttt_length=STEPS)
+        sums = unroll(head, lambda x: embedding[x], batch, aux, Teacher(*of_rows), every, none, loss).sums
+    return sums.hits / sums.drafts
+
+
+def test_every_step_begins_near_the_target(target):
+    assert acceptance(target, "target").max() < 0.2
+    assert acceptance(target, "least_squares").min() > 0.8
