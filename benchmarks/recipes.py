@@ -76,9 +76,9 @@ SETS: dict[str, dict[str, dict[str, str]]] = {
     },
     "start": {
         "default": {},
-        "lm_head and norm the target's": {"train.init": "target"},
-        "random, inputs scaled": {"train.init": "random"},
-        "random, torch's own": {"train.init": "random", "patch": "plain_start"},
+        "lm_head and norm the target's": {"train.init": "target", "train.lr": "5e-4"},
+        "random, inputs scaled": {"train.init": "random", "train.lr": "5e-4"},
+        "random, torch's own": {"train.init": "random", "train.lr": "5e-4", "patch": "plain_start"},
         "frozen lm_head": {"patch": "frozen_lm_head"},
     },
     "loss": {
@@ -102,14 +102,14 @@ SETS: dict[str, dict[str, dict[str, str]]] = {
     },
     "optimizer": {
         "default": {},
-        "lr 2.5e-4": {"train.lr": "2.5e-4"},
-        "lr 1e-3": {"train.lr": "1e-3"},
-        "lr 2e-3": {"train.lr": "2e-3"},
+        "lr 5e-5": {"train.lr": "5e-5"},
+        "lr 2e-4": {"train.lr": "2e-4"},
+        "lr 5e-4": {"train.lr": "5e-4"},
         "beta2 0.99": {"train.beta2": "0.99"},
         "beta2 0.999": {"train.beta2": "0.999"},
         "weight decay 0.1": {"train.weight_decay": "0.1"},
         "warm-up 10%": {"train.warmup": "0.1"},
-        "1 row an update, lr 3.5e-4": {"train.batch_size": "1", "train.lr": "3.5e-4"},
+        "1 row an update, lr 7e-5": {"train.batch_size": "1", "train.lr": "7e-5"},
         "4 rows an update": {"train.batch_size": "4"},
         "8 rows an update": {"train.batch_size": "8"},
         "Muon": {"patch": "muon"},
@@ -135,10 +135,10 @@ SETS: dict[str, dict[str, dict[str, str]]] = {
         "2,000,000 tokens": {"data.max_tokens": "2000000"},
         "all": {},
         "all, 3 passes": {"train.epochs": "3"},
-        "all, 3 passes, 8 rows an update, lr 1e-3": {
+        "all, 3 passes, 8 rows an update, lr 4e-4": {
             "train.epochs": "3",
             "train.batch_size": "8",
-            "train.lr": "1e-3",
+            "train.lr": "4e-4",
         },
     },
 }
