@@ -115,7 +115,8 @@ def _least_squares(head: Eagle3Head, sample: list[SampledRows], generator: torch
     for batch in sample:
         rows = batch.drafted()
         state = head.fed_back(batch.hidden[:, :-2][rows].float())
-        x = [batch.aux[:, :-2][rows].float(), _normed(batch.embeds[:, 1:-1][rows]), layer.hidden_norm(state)]
+        embeds = layer.input_layernorm(batch.embeds[:, 1:-1][rows].float())
+        x = [batch.aux[:, :-2][rows].float(), embeds, layer.hidden_norm(state)]
         seen.add(torch.cat(x, -1), torch.cat([state, batch.hidden[:, 1:-1][rows].float()], -1))
     of_state, of_next = seen.xy[both].split(size, dim=1)
     value = _low_rank(seen.xx[both, both], of_next - of_state, attention.k_proj.out_features)
@@ -135,11 +136,6 @@ def _least_squares(head: Eagle3Head, sample: list[SampledRows], generator: torch
         x = layer.post_attention_layernorm(step.output)
         missing.add(mlp.act_fn(mlp.gate_proj(x)) * mlp.up_proj(x), step.wanted - step.output, step.weight)
     mlp.down_proj.weight.copy_(_solve(missing.xx, missing.xy).T)
-
-
-def _normed(embeds: torch.Tensor) -> torch.Tensor:
-    embeds = embeds.float()
-    return embeds * torch.rsqrt(embeds.square().mean(-1, keepdim=True) + 1e-6)
 
 
 def _low_rank(xx: torch.Tensor, xy: torch.Tensor, rank: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -163,11 +159,9 @@ def _set_fc_and_values(head: Eagle3Head, seen: _Moments, into: torch.Tensor, bas
     # state = aux @ fc makes |state @ onward - what the embedding leaves|^2 + NEAR |state - the target's|^2 the least.
     of_embeds, of_state = (into @ basis.T).split(size)
     aux, embeds = slice(3 * size), slice(3 * size, 4 * size)
-    near, nearly = (
-        _solve(seen.xx[aux, aux], seen.xy[aux, :size]),
-        seen.xy[aux, size:] - seen.xx[aux, embeds] @ of_embeds,
-    )
-    left, onward = _solve(seen.xx[aux, aux], nearly), torch.eye(size, dtype=torch.float64) + of_state
+    near = _solve(seen.xx[aux, aux], seen.xy[aux, :size])
+    left = _solve(seen.xx[aux, aux], seen.xy[aux, size:] - seen.xx[aux, embeds] @ of_embeds)
+    onward = torch.eye(size, dtype=torch.float64) + of_state
     normal = onward @ onward.T + NEAR * torch.eye(size, dtype=torch.float64)
     head.fc.weight.copy_(torch.linalg.solve(normal, (left @ onward.T + NEAR * near).T))
 
@@ -186,7 +180,7 @@ class _Step(NamedTuple):
 
 def _unrolled(head: Eagle3Head, sample: list[SampledRows]) -> Iterator[_Step]:
     """The head's own unroll over the sample, without its MLP."""
-    config, attention = head.config, head.midlayer.self_attn
+    config, layer, attention = head.config, head.midlayer, head.midlayer.self_attn
     group = config.num_attention_heads // config.num_key_value_heads
     for batch in sample:
         length = batch.loss_mask.shape[1] - 1 - STEPS
@@ -194,8 +188,8 @@ def _unrolled(head: Eagle3Head, sample: list[SampledRows]) -> Iterator[_Step]:
         counts = batch.loss_mask[:, 1 : 1 + length]
         for k in range(STEPS):
             counts = counts & batch.loss_mask[:, 2 + k : 2 + k + length]
-            embeds = _normed(batch.embeds[:, 1 + k : 1 + k + length])
-            value = attention.v_proj(torch.cat([embeds, head.midlayer.hidden_norm(state)], -1))
+            embeds = layer.input_layernorm(batch.embeds[:, 1 + k : 1 + k + length].float())
+            value = attention.v_proj(torch.cat([embeds, layer.hidden_norm(state)], -1))
             value = value.unflatten(-1, (-1, 1, config.head_dim)).expand(-1, -1, -1, group, -1).flatten(-3)
             output = state + attention.o_proj(value)
             wanted = batch.hidden[:, 1 + k : 1 + k + length][counts].float()
