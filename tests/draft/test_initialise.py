@@ -27,7 +27,7 @@ def target():
     def draw(*shape):
         return torch.randn(*shape, generator=generator)
 
-    ids, embedding, scale = torch.randint(VOCABULARY, (ROWS, LENGTH), generator=generator), draw(VOCABULARY, SIZE), 2.0
+    ids, embedding = torch.randint(VOCABULARY, (ROWS, LENGTH), generator=generator), draw(VOCABULARY, SIZE)
     basis = torch.linalg.qr(draw(SIZE, RANK)).Q
     of_embeds, state = draw(SIZE, RANK) @ basis.T / SIZE**0.5, normed(draw(ROWS, SIZE))
     states = []
@@ -36,7 +36,7 @@ def target():
         states.append(state)
     hidden = torch.stack(states, 1)
     aux = torch.cat([hidden @ draw(SIZE, SIZE) * size for size in (0.1, 1.0, 30.0)], -1)
-    norm_weight = scale + draw(SIZE).abs()
+    norm_weight = 2 + draw(SIZE).abs()
     return ids, embedding, aux, hidden * norm_weight, norm_weight, draw(VOCABULARY, SIZE)
 
 

@@ -159,8 +159,8 @@ def _set_fc_and_values(head: Eagle3Head, seen: _Moments, into: torch.Tensor, bas
     # state = aux @ fc makes |state @ onward - what the embedding leaves|^2 + NEAR |state - the target's|^2 the least.
     of_embeds, of_state = (into @ basis.T).split(size)
     aux, embeds = slice(3 * size), slice(3 * size, 4 * size)
-    near = _solve(seen.xx[aux, aux], seen.xy[aux, :size])
-    left = _solve(seen.xx[aux, aux], seen.xy[aux, size:] - seen.xx[aux, embeds] @ of_embeds)
+    wanted = seen.xy[aux, size:] - seen.xx[aux, embeds] @ of_embeds
+    near, left = _solve(seen.xx[aux, aux], torch.cat([seen.xy[aux, :size], wanted], dim=1)).split(size, dim=1)
     onward = torch.eye(size, dtype=torch.float64) + of_state
     normal = onward @ onward.T + NEAR * torch.eye(size, dtype=torch.float64)
     head.fc.weight.copy_(torch.linalg.solve(normal, (left @ onward.T + NEAR * near).T))
@@ -184,7 +184,7 @@ def _unrolled(head: Eagle3Head, sample: list[SampledRows]) -> Iterator[_Step]:
     group = config.num_attention_heads // config.num_key_value_heads
     for batch in sample:
         length = batch.loss_mask.shape[1] - 1 - STEPS
-        state = head.features(batch.aux[:, :length].float())
+        state = head.fc(batch.aux[:, :length].float())
         counts = batch.loss_mask[:, 1 : 1 + length]
         for k in range(STEPS):
             counts = counts & batch.loss_mask[:, 2 + k : 2 + k + length]
