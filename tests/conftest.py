@@ -1,5 +1,6 @@
 """What every test shares: XLA on the CPU, the embedded target, a small real Qwen2."""
 
+import gc
 import json
 import os
 import shutil
@@ -21,6 +22,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 FAST_COMPILE = "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
 os.environ.setdefault("XLA_FLAGS", FAST_COMPILE)
 
+gc.disable()  # until all is imported, of which nothing is garbage: looking through it takes seconds, again and again
 import pytest
 import torch
 import torch_xla
@@ -29,6 +31,9 @@ torch_xla.device()  # before the first backward: autograd sizes its queues then
 
 from eagle3_xla.data.tokenizer import load_tokenizer
 from eagle3_xla.target.embedded import write_embedded_target
+
+gc.freeze()
+gc.enable()
 
 CHATS = [
     ("What is the capital of France?", "The capital of France is Paris."),

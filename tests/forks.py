@@ -5,6 +5,7 @@ so shows that a process finds everything by itself: tests/test_cli.py,
 tests/test_quickstart.py, tests/launch, tests/train/test_kills.py.
 """
 
+import gc
 import json
 import os
 import runpy
@@ -79,6 +80,7 @@ def begin(request: dict) -> None:
 
 
 if __name__ == "__main__":
+    gc.disable()
     import datasets  # noqa: F401
     import jax  # noqa: F401
 
@@ -87,6 +89,8 @@ if __name__ == "__main__":
     import eagle3_xla.train.loop
     import eagle3_xla.xla.spmd  # noqa: F401
 
+    gc.freeze()  # no fork looks for garbage among what was imported
+    gc.enable()
     asked = serve()
     if asked is not None:
         begin(asked)
