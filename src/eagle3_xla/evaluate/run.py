@@ -20,6 +20,7 @@ from eagle3_xla.evaluate.draft_length import LONGEST, MeasuringDecoder
 from eagle3_xla.evaluate.fingerprint import measured
 from eagle3_xla.evaluate.forced import teacher_forced
 from eagle3_xla.evaluate.options import EvalOptions
+from eagle3_xla.evaluate.packed import pack
 from eagle3_xla.evaluate.page import Answer, place_of, readable_run, write_page
 from eagle3_xla.loss.metrics import AcceptanceSums, add_up, expected_tau, rates
 from eagle3_xla.target.model import Target, load_target
@@ -39,7 +40,9 @@ class Pair(NamedTuple):
 
     def on(self, options: EvalOptions) -> tuple[Target, Eagle3Head]:
         target = Target(self.model, draft_ids_of(self.d2t), self.layers).to(options.device)
-        return target, self.head.to(options.device, getattr(torch, options.dtype))
+        head = self.head.to(options.device, getattr(torch, options.dtype))
+        pack(self.model, head)
+        return target, head
 
 
 def evaluate(
