@@ -14,6 +14,7 @@ from eagle3_xla.cli import main
 from eagle3_xla.draft.model import Eagle3Head, draft_config
 from eagle3_xla.errors import UserError
 from eagle3_xla.evaluate.decode import SpeculativeDecoder, decode_plain
+from eagle3_xla.evaluate.packed import pack
 from eagle3_xla.plan.depth import layer_kinds, with_layers
 from eagle3_xla.target.families import FAMILIES, ONLY, SHAPE, WITHOUT_EFFECT, check, load_target_config
 from eagle3_xla.target.model import Target, TargetStates, Teacher, load_target
@@ -85,6 +86,7 @@ def test_decoding_with_drafts_is_transformers_greedy(name, tmp_path):
     expected = model.generate(prompt[None], max_new_tokens=16, do_sample=False)[0, 20:].tolist()
     target = Target(load_target(str(tmp_path), torch.float32), DRAFT_IDS)
     head = Eagle3Head(draft_config(target.model.config, len(DRAFT_IDS))).eval()
+    pack(target.model, head)  # as `eval` does
     d2t = DRAFT_IDS - torch.arange(len(DRAFT_IDS))
     decoder = SpeculativeDecoder(target, head, d2t, draft_tokens=12, topk=3, steps=4)
     assert decoder.decode(prompt.tolist(), 16, set()).tokens == expected
