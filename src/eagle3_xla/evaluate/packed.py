@@ -17,16 +17,15 @@ def pack(model: nn.Module, head: nn.Module) -> None:
     """
     if not torch.backends.mkldnn.is_available():
         return
-    lm_head = model.get_output_embeddings()
+    kept = {model.get_output_embeddings(), *head.modules()}
     for module in [*model.modules(), *head.modules()]:
-        if type(module) is nn.Linear and module.weight.dtype is torch.float32 and module.weight.device.type == "cpu":
-            if "forward" in vars(module):
-                continue
-            packed = torch.ops.mkldnn._reorder_linear_weight(module.weight.detach(), None)
-            module.forward = partial(_linear, packed, module.bias)
-    for module in model.modules():
-        if module is not lm_head and "forward" in vars(module) and isinstance(module, nn.Linear):
-            module.weight = nn.Parameter(module.weight.new_empty(0), requires_grad=False)
+        if type(module) is not nn.Linear or "forward" in vars(module):
+            continue
+        weight = module.weight.detach()
+        if weight.dtype is torch.float32 and weight.device.type == "cpu":
+            module.forward = partial(_linear, torch.ops.mkldnn._reorder_linear_weight(weight, None), module.bias)
+            if module not in kept:
+                module.weight = nn.Parameter(weight.new_empty(0), requires_grad=False)
 
 
 def _linear(packed: torch.Tensor, bias: torch.Tensor | None, x: torch.Tensor) -> torch.Tensor:
