@@ -83,3 +83,14 @@ def test_the_plain_path_needs_no_torch_xla(tmp_path):
     assert done.returncode == 0, done.stderr
     assert "cores, eager torch" in done.stdout
     assert "torch_xla is not usable here" in done.stdout
+
+
+def test_a_verb_that_needs_no_torch_xla_leaves_it_out(small_target, exported_head):
+    """transformers imports it wherever it is installed: half of the seconds that such a verb starts in."""
+    verb = ["eval", f"--target={small_target}", f"--draft={exported_head}", "--prompts=/nowhere.jsonl"]
+    code = (
+        "import sys\nfrom eagle3_xla.cli import main\n"
+        f"main({verb!r})\nprint(*sorted({{'transformers', 'torch_xla'}} & {{*sys.modules}}))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.stdout == "transformers\n" and "/nowhere.jsonl" in done.stderr

@@ -31,10 +31,12 @@ RECIPE = "smollm2-cpu"
 HELDOUT = "package:heldout.jsonl"
 WORK_MINUTES = 8.0  # of everything after the installation, where --minutes says nothing
 LEAST_MINUTES, MOST_MINUTES = 0.1, 100_000  # of training
-LEAST_TOKENS, ALL_TOKENS = 4_000, 520_000  # to train on: a few rows; what the shipped chats have
+LEAST_TOKENS, ALL_TOKENS = 2_000, 520_000  # to train on: a few rows; what the shipped chats have
 USEFUL_TOKENS = 20_000  # where --minutes says nothing, no fewer, however long it takes: 4,000 made no head better
 LEAST_GIB = 5  # of free memory: what the training takes, 4 GB, and some air
 EVALUATION = EvalOptions(limit=8, max_new_tokens=48, batch_size=1)
+# As the last screen asks SGLang for it, which counts the root too.
+TREE = replace(EVALUATION, topk=4, steps=5, draft_tokens=7, baseline=False)
 GREEN, PLAIN = "\033[1;32m", "\033[0m"
 
 # Seconds on the machine that machine.py names as the reference; the tokens' are per 1,000.
@@ -101,6 +103,7 @@ def quickstart(out: Path, asked: float | None) -> dict:
             first = _FirstAnswer(target, screen)
             before = evaluate(str(target), str(untrained), HELDOUT, replace(options, baseline=False))
             trained = evaluate(str(target), str(head), HELDOUT, options, out, out / "run", before, first)
+            tree = evaluate(str(target), str(head), HELDOUT, replace(TREE, limit=options.limit))
     result = {
         "target": str(target),
         "head": str(head),
@@ -111,6 +114,7 @@ def quickstart(out: Path, asked: float | None) -> dict:
         "heldout_taus": screen.taus(),
         "untrained": before,
         "eval": trained,
+        "tree": tree,
         "answer": first.result(),
         "minutes": round((time.perf_counter() - started) / 60, 1),
     }
@@ -204,7 +208,7 @@ def drafted_pieces(tokenizer: Any, generation: Generation, stops: set[int]) -> l
 
 def last_screen(result: dict, recipe: Recipe, colours: tuple[str, str]) -> str:
     """The one screen that the quickstart ends with. colours: what stands before and after an accepted draft."""
-    trained, untrained, data = result["eval"], result["untrained"], result["data"]
+    trained, untrained, tree, data = (result[part] for part in ("eval", "untrained", "tree", "data"))
 
     def row(figures: dict) -> str:
         return "  ".join(f"{value:6.1%}" for value in figures["acceptance_conditional"])
@@ -232,6 +236,7 @@ On {trained["prompts"]} held-out prompts, greedy, chain of {trained["draft_token
                        acceptance length tau   acceptance per position, if all before were accepted
   before training      {untrained["tau"]:.2f}                    {row(untrained)}
   trained head         {trained["tau"]:.2f}                    {row(trained)}
+    as a tree of {tree["draft_tokens"]}     {tree["tau"]:.2f}                    {row(tree)}
   target calls per token  {trained["target_calls_per_token"]:.2f}
   tokens per second       {trained["tokens_per_second"]:.1f} with the head, \
 {trained["baseline_tokens_per_second"]:.1f} without{no_gain}
@@ -253,8 +258,9 @@ Where it lies
 Serve it (SGLang, on a GPU; on this CPU: bash launch/serve_sglang.sh --cpu)
   python -m sglang.launch_server --model-path {result["target"]} \\
     --speculative-algorithm EAGLE3 --speculative-draft-model-path {result["head"]} \\
-    --speculative-num-steps 5 --speculative-eagle-topk 1 --speculative-num-draft-tokens 6
-or vLLM
+    --speculative-num-steps {tree["steps"]} --speculative-eagle-topk {tree["topk"]} \
+    --speculative-num-draft-tokens {tree["draft_tokens"] + 1}
+or vLLM, a chain
   vllm serve {result["target"]} \\
     --speculative-config '{{"method": "eagle3", "model": "{result["head"]}", "num_speculative_tokens": 5}}'
 

@@ -63,7 +63,7 @@ def test_a_seed_gives_the_same_weights_twice_and_resumes_to_them(small_run, tmp_
 
 
 def test_it_learns(small_run):
-    recipe = recipe_of(small_run, "train.epochs=12", "train.lr=3e-3")
+    recipe = recipe_of(small_run, "train.epochs=12", "train.lr=3e-3", "train.eval_every=1000")
     train(recipe)
     rows = [json.loads(line) for line in (Path(recipe.train.out) / "metrics.jsonl").read_text().splitlines()]
     losses = [row["loss"] for row in rows if "loss" in row]

@@ -14,7 +14,7 @@ from eagle3_xla.config import load_recipe
 from eagle3_xla.data.prepare import prepare
 from eagle3_xla.train.loop import train
 
-STEPS = 6
+STEPS = 4
 
 
 def losses(out: Path) -> list[dict]:
@@ -107,7 +107,7 @@ def test_weights_and_moments_take_their_own_buffers(cli, small_run, small_target
 
 @pytest.mark.slow
 def test_28_layers_on_16_devices_equal_one(forks, small_run, small_target, tokenizer, tmp_path):
-    """The depth of Qwen2.5-7B: 20 steps, and no graph beyond the budget."""
+    """The depth of Qwen2.5-7B: the same losses, and no graph beyond the budget."""
     settings = Qwen2Config.from_pretrained(small_target).to_dict() | {"num_hidden_layers": 28, "layer_types": None}
     torch.manual_seed(0)
     deep = Qwen2ForCausalLM(Qwen2Config(**settings))
@@ -118,15 +118,15 @@ def test_28_layers_on_16_devices_equal_one(forks, small_run, small_target, token
     tokenizer.save_pretrained(tmp_path / "deep")
     settings = [*small_run, f"target.path={tmp_path / 'deep'}", "train.epochs=10"]
     prepare(load_recipe(None, settings))
-    train(load_recipe(None, [*settings, "train.batch_size=4"]), max_steps=20)
+    train(load_recipe(None, [*settings, "train.batch_size=4"]), max_steps=STEPS)
     sharded = [*settings, f"train.out={tmp_path / 'xla'}", "train.batch_size=1", "xla.device=xla"]
     sharded = [f"--{s}" for s in [*sharded, "xla.dp=4", "xla.tp=4"]]
-    done = forks.run("train", "--max-steps", 20, *sharded, environment=faster_compilation())
+    done = forks.run("train", "--max-steps", STEPS, *sharded, environment=faster_compilation())
     assert done.returncode == 0, done.stderr
     ours, golden = losses(tmp_path / "xla"), losses(tmp_path / "run")
     assert min(row["loss"] for row in golden) > 0.1
     assert [row["loss"] for row in ours] == pytest.approx([row["loss"] for row in golden], rel=1e-4)
-    assert len(ours) == 20 and "compile budget: 2 graphs" in done.stderr and ours[-1]["compilations"] == 2
+    assert len(ours) == STEPS and "compile budget: 2 graphs" in done.stderr and ours[-1]["compilations"] == 2
 
 
 def test_a_mesh_that_does_not_fit_is_refused(forks, small_run):

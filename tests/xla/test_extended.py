@@ -39,7 +39,7 @@ def small_config(folder, **changes):
     config = (
         plan_config("Qwen/Qwen2.5-7B-Instruct").to_dict()
         | sizes
-        | {"vocab_size": 1024, "num_hidden_layers": 20, "layer_types": ["full_attention"] * 20}
+        | {"vocab_size": 1024, "num_hidden_layers": 12, "layer_types": ["full_attention"] * 12}
     )
     (folder / "config.json").write_text(json.dumps(config | changes))
     return f"target.path={folder}"
@@ -53,7 +53,7 @@ def test_few_layers_extended_are_all_layers(forks, tmp_path, draft):
     settings += [f"xla.draft_data_parallel={str(draft == 'rows over all chips').lower()}"]
     done = forks.run_code(PLANS, "plan.layers=0; plan.layers=8", *settings)
     every, few = map(json.loads, done.stdout.splitlines())
-    assert not every["extrapolated"] and few["extrapolated"] and (few["layers"], few["compiled_layers"]) == (20, 8)
+    assert not every["extrapolated"] and few["extrapolated"] and (few["layers"], few["compiled_layers"]) == (12, 8)
     for key in ("flops_per_chip", "modelled_step_seconds", "mfu", "host_step_seconds"):
         assert few[key] == pytest.approx(every[key], rel=0.01), key
     for part in ("arguments", "outputs", "aliased", "code"):  # temporaries: such small weights move onto the chip

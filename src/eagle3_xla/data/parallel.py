@@ -1,6 +1,5 @@
 """A function over chunks in several processes, results in order: the same whatever the number of processes."""
 
-import gc
 import multiprocessing
 import os
 from collections import deque
@@ -27,8 +26,10 @@ def ordered_map(make: Callable, arguments: tuple, chunks: Iterable, workers: int
         yield from map(function, first)
         yield from map(function, chunks)
         return
-    # Not fork: this process may hold threads of torch, tokenizers and Arrow.
-    context = multiprocessing.get_context("spawn")
+    # Not fork: this process may hold threads of torch, tokenizers and Arrow. The process that is forked instead has
+    # imported what its children need, once for all of them and for all calls.
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["eagle3_xla.data.worker"])
     with ProcessPoolExecutor(workers, mp_context=context, initializer=_initialise, initargs=(make, arguments)) as pool:
         waiting = deque(pool.submit(_call, chunk) for chunk in first)
         try:
@@ -55,15 +56,8 @@ def batched(items: Iterable, size: int) -> Iterator[list]:
 
 
 def _initialise(make: Callable, arguments: tuple) -> None:
-    """A third of the CPU seconds that this takes are saved: a tokenizer needs no torch_xla, which transformers would
-    import by way of accelerate, and what is imported is no garbage.
-    """
     global _function
-    os.environ["USE_TORCH_XLA"] = "0"
-    gc.disable()
     _function = make(*arguments)
-    gc.freeze()
-    gc.enable()
 
 
 def _call(chunk: Any) -> Any:
