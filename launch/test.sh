@@ -1,8 +1,11 @@
 #!/usr/bin/env bash
 # The whole test suite from a fresh clone:  bash launch/test.sh [pytest arguments]
-source "$(dirname "${BASH_SOURCE[0]}")/install.sh"
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+source launch/common.sh
 if [ $# -eq 0 ]; then
-  # The engines' environments are installed while the other tests run; the engine tests wait for them.
+  find_python || die "Python 3.11, 3.12 or 3.13 is needed; set PYTHON=/path/to/python3.11"
+  # The engines' environments are installed while the package is, and the first tests run; the engine tests wait for them.
   mkdir -p .engines
   PYTHON="$base" bash tests/engines/environments.sh sglang vllm >.engines/install.log 2>&1 &
   # The browser that looks at the report's page; whoever isn't root has to have it.
@@ -11,6 +14,10 @@ if [ $# -eq 0 ]; then
   fi
   set -- --numprocesses=auto --dist=loadgroup
 fi
+source launch/install.sh
 "$python" -m ruff check .
-"$python" -m mypy
-exec "$python" -m pytest "$@"
+"$python" -m mypy & # beside the tests; what it finds fails the run all the same
+types=$! code=0
+"$python" -m pytest "$@" || code=$?
+wait "$types" || { echo "mypy: see above" >&2; code=1; }
+exit "$code"

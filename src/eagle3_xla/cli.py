@@ -202,7 +202,7 @@ def _regenerate(options: Namespace, overrides: list[str]) -> dict:
 def _train(options: Namespace, overrides: list[str]) -> dict:
     overrides += [f"xla.device={options.device}"] if options.device else []
     recipe = load_recipe(options.config, overrides)
-    with _imports(torch_xla=True):
+    with _imports(torch_xla=recipe.xla.device == "xla"):
         from eagle3_xla.train.loop import train
 
     return train(recipe, options.max_steps, options.allow_recompile, options.profile)

@@ -6,7 +6,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from forks import faster_compilation
 from target.family_models import CONFIGS, SHALLOW, SHALLOW_AUX, VOCABULARY, WINDOW, small_model
 from transformers import CONFIG_MAPPING
 
@@ -107,7 +106,7 @@ def saved_models(tmp_path_factory) -> dict[str, Path]:
 def test_through_spmd_they_are_the_same(forks, saved_models):
     """On 2x2 and on 1x4; three training steps are compiled once."""
     script = Path(__file__).with_name("spmd_families.py").read_text()
-    done = forks.run_code(script, *saved_models.values(), environment={"CPU_NUM_DEVICES": "4"} | faster_compilation())
+    done = forks.run_code(script, *saved_models.values(), environment={"CPU_NUM_DEVICES": "4"})
     assert done.returncode == 0, done.stderr[-3000:]
     for name, folder in saved_models.items():
         expected = golden(small_model(name, SHALLOW), packed_rows(), SHALLOW_AUX)

@@ -7,7 +7,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from forks import faster_compilation
 from transformers import Qwen2Config, Qwen2ForCausalLM
 
 from eagle3_xla.config import load_recipe
@@ -43,7 +42,7 @@ def test_spmd_equals_plain_torch(forks, small_run, tmp_path, dp, tp, accumulatio
     train(plain, max_steps=STEPS)
     sharded = [*small_run, *shape, f"train.out={tmp_path / 'xla'}", f"train.batch_size={4 // dp}"]
     sharded += ["xla.device=xla", f"xla.dp={dp}", f"xla.tp={tp}", *settings]
-    done = forks.run("train", "--max-steps", STEPS, *[f"--{s}" for s in sharded], environment=faster_compilation())
+    done = forks.run("train", "--max-steps", STEPS, *[f"--{s}" for s in sharded])
     assert done.returncode == 0, done.stderr
     ours, golden = losses(tmp_path / "xla"), losses(Path(plain.train.out))
     assert [row["step"] for row in ours] == [row["step"] for row in golden] == list(range(1, STEPS + 1))
@@ -62,7 +61,7 @@ def test_the_ttt_length_grows_and_each_length_is_one_graph(forks, small_run, tmp
     prepare(plain)
     train(plain)
     settings += [f"train.out={tmp_path / 'xla'}", "xla.device=xla"]
-    done = forks.run("train", *[f"--{setting}" for setting in settings], environment=faster_compilation())
+    done = forks.run("train", *[f"--{setting}" for setting in settings])
     assert done.returncode == 0, done.stderr
     assert "compile budget: 4 graphs (step, TTT 1 1, step, TTT 2 1, step, TTT 3 1, evaluation 1)" in done.stderr
     ours, golden = losses(tmp_path / "xla"), losses(Path(plain.train.out))
@@ -121,7 +120,7 @@ def test_28_layers_on_16_devices_equal_one(forks, small_run, small_target, token
     train(load_recipe(None, [*settings, "train.batch_size=4"]), max_steps=STEPS)
     sharded = [*settings, f"train.out={tmp_path / 'xla'}", "train.batch_size=1", "xla.device=xla"]
     sharded = [f"--{s}" for s in [*sharded, "xla.dp=4", "xla.tp=4"]]
-    done = forks.run("train", "--max-steps", STEPS, *sharded, environment=faster_compilation())
+    done = forks.run("train", "--max-steps", STEPS, *sharded)
     assert done.returncode == 0, done.stderr
     ours, golden = losses(tmp_path / "xla"), losses(tmp_path / "run")
     assert min(row["loss"] for row in golden) > 0.1

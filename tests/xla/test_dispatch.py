@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 
 import pytest
+from forks import same_bits
 from safetensors.torch import load_file
 
 from eagle3_xla.config import load_recipe
@@ -145,7 +146,7 @@ def test_a_dispatched_run_resumes_to_the_weights_of_a_traced_one(forks, small_ru
     settings += [f"train.gradient_accumulation={accumulation}", "train.eval_every=1", "train.epochs=4"]
     settings += ["loss.ttt_length=1"]
     prepare(load_recipe(None, settings))
-    done = forks.run_code(RUNS, tmp_path, *settings)
+    done = forks.run_code(RUNS, tmp_path, *settings, environment=same_bits())
     assert done.returncode == 0, done.stderr
     traced, by_hash = done.stderr.split("from here on by hash")
     assert "is traced at every call" in traced and "is traced at every call" not in by_hash
