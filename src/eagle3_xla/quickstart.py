@@ -221,7 +221,7 @@ def last_screen(result: dict, recipe: Recipe, colours: tuple[str, str]) -> str:
         for words, drafted in result["answer"]["pieces"]
     )
     slower = trained["tokens_per_second"] <= trained["baseline_tokens_per_second"]
-    no_gain = ": a target this small, on a CPU, has no calls to save time on" if slower else ""
+    no_gain = "; `eval --draft-tokens auto` finds the chain that pays here" if slower else ""
     grown = " -> ".join(f"{tau:.2f}" for tau in result["heldout_taus"])
     return f"""
 A draft head for SmolLM2-135M-Instruct (as Qwen2), trained in {result["minutes"]:.1f} minutes in all
@@ -258,7 +258,7 @@ Where it lies
 Serve it (SGLang, on a GPU; on this CPU: bash launch/serve_sglang.sh --cpu)
   python -m sglang.launch_server --model-path {result["target"]} \\
     --speculative-algorithm EAGLE3 --speculative-draft-model-path {result["head"]} \\
-    --speculative-num-steps {tree["steps"]} --speculative-eagle-topk {tree["topk"]} \
+    --speculative-num-steps {tree["steps"]} --speculative-eagle-topk {tree["topk"]} \\
     --speculative-num-draft-tokens {tree["draft_tokens"] + 1}
 or vLLM, a chain
   vllm serve {result["target"]} \\
