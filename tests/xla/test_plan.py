@@ -33,7 +33,7 @@ def shallow(tmp_path_factory):
 @pytest.mark.slow
 def test_the_reference_recipe_fits_and_moves_what_it_should(cli, shallow):
     done = cli(
-        "plan", "--config", RECIPE, "--json", f"--target.path={shallow}", "--loss.ttt_length=2", "--data.row_length=128"
+        "plan", "--config", RECIPE, "--json", f"--target.path={shallow}", "--loss.ttt_length=1", "--data.row_length=128"
     )
     assert done.returncode == 0, done.stderr
     verdict = json.loads(done.stdout)
