@@ -45,6 +45,12 @@ CHATS = [
 ]
 
 
+@pytest.fixture(autouse=True)
+def torch_xla_is_seen(monkeypatch):
+    """Verbs that are called in this process leave torch_xla out (cli.py) for themselves alone."""
+    monkeypatch.setenv("USE_TORCH_XLA", "1")  # transformers' own default
+
+
 @pytest.fixture(scope="session")
 def embedded_target(tmp_path_factory) -> Path:
     """The embedded target's folder, made once per machine user's pytest session."""
