@@ -236,11 +236,12 @@ On {trained["prompts"]} held-out prompts, greedy, chain of {trained["draft_token
                        acceptance length tau   acceptance per position, if all before were accepted
   before training      {untrained["tau"]:.2f}                    {row(untrained)}
   trained head         {trained["tau"]:.2f}                    {row(trained)}
-    as a tree of {tree["draft_tokens"]}     {tree["tau"]:.2f}                    {row(tree)}
   target calls per token  {trained["target_calls_per_token"]:.2f}
   tokens per second       {trained["tokens_per_second"]:.1f} with the head, \
 {trained["baseline_tokens_per_second"]:.1f} without{no_gain}
   same tokens as the target alone: {"yes" if trained["identical"] else "NO"}
+  as a tree of {tree["draft_tokens"]} drafts, {tree["topk"]} a node, {tree["steps"]} deep: \
+acceptance length tau {tree["tau"]:.2f}
 
 One answer; what the head drafted and the target kept is {"green" if colours[0] == GREEN else "in brackets"}
   {on_one_line(result["answer"]["prompt"])}

@@ -1,5 +1,7 @@
 """Chunks through processes: every one, in order."""
 
+import sys
+
 import pytest
 
 from eagle3_xla.data.parallel import ordered_map
@@ -13,3 +15,13 @@ def make(add):
 @pytest.mark.parametrize("count", [0, 1, 2, 3, 9])
 def test_every_chunk_comes_back_in_order(workers, count):
     assert list(ordered_map(make, (100,), iter(range(count)), workers)) == list(range(100, 100 + count))
+
+
+def make_imported():
+    at_first = {*sys.modules}
+    return lambda name: name in at_first
+
+
+def test_its_processes_begin_with_what_they_need_and_without_torch_xla():
+    names = ["eagle3_xla.data.documents", "transformers.models.auto.tokenization_auto", "torch_xla"]
+    assert list(ordered_map(make_imported, (), names, 2)) == [True, True, False]

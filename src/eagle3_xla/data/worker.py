@@ -4,16 +4,14 @@ Without torch_xla, which transformers would import by way of accelerate, and wit
 is imported is no garbage.
 """
 
-# ruff: noqa: E402, F401
 import gc
 import os
+from importlib import import_module
 
 os.environ["USE_TORCH_XLA"] = "0"
 gc.disable()
-
-from transformers import AutoTokenizer
-
-from eagle3_xla.data import documents, filters, spool
-
+for name in ("data.documents", "data.filters", "data.spool"):
+    import_module(f"eagle3_xla.{name}")
+import_module("transformers.models.auto.tokenization_auto")
 gc.freeze()
 gc.enable()
