@@ -86,7 +86,7 @@ def test_the_plain_path_needs_no_torch_xla(tmp_path):
 
 
 def test_a_verb_that_needs_no_torch_xla_leaves_it_out(small_target, exported_head):
-    """transformers imports it wherever it is installed: half of the seconds that such a verb starts in."""
+    """transformers imports it wherever it is installed: a quarter of the seconds that such a verb starts in."""
     verb = ["eval", f"--target={small_target}", f"--draft={exported_head}", "--prompts=/nowhere.jsonl"]
     code = (
         "import sys\nfrom eagle3_xla.cli import main\n"

@@ -152,7 +152,7 @@ def _imports(torch_xla: bool = False) -> Iterator[None]:
     among them, now and at the end, takes 4 of 13 CPU seconds (`time eagle3-xla train --target.path=/nowhere`).
 
     torch_xla: whether the verb computes with it. transformers imports it wherever it is installed, by way of
-    accelerate: 4 of the 8 CPU seconds that such a verb starts in.
+    accelerate: 2 of the 8 CPU seconds that `eagle3-xla eval` takes until it says that --prompts=/nowhere isn't there.
     """
     if not torch_xla:
         os.environ["USE_TORCH_XLA"] = "0"
