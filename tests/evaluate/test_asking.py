@@ -62,23 +62,22 @@ def test_thinking_is_the_templates_own_switch(small_target, turns_file):
 
 
 @pytest.mark.parametrize("length, seed", [(5, 1), (30, 5)])  # two drafts in a row are accepted, one often
-def test_teacher_forced_figures_are_those_of_drafts_at_every_position(small_pair, length, seed):
+def test_teacher_forced_figures_are_those_of_decoding(small_pair, length, seed):
     target, head, d2t = small_pair
     steps = 3
     prompt = torch.randint(0, 1000, (length,), generator=torch.Generator().manual_seed(seed)).tolist()
-    decoder = SpeculativeDecoder(target, head, d2t, steps)
-    answer = decoder.decode(prompt, 40, set()).tokens
-    tried, hit = [0] * steps, [0] * steps
-    for start in range(len(answer) - 1):  # drafts for what follows answer[start]
-        (tree, _), *_ = decoder.decode(prompt + answer[:start], 2, set()).rounds
-        for k, token in enumerate(answer[start + 1 : start + 1 + steps]):
+    decoded = SpeculativeDecoder(target, head, d2t, steps).decode(prompt, 80, set())
+    tried, hit, start = [0] * steps, [0] * steps, 0
+    for accepted in decoded.accepted:  # drafts for what follows tokens[start]
+        left = len(decoded.tokens) - 1 - start  # of the answer; what was drafted for after it, nobody can tell from it
+        for k in range(min(accepted + 1, steps, left)):
             tried[k] += 1
-            if tree.tokens[1 + k] != token:
-                break
-            hit[k] += 1
-    sums = teacher_forced(target, head, d2t, prompt, answer, steps)[1]
+            hit[k] += k < accepted
+        start += accepted + 1
+    sums = teacher_forced(target, head, d2t, prompt, decoded.tokens, steps)[1]
     assert sums.chain_drafts.tolist() == tried and sums.chain_hits.tolist() == hit
     assert hit[1] > 0 if length == 5 else hit[0] > 3
+    assert sums.drafts[0] == len(decoded.tokens) - 1 > tried[0]
 
 
 def test_the_length_that_pays(small_pair):

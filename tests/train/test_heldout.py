@@ -48,7 +48,8 @@ def test_it_stops_when_tau_no_longer_grows(small_run):
     assert again["ended"] == "patience" and again["micro_steps"] == 3 and again["checkpoint"].endswith("step-00000003")
 
 
-def test_warm_start_keeps_the_heads_vocabulary(small_run, tmp_path):
+@pytest.mark.slow
+def test_warm_start_keeps_the_heads_vocabulary(small_run, tmp_path, forks):
     recipe, _ = run(small_run, "train.epochs=6", "train.lr=3e-3")
     export(Path(recipe.train.out), tmp_path / "head", "float32")
     more = [f"train.warm_start={tmp_path / 'head'}", "data.draft_vocab_size=96", f"train.out={tmp_path / 'warm'}"]
@@ -61,6 +62,12 @@ def test_warm_start_keeps_the_heads_vocabulary(small_run, tmp_path):
     assert torch.equal(before.d2t, after.d2t) and len(after.d2t) == 128
     taus = [rows_of(tmp_path / out)[0]["heldout_tau"] for out in ("warm", "cold")]
     assert taus[0] > taus[1] + 0.2
+
+    sharded = [*small_run, *more, f"train.out={tmp_path / 'xla'}", "train.batch_size=1", "xla.device=xla"]
+    done = forks.run("train", "--max-steps", 1, *[f"--{s}" for s in [*sharded, "xla.dp=2", "xla.tp=2"]])
+    assert done.returncode == 0, done.stderr
+    measured = [rows_of(tmp_path / out)[0]["heldout_acceptance"] for out in ("warm", "xla")]
+    assert measured[0] == pytest.approx(measured[1]) and measured[0][1] > 0
 
     shutil.copytree(tmp_path / "head", tmp_path / "other")
     config = json.loads((tmp_path / "other" / "config.json").read_text())

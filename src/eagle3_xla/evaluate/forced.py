@@ -18,8 +18,8 @@ def teacher_forced(
     """Sums per TTT step of one answer that is fed to the head.
 
     The first: hits are the target's choices, over every position, the prompt's included, which is how others count.
-    The second: hits are the answer's own tokens, over the positions at which an engine could draft. In the target's own
-    answer these are its choices, sampled ones too, so a draft that hits is one that would be accepted there.
+    The second: hits are the answer's own tokens, which in the target's own answer are its choices, sampled ones too, so
+    a draft that hits is one that would be accepted there; its chain's sums are of the positions where decoding drafts.
     """
     ids = torch.tensor([prompt + answer], device=target.device)
     everywhere = torch.ones_like(ids, dtype=torch.bool)
@@ -38,6 +38,6 @@ def teacher_forced(
         masked, config = batch | {"loss_mask": loss_mask}, LossConfig(ttt_length=steps, rows=rows)
         known = (states.hidden, choices, states.logsumexp)
         teacher = target.teacher(*(teacher_positions(masked, x) for x in known))
-        return unroll(head, target.embed_tokens, masked, states.aux, teacher, t2d, d2t, config).sums
+        return unroll(head, target.embed_tokens, masked, states.aux, teacher, t2d, d2t, config, decoding=True).sums
 
     return sums(everywhere, states.argmax, "specforge"), sums(written, shift_left(ids, 1), "serving")

@@ -272,10 +272,10 @@ def summary(
     counts), which is vLLM's mean acceptance length. SGLang's `spec_accept_length` divides all new tokens by the calls,
     prefill's token included, and is a little higher on short answers; `bench` computes tau from its counts of drafts.
     acceptance[k]: share of the calls that accepted a draft at depth k; acceptance_conditional[k]: of those that
-    accepted all before it; expected_tau, expected_acceptance_conditional: the same of a chain of `steps` drafts at
-    every position of the answers, fed to the head (forced.py): decoding's calls begin where a draft was refused, these
-    everywhere; acc_all_positions[k]: hits on teacher-forced text over ALL positions, the user's included: not
-    acceptance, kept to compare with others. speedup: against the target alone, as many texts at once.
+    accepted all before it; expected_tau, expected_acceptance_conditional: the same of a chain of `steps` drafts, from
+    one pass over the answers (forced.py), where drafts that an answer's end cuts off count neither way;
+    acc_all_positions[k]: hits on teacher-forced text over ALL positions, the user's included: not acceptance, kept to
+    compare with others. speedup: against the target alone, as many texts at once.
     """
     accepted = [a for generation in with_head for a in generation.accepted]
     acceptance, conditional = acceptance_by_position(accepted, options.steps)

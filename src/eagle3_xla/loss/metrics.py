@@ -11,7 +11,8 @@ class AcceptanceSums(NamedTuple):
 
     `drafts`: rows that count; `hits`: of these, the ones where the head's argmax is the target's;
 
-    `chain_drafts`: rows whose earlier steps all hit; `chain_hits`: of these, the ones that hit too;
+    `chain_drafts`: rows whose earlier steps all hit; `chain_hits`: of these, the ones that hit too; where asked for,
+    both of the rows alone at which decoding would draft (`decoding_rows`);
     `overlap`: sum of min(p, q) over `drafts`.
     """
 
@@ -43,6 +44,24 @@ def rates(sums: AcceptanceSums) -> dict[str, list[float]]:
         "acceptance": plain,
         "acceptance_conditional": conditional,
     }
+
+
+def decoding_rows(accepted: torch.Tensor, drafted: torch.Tensor, first: torch.Tensor, depth: int) -> torch.Tensor:
+    """The rows at which greedy decoding of the text would draft, of all at which it could: an answer's first, and from
+    each of these the one after its accepted drafts and the token that the target adds to them.
+
+    Calls so begin where a draft was refused, which is where the next one is likelier to be refused as well: means over
+    every row are too high. accepted [G, R]: drafts accepted one after the other from each row, up to `depth`; drafted,
+    first [G, R] bool: rows of answers, in order, and of these the first ones. Returns [G, R] bool.
+    """
+    skip = torch.arange(depth + 1, device=accepted.device).expand(*accepted.shape, -1)  # rows to pass over
+    after = torch.where((skip == 0) | first[..., None], accepted[..., None], (skip - 1).clamp_min(0))
+    reach = 1
+    while reach < after.shape[1]:  # `after` holds what `reach` rows make of a number of rows to pass over
+        earlier = torch.cat([skip[:, :reach], after[:, :-reach]], 1)
+        after, reach = after.gather(-1, earlier), 2 * reach
+    before = torch.cat([torch.zeros_like(after[:, :1, 0]), after[:, :-1, 0]], 1)
+    return drafted & ((before == 0) | first)
 
 
 def expected_tau(acceptance: list[float]) -> float:

@@ -5,6 +5,8 @@ the embedding of token x_{t+1+k}, the teacher p(. | x_{<=t+1+k}), RoPE position 
 """
 
 from collections.abc import Callable, Iterable
+from itertools import accumulate
+from operator import and_
 from typing import NamedTuple
 
 import torch
@@ -12,9 +14,9 @@ import torch
 from eagle3_xla.draft.attention import causal_attention
 from eagle3_xla.draft.model import Eagle3Head
 from eagle3_xla.loss.config import LossConfig
-from eagle3_xla.loss.metrics import AcceptanceSums
+from eagle3_xla.loss.metrics import AcceptanceSums, decoding_rows
 from eagle3_xla.loss.objectives import StepRows, unroll_loss
-from eagle3_xla.loss.rows import Rows, gather, shift_left
+from eagle3_xla.loss.rows import Rows, gather, shift_left, shift_right
 from eagle3_xla.target.model import Teacher
 from eagle3_xla.target.order import after
 
@@ -38,6 +40,7 @@ def unroll(
     config: LossConfig,
     remat: Callable[..., tuple[torch.Tensor, ...]] | None = None,
     groups: int | None = None,
+    decoding: bool = False,
 ) -> UnrollResult:
     """Unroll the head `config.ttt_length` steps over packed rows.
 
@@ -47,7 +50,8 @@ def unroll(
     every row; teacher [G, R, ...]: its distributions at the position after each listed row (`teacher_positions`);
     t2d [V] bool, d2t [D]. remat(function, *tensors): the caller's rematerialisation of one step; given, the steps
     begin after the target's last logits, and the loss too is made one step after the other. groups: G, how many
-    devices share the batch (default: B).
+    devices share the batch (default: B). decoding: the chain's sums are of the rows at which decoding would draft, not
+    of every one at which it could; not with anchors.
     """
     input_ids, position_ids, loss_mask = batch["input_ids"], batch["position_ids"], batch["loss_mask"]
     rows, anchors = rows_of(batch, groups), None
@@ -109,6 +113,7 @@ def unroll(
     own_row = torch.arange(len(input_ids), device=input_ids.device)[:, None] * input_ids.shape[1]
     sequences = batch["document_ids"] + own_row  # another number for each
     steps, serving_rows = [], shift_left(loss_mask, 1)  # drafting starts once x_{t+1} is the answer's
+    could_draft = serving_rows & shift_left(loss_mask, 2) if config.rows == "serving" else loss_mask
     for k in range(config.ttt_length):
         if config.rows == "serving":
             serving_rows = serving_rows & shift_left(loss_mask, 2 + k)  # x_{t+2+k} is the answer's too
@@ -126,10 +131,18 @@ def unroll(
     )
 
     with torch.no_grad():
+        hits = [
+            (choice + d2t[choice] == from_list(teacher.argmax, k)) & steps[k].drafted
+            for k, choice in enumerate(choices)
+        ]
         sums, chain = [], torch.ones_like(steps[0].drafted)
-        for k, (choice, overlap) in enumerate(zip(choices, overlaps)):
+        if decoding:
+            assert anchors is None
+            accepted = torch.stack([*accumulate(hits, and_)]).int().sum(0)
+            first = rows.take(could_draft & ~shift_right(could_draft, 1))
+            chain = decoding_rows(accepted, steps[0].drafted, first, config.ttt_length)
+        for k, (hit, overlap) in enumerate(zip(hits, overlaps)):
             drafted = steps[k].drafted
-            hit = (choice + d2t[choice] == from_list(teacher.argmax, k)) & drafted
             if anchors and k == 1:
                 chain = anchors.take(chain)
             in_chain = chain & drafted

@@ -1,4 +1,4 @@
-"""Acceptance on held-out rows while the run goes: of each source of the data, and of all together."""
+"""Acceptance on held-out rows, where decoding would draft, while the run goes: of each of their sources, and of all."""
 
 from collections.abc import Callable
 from typing import Any

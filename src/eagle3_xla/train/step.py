@@ -115,11 +115,17 @@ class TrainStep:
         return {length: of(length) for length in self.lengths}
 
     def evaluate(self, batch: dict[str, torch.Tensor]) -> torch.Tensor:
-        """Metrics of a batch without gradients."""
+        """Metrics of a batch without gradients; the chain's are of the rows at which decoding would draft."""
         return self._evaluate(batch)
 
-    def _unroll(self, length: int, batch: dict[str, torch.Tensor], weights: dict[str, torch.Tensor]) -> UnrollResult:
-        """weights: what the head computes with, by parameter name."""
+    def _unroll(
+        self,
+        length: int,
+        batch: dict[str, torch.Tensor],
+        weights: dict[str, torch.Tensor],
+        decoding: bool = False,
+    ) -> UnrollResult:
+        """weights: what the head computes with, by parameter name; decoding: as loss/unroll.py has it."""
         backend, groups = self.backend, self.backend.draft_groups
         if "aux" not in batch:
             aux, hidden = self.target.hidden_states(batch["input_ids"], batch["position_ids"], batch["document_ids"])
@@ -145,7 +151,7 @@ class TrainStep:
 
         loss = replace(self.recipe.loss, ttt_length=length)
         arguments = (self.target.embed_tokens, batch, aux.float(), teacher, self.t2d, self.d2t, loss)
-        return with_weights(unroll, self.head, *arguments, remat if self.recipe.xla.remat else None, groups)
+        return with_weights(unroll, self.head, *arguments, remat if self.recipe.xla.remat else None, groups, decoding)
 
     def _backward(self, length: int, batch: dict[str, torch.Tensor]) -> UnrollResult:
         """Add the gradients of `batch`'s loss to the parameters'."""
@@ -178,7 +184,8 @@ class TrainStep:
 
     @torch.no_grad()
     def _evaluate_eager(self, batch: dict[str, torch.Tensor]) -> torch.Tensor:
-        result = self._unroll(self.recipe.loss.ttt_length, batch, self.backend.working_weights(self.head))
+        weights = self.backend.working_weights(self.head)
+        result = self._unroll(self.recipe.loss.ttt_length, batch, weights, decoding=True)
         return self._pack_metrics(result)
 
     def _pack_metrics(self, result: UnrollResult) -> torch.Tensor:
