@@ -106,6 +106,42 @@ def test_loops_count_their_trips_and_asynchronous_collectives_hide():
     )
 
 
+def test_a_matmul_without_an_estimate_takes_its_flops_at_the_rate_of_the_others():
+    """The compiler writes the largest number for a matmul that it has no estimate of."""
+    unknown = SCHEDULE.replace("%a), backend", "%a), dim_labels=bf_io->bf, backend")
+    known = "  %twice = bf16[2048,1024]{1,0} convolution(%pair, %q), dim_labels=bf_io->bf, "
+    known += 'backend_config={"estimated_cycles":"210000"}\n'
+    unknown = unknown.replace("  %narrow", "  %pair = bf16[2048,1024]{1,0} broadcast(%q)\n" + known + "  %narrow")
+    unknown = unknown.replace('"105000"', f'"{2**63 - 1}"')
+    assert model_time(unknown, find_topology("v4-32")).matmul == pytest.approx((5 * 105000 + 210000) / V4.clock)
+
+
+@pytest.mark.parametrize(
+    "out, left, right, call, multiplied",
+    [
+        ("4,8", "4,16", "16,8", "dot(%a, %b), lhs_contracting_dims={1}, rhs_contracting_dims={0}", 4 * 8 * 16),
+        ("4,8", "4,16", "8,16", "convolution(%a, %b), dim_labels=bf_oi->bf", 4 * 8 * 16),
+        (  # weights times values, 4 x 8 groups of 4 heads: as libtpu writes it for Llama-3.1-8B
+            "4,8,4,1024,128",
+            "4,8,4,1024,512",
+            "4,8,512,128,1",
+            "convolution(%a, %b), window={size=4x8x1 stride=3x7x1 lhs_dilate=4x8x1}, dim_labels=012bf_01io2->012bf",
+            4 * 8 * 4 * 1024 * 128 * 512,
+        ),
+        ("5", "5", "3", "convolution(%a, %b), window={size=3 pad=1_1}, dim_labels=0bf_0io->0bf", 3 * 5 - 2),
+    ],
+    ids=["dot", "matmul", "batched", "padded window"],
+)
+def test_flops_of_a_matmul(out, left, right, call, multiplied):
+    def dims(text: str) -> str:
+        return f"{text},1,1" if "0bf_0io" in call else text
+
+    text = f"ENTRY %main () -> f32[] {{\n  %m = bf16[{dims(out)}]{{0}} {call}\n}}\n"
+    (matmul,) = parse(text)[0]["main"]
+    shapes = (tuple(map(int, dims(shape).split(","))) for shape in (left, right))
+    assert matmul.matmul_flops(*shapes) == 2 * multiplied
+
+
 FUSED = """HloModule m, is_scheduled=true
 
 %begin (p: bf16[1024,1024]) -> (bf16[1024,1024], bf16[8192,1024]) {

@@ -1,5 +1,6 @@
 """Reads a scheduled HLO module as text: instructions with their shapes, bytes, called computations and trip counts."""
 
+import math
 import re
 from dataclasses import dataclass, field
 
@@ -38,8 +39,33 @@ class Instruction:
         return found[1] if found else None
 
     @property
-    def cycles(self) -> int:
-        return int(self.attribute(r'"estimated_cycles":"?(\d+)') or 0)
+    def cycles(self) -> int | None:
+        """The compiler's estimate; None where it has none and writes the largest number (seen for a matmul that carries
+        a part of a collective, on the v6e)."""
+        cycles = int(self.attribute(r'"estimated_cycles":"?(\d+)') or 0)
+        return None if cycles == 2**63 - 1 else cycles
+
+    def matmul_flops(self, left: tuple[int, ...], right: tuple[int, ...]) -> int:
+        """Of a dot or a convolution of operands of these shapes. The compiler writes batched matmuls as convolutions
+        whose windows meet dilated inputs: of a window's places only those count that meet an element."""
+        (out,) = (a.shape for a in self.arrays)
+        if self.opcode == "dot":
+            contracted = re.findall(r"\d+", self.attribute(r"lhs_contracting_dims=\{([\d,]*)\}") or "")
+            return 2 * math.prod(out) * math.prod(left[int(d)] for d in contracted)
+        labels = self.attribute(r"dim_labels=([\w>\-]+)") or "bf_io->bf"
+        lefts, rights, outs = re.split("_|->", labels)
+        flops = 2 * out[outs.index("b")] * out[outs.index("f")] * right[rights.index("i")]
+        window = dict(re.findall(r"(\w+)=([\dx_\-]+)", self.attribute(r"window=\{([^}]*)\}") or ""))
+        for d in sorted(set(outs) - {"b", "f"}):
+
+            def of(name: str, default: str = "1") -> str:
+                return window[name].split("x")[int(d)] if name in window else default  # noqa: B023
+
+            places = np.arange(out[outs.index(d)])[:, None] * int(of("stride"))
+            places = places + np.arange(int(of("size"))) * int(of("rhs_dilate")) - int(of("pad", "0_0").split("_")[0])
+            step, inputs = int(of("lhs_dilate")), left[lefts.index(d)]
+            flops *= int(((places >= 0) & (places % step == 0) & (places // step < inputs)).sum())
+        return flops
 
     @property
     def channel(self) -> str | None:

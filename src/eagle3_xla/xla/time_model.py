@@ -2,6 +2,7 @@
 
 The schedule of one chip is walked instruction by instruction.
 - A matmul fusion takes the compiler's own `estimated_cycles`, or the time to move its operands, whichever is longer.
+  One of which the compiler has no estimate takes its FLOPs at the mean rate of the module's others.
 - Everything else is bound by memory: bytes read and written over the memory's rate. (The compiler's cycles for
   elementwise work are 2.5 to 5 times that bound.)
 - A collective takes the time of its bytes over the ICI links that its group has, see `Ici`. An asynchronous one runs
@@ -111,6 +112,13 @@ class _Walk:
         self.chip = topology.chip
         self.ici = Ici(topology)
         self.hbm = self.chip.hbm_rate * HBM_EFFICIENCY
+        self.known_cycles = self.known_flops = 0  # of all matmuls that have an estimate
+        for instructions in computations.values():
+            shapes = {instruction.name: instruction.arrays for instruction in instructions}
+            for instruction in instructions:
+                if instruction.cycles and self._is_matmul(instruction):
+                    self.known_cycles += instruction.cycles
+                    self.known_flops += self._flops(instruction, shapes)
         self.done: dict[str, StepTime] = {}
 
     def run(self, name: str) -> StepTime:
@@ -206,8 +214,21 @@ class _Walk:
         on_chip = sum(a.bytes for a in arrays if a.space != 0) / (self.hbm * ON_CHIP_SPEEDUP)
         bound = max(hbm, on_chip)
         if self._is_matmul(instruction):
-            return max(bound, instruction.cycles / self.chip.clock), True
+            cycles = instruction.cycles
+            if cycles is None:
+                cycles = self._flops(instruction, shapes) * self.known_cycles / self.known_flops
+            return max(bound, cycles / self.chip.clock), True
         return bound, False
+
+    def _flops(self, instruction: Instruction, shapes: dict[str, list[Array]]) -> int:
+        """Of all matmuls in an instruction."""
+        if instruction.opcode in ("convolution", "dot"):
+            return instruction.matmul_flops(*(shapes[name][0].shape for name in instruction.operands[:2]))
+        if instruction.opcode != "fusion":
+            return 0
+        inside = self.computations.get(instruction.calls[0], [])
+        within = {i.name: i.arrays for i in inside}
+        return sum(self._flops(i, within) for i in inside)
 
     def _share_read(self, instruction: Instruction, position: int) -> float:
         """How much of an operand an instruction reads: a gather or a slice takes only what it returns."""
