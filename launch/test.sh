@@ -11,9 +11,7 @@ if [ $# -eq 0 ] && find_python; then # without one, install.sh says so
   if ! command -v chromium >/dev/null && [ "$(id -u)" = 0 ]; then
     { apt-get -qq update; apt-get install -y -qq --no-install-recommends chromium; } >.engines/chromium.log 2>&1 &
   fi
-  # One process more than cores: with as many, tests that wait for servers and disks left two cores idle for a fifth of
-  # the time (155% of one, `/usr/bin/time -v bash .ci/run`).
-  set -- --numprocesses="$(($(nproc) + 1))" --dist=loadgroup
+  set -- --numprocesses=auto --dist=loadgroup
 fi
 source launch/install.sh
 "$python" -m ruff check .
