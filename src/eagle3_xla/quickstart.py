@@ -78,6 +78,8 @@ def quickstart(out: Path, asked: float | None) -> dict:
 
     slow, heading = machine.slowness, _heading(machine, budget)
     options = EVALUATION if asked is None or asked >= 3 else replace(EVALUATION, limit=3)
+    if asked is not None and asked < 1:  # a look at whether all of it runs
+        options = replace(EVALUATION, limit=2, max_new_tokens=24)
     stages = [
         (f"target: SmolLM2-135M-Instruct as a Qwen2 model -> {target}", TARGET_SECONDS * slow),
         (f"data: chats that this target wrote -> {out / 'data'}", PREPARE_SECONDS * slow),
@@ -103,7 +105,7 @@ def quickstart(out: Path, asked: float | None) -> dict:
             first = _FirstAnswer(target, screen)
             before = evaluate(str(target), str(untrained), HELDOUT, replace(options, baseline=False))
             trained = evaluate(str(target), str(head), HELDOUT, options, out, out / "run", before, first)
-            tree = evaluate(str(target), str(head), HELDOUT, replace(TREE, limit=options.limit))
+            tree = evaluate(str(target), str(head), HELDOUT, replace(TREE, limit=options.limit, max_new_tokens=options.max_new_tokens))
     result = {
         "target": str(target),
         "head": str(head),

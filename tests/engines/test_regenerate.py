@@ -15,7 +15,7 @@ from regenerate.conftest import lines_of, rows_of, wait_for
 
 from eagle3_xla.data.files import data_file, read_rows
 
-ROWS = int(os.environ.get("REGENERATE_ROWS", 24))
+ROWS = int(os.environ.get("REGENERATE_ROWS", 16))
 
 
 def write_chats(path):
@@ -33,7 +33,7 @@ def test_killed_twice_every_row_once(trained, server_of, tmp_path, cli):
     questions = write_chats(tmp_path / "chats.jsonl")
     out = tmp_path / "out"
     arguments = ["regenerate", "--server", server_of("vllm").url, "--chats", tmp_path / "chats.jsonl", "--out", out]
-    arguments += ["--max-tokens", "48", "--concurrency", "8", "--temperature", "0", "--json"]
+    arguments += ["--max-tokens", "32", "--concurrency", "4", "--temperature", "0", "--json"]
     started = time.monotonic()
     for goal in (ROWS // 4, ROWS // 2):
         process = subprocess.Popen([sys.executable, "-m", "eagle3_xla", *map(str, arguments)])
@@ -49,15 +49,15 @@ def test_killed_twice_every_row_once(trained, server_of, tmp_path, cli):
     rows = sorted(rows_of(out), key=lambda row: row["id"])
     assert result["finished"] == ROWS and [row["id"] for row in rows] == list(range(ROWS))
     assert [row["messages"][0]["content"] for row in rows] == questions
-    assert all(row["new_tokens"] <= 96 and row["messages"][-1]["role"] == "assistant" for row in rows)
+    assert all(row["new_tokens"] <= 64 and row["messages"][-1]["role"] == "assistant" for row in rows)
     # Asked on only after an answer that ended by itself.
     assert all(len(row["messages"]) == 2 or i % 4 == 0 for i, row in enumerate(rows))
     assert any(len(row["messages"]) == 4 for row in rows)
 
     # The in-process target writes the same, greedily; a near tie in float32 may fall the other way once.
-    arguments = ["--target", trained.target, "--limit", 6, *arguments[3:]]
+    arguments = ["--target", trained.target, "--limit", 4, *arguments[3:]]
     done = cli("regenerate", *arguments, "--out", tmp_path / "local")
     assert done.returncode == 0, done.stderr[-3000:]
     local = sorted(rows_of(tmp_path / "local"), key=lambda row: row["id"])
-    assert sum(a["messages"] == b["messages"] for a, b in zip(rows, local, strict=False)) >= 5
-    assert len(local) == 6
+    assert sum(a["messages"] == b["messages"] for a, b in zip(rows, local, strict=False)) >= 3
+    assert len(local) == 4

@@ -86,17 +86,17 @@ def test_many_kills_change_nothing(small_run, tmp_path, request, where):
     wait_for_end(start(tmp_path / "whole"))
     whole = last_state(tmp_path / "whole")
     draw = random.Random(0)
-    killed, pause = storage.join(place, "killed"), 0.005 if gcs else 0.0005
+    killed = storage.join(place, "killed")
     folder, while_writing, reached = storage.join(killed, "checkpoints"), 0, set()
     for attempt in range(KILLS[where]):
         run = start(killed)
-        wait_until(lambda: newest(folder) not in ("", *reached), run, pause)  # it got further
+        wait_until(lambda: newest(folder) not in ("", *reached), run, 0.05 if gcs else 0.005)  # it got further
         gone = threading.Event()
         if attempt % 2 and gcs:  # in the middle of writing a checkpoint: the upload ends with the run
             gcs.hold, gcs.break_uploads = gone, draw.choice(["state.safetensors", "SHA256SUMS"])
-            wait_until(gcs.held.is_set, run, pause)
+            wait_until(gcs.held.is_set, run, 0.005)
         elif attempt % 2:
-            wait_until(lambda: unfinished(folder), run, pause)
+            wait_until(lambda: unfinished(folder), run, 0.0005)
         time.sleep(draw.uniform(0, 0.0005 if attempt % 2 else 0.04))
         os.kill(run, signal.SIGKILL)
         wait_for_end(run)

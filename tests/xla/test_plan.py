@@ -102,6 +102,7 @@ def test_prepared_data_says_how_much_is_drafted(forks, small_run):
     """The run computes an answer's positions alone, and so does its plan once the rows are there."""
     settings = [f"--{s}" for s in small_run]
     settings += ["--xla.device=xla", "--xla.dp=4", "--train.batch_size=4", "--topology", "v4-8", "--json"]
+    settings += ["--loss.ttt_length=1"]
     verdicts = []
     for prepared in (False, True):
         if prepared:
