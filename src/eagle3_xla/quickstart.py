@@ -70,9 +70,9 @@ def quickstart(out: Path, asked: float | None) -> dict:
     claim_output(out, "quickstart")
     budget = _earlier(out, asked) or _budget(asked, machine)
     target, head, untrained = out / "target", out / "head", out / "head-untrained"
-    sizes = [f"data.max_tokens={budget.tokens}", f"train.epochs={budget.epochs}"]
+    settings = [f"data.max_tokens={budget.tokens}", f"train.epochs={budget.epochs}"]
     places = [f"target.path={target}", f"data.prepared={out / 'data'}", f"train.out={out / 'run'}"]
-    recipe = load_recipe(RECIPE, [*places, *sizes])
+    recipe = load_recipe(RECIPE, [*places, *settings])
     write_run_file(recipe, out, "quickstart")
     (out / "budget.json").write_text(json.dumps(budget._asdict()) + "\n")
 
@@ -105,7 +105,8 @@ def quickstart(out: Path, asked: float | None) -> dict:
             first = _FirstAnswer(target, screen)
             before = evaluate(str(target), str(untrained), HELDOUT, replace(options, baseline=False))
             trained = evaluate(str(target), str(head), HELDOUT, options, out, out / "run", before, first)
-            tree = evaluate(str(target), str(head), HELDOUT, replace(TREE, limit=options.limit, max_new_tokens=options.max_new_tokens))
+            as_tree = replace(TREE, limit=options.limit, max_new_tokens=options.max_new_tokens)
+            tree = evaluate(str(target), str(head), HELDOUT, as_tree)
     result = {
         "target": str(target),
         "head": str(head),

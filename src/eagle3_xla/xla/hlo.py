@@ -56,15 +56,14 @@ class Instruction:
         lefts, rights, outs = re.split("_|->", labels)
         flops = 2 * out[outs.index("b")] * out[outs.index("f")] * right[rights.index("i")]
         window = dict(re.findall(r"(\w+)=([\dx_\-]+)", self.attribute(r"window=\{([^}]*)\}") or ""))
-        for d in sorted(set(outs) - {"b", "f"}):
-
-            def of(name: str, default: str = "1") -> str:
-                return window[name].split("x")[int(d)] if name in window else default  # noqa: B023
-
-            places = np.arange(out[outs.index(d)])[:, None] * int(of("stride"))
-            places = places + np.arange(int(of("size"))) * int(of("rhs_dilate")) - int(of("pad", "0_0").split("_")[0])
-            step, inputs = int(of("lhs_dilate")), left[lefts.index(d)]
-            flops *= int(((places >= 0) & (places % step == 0) & (places // step < inputs)).sum())
+        spatial = sorted(set(outs) - {"b", "f"})
+        default = {"size": "1", "stride": "1", "pad": "0_0", "lhs_dilate": "1", "rhs_dilate": "1"}
+        values = [window[n].split("x") if n in window else [default[n]] * len(spatial) for n in default]
+        for d, size, stride, pad, left_dilate, right_dilate in zip(spatial, *values):
+            starts: np.ndarray = np.arange(out[outs.index(d)]) * int(stride) - int(pad.split("_")[0])
+            places = np.add.outer(starts, np.arange(int(size)) * int(right_dilate))
+            inside = (places >= 0) & (places < left[lefts.index(d)] * int(left_dilate))
+            flops *= int((inside & (places % int(left_dilate) == 0)).sum())
         return flops
 
     @property

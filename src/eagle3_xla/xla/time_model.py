@@ -17,6 +17,7 @@ The schedule of one chip is walked instruction by instruction.
 
 from collections import Counter
 from dataclasses import dataclass, field
+from functools import cached_property
 
 import numpy as np
 
@@ -112,13 +113,6 @@ class _Walk:
         self.chip = topology.chip
         self.ici = Ici(topology)
         self.hbm = self.chip.hbm_rate * HBM_EFFICIENCY
-        self.known_cycles = self.known_flops = 0  # of all matmuls that have an estimate
-        for instructions in computations.values():
-            shapes = {instruction.name: instruction.arrays for instruction in instructions}
-            for instruction in instructions:
-                if instruction.cycles and self._is_matmul(instruction):
-                    self.known_cycles += instruction.cycles
-                    self.known_flops += self._flops(instruction, shapes)
         self.done: dict[str, StepTime] = {}
 
     def run(self, name: str) -> StepTime:
@@ -214,11 +208,22 @@ class _Walk:
         on_chip = sum(a.bytes for a in arrays if a.space != 0) / (self.hbm * ON_CHIP_SPEEDUP)
         bound = max(hbm, on_chip)
         if self._is_matmul(instruction):
-            cycles = instruction.cycles
-            if cycles is None:
-                cycles = self._flops(instruction, shapes) * self.known_cycles / self.known_flops
+            estimate = instruction.cycles
+            cycles = self._flops(instruction, shapes) * self._cycles_per_flop if estimate is None else estimate
             return max(bound, cycles / self.chip.clock), True
         return bound, False
+
+    @cached_property
+    def _cycles_per_flop(self) -> float:
+        """Of all matmuls that have an estimate."""
+        cycles, flops = 0, 0
+        for instructions in self.computations.values():
+            shapes = {instruction.name: instruction.arrays for instruction in instructions}
+            for instruction in instructions:
+                if instruction.cycles and self._is_matmul(instruction):
+                    cycles += instruction.cycles
+                    flops += self._flops(instruction, shapes)
+        return cycles / max(flops, 1)
 
     def _flops(self, instruction: Instruction, shapes: dict[str, list[Array]]) -> int:
         """Of all matmuls in an instruction."""
