@@ -112,14 +112,15 @@ def unroll(
     reachable = t2d[teacher.argmax]
     own_row = torch.arange(len(input_ids), device=input_ids.device)[:, None] * input_ids.shape[1]
     sequences = batch["document_ids"] + own_row  # another number for each
-    steps, serving_rows = [], shift_left(loss_mask, 1)  # drafting starts once x_{t+1} is the answer's
-    could_draft = serving_rows & shift_left(loss_mask, 2) if config.rows == "serving" else loss_mask
+    steps: list[StepRows] = []
+    drafting: list[torch.Tensor] = []  # [B, T] of each step
     for k in range(config.ttt_length):
-        if config.rows == "serving":
-            serving_rows = serving_rows & shift_left(loss_mask, 2 + k)  # x_{t+2+k} is the answer's too
-            drafted = rows_at[k].take(serving_rows)
+        if config.rows == "serving":  # drafting starts once x_{t+1} is the answer's; x_{t+2+k} is it too
+            before = drafting[-1] if k else shift_left(loss_mask, 1)
+            drafting.append(before & shift_left(loss_mask, 2 + k))
         else:
-            drafted = rows_at[k].take(shift_left(loss_mask, k))
+            drafting.append(shift_left(loss_mask, k))
+        drafted = rows_at[k].take(drafting[k])
         trained = drafted & from_list(reachable, k)
         weights = trained.float()
         if config.mean_over == "sequences":
@@ -139,7 +140,7 @@ def unroll(
         if decoding:
             assert anchors is None
             accepted = torch.stack([*accumulate(hits, and_)]).int().sum(0)
-            first = rows.take(could_draft & ~shift_right(could_draft, 1))
+            first = rows.take(drafting[0] & ~shift_right(drafting[0], 1))
             chain = decoding_rows(accepted, steps[0].drafted, first, config.ttt_length)
         for k, (hit, overlap) in enumerate(zip(hits, overlaps)):
             drafted = steps[k].drafted
