@@ -17,6 +17,9 @@ from eagle3_xla.evaluate.options import EvalOptions
 from eagle3_xla.evaluate.run import evaluate
 
 
+BATCH = 2  # prompts at once: the caches of 16 long ones would take gigabytes
+
+
 def texts() -> list[tuple[str, str]]:
     """(question, answer) of the held-out chats' first turns."""
     rows = [row["conversations"] for _, row in read_rows(data_file("package:heldout.jsonl"))]
@@ -58,7 +61,9 @@ def main() -> None:
             )
             taus = []
             for window in windows:
-                options = EvalOptions(max_new_tokens=arguments.max_new_tokens, draft_window=window, baseline=False)
+                options = EvalOptions(
+                    max_new_tokens=arguments.max_new_tokens, draft_window=window, baseline=False, batch_size=BATCH
+                )
                 taus.append(evaluate(arguments.target, arguments.draft, str(file), options)["tau"])
         print(f"| {length:,} | " + " | ".join(f"{tau:.3f}" for tau in taus) + " |", flush=True)
 

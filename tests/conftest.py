@@ -217,15 +217,15 @@ def forks():
 
 @pytest.hookimpl(tryfirst=True)  # before pytest-xdist reads the groups
 def pytest_collection_modifyitems(items):
-    """What shares the quickstart's run, and the engines with their large servers, go to one process of several, which
-    begins with the quickstart: while that trains, the engines' environments are installed (launch/test.sh). What
-    shares another costly fixture goes to one process too. Slow tests come first, so that no process ends long after
-    the others."""
+    """What shares the quickstart's run or its wheel, and the engines with their large servers, go to one process of
+    several, which begins with the quickstart: while that trains, the engines' environments are installed
+    (launch/test.sh). What shares another costly fixture goes to one process too. Slow tests come first, so that no
+    process ends long after the others."""
 
     def place(item) -> int:
         if "engines" in item.path.parts:
             return 1
-        return 0 if "quickstart_run" in item.fixturenames else 2 if item.get_closest_marker("slow") else 3
+        return 0 if "installed_wheel" in item.fixturenames else 2 if item.get_closest_marker("slow") else 3
 
     items.sort(key=place)
     for item in items:

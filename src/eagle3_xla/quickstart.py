@@ -70,16 +70,17 @@ def quickstart(out: Path, asked: float | None) -> dict:
     claim_output(out, "quickstart")
     budget = _earlier(out, asked) or _budget(asked, machine)
     target, head, untrained = out / "target", out / "head", out / "head-untrained"
-    sizes = [f"data.max_tokens={budget.tokens}", f"train.epochs={budget.epochs}"]
+    sizes, options = [f"data.max_tokens={budget.tokens}", f"train.epochs={budget.epochs}"], EVALUATION
+    if asked is not None and asked < 1:  # a look at whether all of it runs
+        sizes, options = [*sizes, "train.heldout_rows=4"], replace(options, limit=2, max_new_tokens=24)
+    elif asked is not None and asked < 3:
+        options = replace(options, limit=3)
     places = [f"target.path={target}", f"data.prepared={out / 'data'}", f"train.out={out / 'run'}"]
     recipe = load_recipe(RECIPE, [*places, *sizes])
     write_run_file(recipe, out, "quickstart")
     (out / "budget.json").write_text(json.dumps(budget._asdict()) + "\n")
 
     slow, heading = machine.slowness, _heading(machine, budget)
-    options = EVALUATION
-    if asked is not None and asked < 3:  # below a minute: a look at whether all of it runs
-        options = replace(options, limit=3) if asked >= 1 else replace(options, limit=2, max_new_tokens=24)
     stages = [
         (f"target: SmolLM2-135M-Instruct as a Qwen2 model -> {target}", TARGET_SECONDS * slow),
         (f"data: chats that this target wrote -> {out / 'data'}", PREPARE_SECONDS * slow),

@@ -224,7 +224,7 @@ def test_unreadable(exported_head, small_target, tmp_path):
             doctor(head, str(small_target))
 
 
-def test_command_line(cli, forks, exported_head, small_target, tmp_path):
+def test_command_line(forks, exported_head, small_target, tmp_path):
     head = tmp_path / "head"
     shutil.copytree(exported_head, head)
     edit(head, without("max_position_embeddings"))
@@ -232,7 +232,7 @@ def test_command_line(cli, forks, exported_head, small_target, tmp_path):
     assert done.returncode == 1 and not json.loads(done.stdout)["ok"], done.stderr
     done = forks.run("doctor", head, "--target", small_target, "--fix")
     assert done.returncode == 0 and "fixed max_position_embeddings: None -> 1024" in done.stdout, done.stdout
-    done = cli("doctor", tmp_path, "--target", small_target)
+    done = forks.run("doctor", tmp_path, "--target", small_target)
     assert done.returncode == 2 and "no head at" in done.stderr and done.stderr.count("\n") == 1, done.stderr
 
 

@@ -29,7 +29,7 @@ def write_chats(path):
 
 
 @pytest.mark.slow
-def test_killed_twice_every_row_once(trained, server_of, tmp_path, cli):
+def test_killed_twice_every_row_once(trained, server_of, tmp_path, forks):
     questions = write_chats(tmp_path / "chats.jsonl")
     out = tmp_path / "out"
     arguments = ["regenerate", "--server", server_of("vllm").url, "--chats", tmp_path / "chats.jsonl", "--out", out]
@@ -42,7 +42,7 @@ def test_killed_twice_every_row_once(trained, server_of, tmp_path, cli):
         process.wait()
         killed_at = lines_of(out)
         assert killed_at < ROWS
-    done = cli(*arguments)
+    done = forks.run(*arguments)
     assert done.returncode == 0, done.stderr[-3000:]
     result = json.loads(done.stdout)
     print(f"\n{ROWS} rows, killed twice, {time.monotonic() - started:.0f} s: {result}")
@@ -56,7 +56,7 @@ def test_killed_twice_every_row_once(trained, server_of, tmp_path, cli):
 
     # The in-process target writes the same, greedily; a near tie in float32 may fall the other way once.
     arguments = ["--target", trained.target, "--limit", 4, *arguments[3:]]
-    done = cli("regenerate", *arguments, "--out", tmp_path / "local")
+    done = forks.run("regenerate", *arguments, "--out", tmp_path / "local")
     assert done.returncode == 0, done.stderr[-3000:]
     local = sorted(rows_of(tmp_path / "local"), key=lambda row: row["id"])
     assert sum(a["messages"] == b["messages"] for a, b in zip(rows, local, strict=False)) >= 3

@@ -1,5 +1,5 @@
-"""The step that `train` compiles, run by two real processes: `lower` writes its HLO module and arguments, `run` loads
-and executes them with JAX, whose CPU collectives (gloo) reach from process to process.
+"""The step that `train` compiles, run by two processes: `lower` writes its HLO module and arguments, `run` loads and
+executes them with JAX, whose CPU collectives (gloo) reach from process to process.
 """
 
 import os
@@ -44,7 +44,6 @@ def lower(folder: Path, settings: list[str]) -> None:
 
 
 def run(folder: Path, process: int, port: str) -> None:
-    os.environ |= {"JAX_PLATFORMS": "cpu"}
     import jax
     import numpy as np
     from jax._src.sharding_impls import GSPMDSharding
@@ -52,6 +51,7 @@ def run(folder: Path, process: int, port: str) -> None:
 
     from eagle3_xla.xla.tpu import _with_shardings
 
+    jax.config.update("jax_platforms", "cpu")
     jax.config.update("jax_enable_x64", True)  # d2t is int64
     jax.config.update("jax_cpu_collectives_implementation", "gloo")
     jax.config.update("jax_num_cpu_devices", DEVICES // PROCESSES)
@@ -79,9 +79,17 @@ def run(folder: Path, process: int, port: str) -> None:
         arguments.append(jax.make_array_from_callback(whole.shape, sharding, lambda index, whole=whole: whole[index]))
     results = executable.execute_sharded(arguments).disassemble_into_single_device_arrays()
     loss = float(np.asarray(results[0][0])[0])
-    print(loss, text.count(" all-reduce("))
+    print(loss, text.count(" all-reduce("), flush=True)
+    jax.distributed.shutdown()
 
 
-if __name__ == "__main__":
-    folder = Path(sys.argv[2])
-    lower(folder, sys.argv[3:]) if sys.argv[1] == "lower" else run(folder, int(sys.argv[3]), sys.argv[4])
+def run_both(folder: Path, port: str) -> None:
+    other = os.fork()
+    run(folder, 0 if other else 1, port)
+    if not other:
+        os._exit(0)
+    assert os.waitpid(other, 0)[1] == 0
+
+
+folder = Path(sys.argv[2])
+lower(folder, sys.argv[3:]) if sys.argv[1] == "lower" else run_both(folder, sys.argv[3])

@@ -1,10 +1,8 @@
-"""Four hosts of one run, under torchrun, each with a disk of its own: they end with the weights of one process."""
+"""Four hosts of one run, started as torchrun does, each with its own disk: they end with the weights of one process."""
 
 import json
 import shutil
 import socket
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -46,12 +44,10 @@ class Story:
             free.bind(("127.0.0.1", 0))
             self.scenarios[name] |= {"log": str(self.folder / f"{name}.log"), "port": free.getsockname()[1]}
 
-    def play(self) -> None:
+    def play(self, forks) -> None:
         file = self.folder / "scenarios.json"
         file.write_text(json.dumps(list(self.scenarios.values())))
-        torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={HOSTS}"]
-        worker = Path(__file__).with_name("worker.py")
-        done = subprocess.run([*torchrun, worker, file], capture_output=True, text=True, timeout=400)
+        done = forks.run_code(Path(__file__).with_name("worker.py").read_text(), file, HOSTS)
         assert done.returncode == 0, done.stderr
         codes = [json.loads(Path(f"{file}-{rank}").read_text()) for rank in range(HOSTS)]
         self.ended = {name: [code[i] for code in codes] for i, name in enumerate(self.scenarios)}
@@ -75,7 +71,7 @@ class Story:
 
 
 @pytest.fixture(scope="module")
-def story(small_run_in, tmp_path_factory) -> Story:
+def story(forks, small_run_in, tmp_path_factory) -> Story:
     folder = tmp_path_factory.mktemp("hosts")
     settings = [*small_run_in(folder), "train.batch_size=1", "train.epochs=4", "train.init=least_squares"]
     settings += [
@@ -106,7 +102,7 @@ def story(small_run_in, tmp_path_factory) -> Story:
     story.add("no data", change=(1, ["data.prepared=/nothing/here"]))
     (folder / "a-file").touch()
     story.add("no output", change=(0, [f"train.out={folder / 'a-file'}"]))
-    story.play()
+    story.play(forks)
     return story
 
 

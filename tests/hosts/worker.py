@@ -1,9 +1,10 @@
-"""One of the processes that torchrun starts: runs `train` in a child for each scenario of test_hosts.py, in turn.
+"""What torchrun does, with forks of this process: each runs `train` in a child for each scenario of test_hosts.py.
 
 Devices: PlainBackend, where every host computes the step of the whole batch, which it puts together from all hosts'
 parts over gloo. So everything a host does by itself is real, and the collectives of the devices are one double.
 """
 
+import gc
 import json
 import os
 import signal
@@ -15,6 +16,7 @@ from pathlib import Path
 import datasets  # noqa: F401
 import torch
 import transformers.models.qwen2.modeling_qwen2  # noqa: F401
+from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
 import eagle3_xla.train.setup as setup
 from eagle3_xla.cli import main
@@ -72,13 +74,29 @@ def run(scenario: dict, rank: int) -> None:
         os._exit(code)
 
 
-rank, ended = int(os.environ["RANK"]), []
-for scenario in json.loads(Path(sys.argv[1]).read_text()):
-    if rank >= scenario["hosts"]:
-        ended.append(None)
-        continue
-    child = os.fork()
-    if not child:
-        run(scenario, rank)
-    ended.append(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
-Path(f"{sys.argv[1]}-{rank}").write_text(json.dumps(ended))
+def play(file: str) -> None:
+    """All scenarios, as one of torchrun's processes."""
+    rank, ended = int(os.environ["RANK"]), []
+    for scenario in json.loads(Path(file).read_text()):
+        if rank >= scenario["hosts"]:
+            ended.append(None)
+            continue
+        child = os.fork()
+        if not child:
+            run(scenario, rank)
+        ended.append(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
+    Path(f"{file}-{rank}").write_text(json.dumps(ended))
+
+
+gc.freeze()
+config = LaunchConfig(
+    min_nodes=1,
+    max_nodes=1,
+    nproc_per_node=int(sys.argv[2]),
+    rdzv_backend="c10d",
+    rdzv_endpoint="localhost:0",
+    start_method="fork",
+    run_id="hosts",
+    max_restarts=0,
+)
+elastic_launch(config, play)(sys.argv[1])

@@ -133,19 +133,13 @@ def test_command_line(cli, wheels, tmp_path):
     assert done.returncode == 2 and "both engines are there; say --engine" in done.stderr
 
 
-def test_an_installed_wheel_brings_the_patches(tmp_path):
+def test_an_installed_wheel_brings_the_patches(installed_wheel, tmp_path):
     """Built, installed elsewhere, started without this repository."""
-    source = tmp_path / "source"
-    shutil.copytree(
-        ROOT, source, ignore=lambda folder, names: {n for n in names if n.startswith((".", "tests", "build"))}
-    )
+    (wheel,) = installed_wheel.parent.glob("dist/eagle3_xla-*.whl")
     pip = [sys.executable, "-m", "pip", "-q", "--disable-pip-version-check"]
-    subprocess.run([*pip, "wheel", "--no-deps", "-w", tmp_path, source], check=True)
-    wheel = next(tmp_path.glob("eagle3_xla-*.whl"))
-    shutil.rmtree(source)
-    for how in ("--prefix", "--target"):
-        place = tmp_path / how.strip("-")
-        subprocess.run([*pip, "install", "--no-deps", "--ignore-installed", how, place, wheel], check=True)
+    prefix = tmp_path / "prefix"
+    subprocess.run([*pip, "install", "--no-deps", "--ignore-installed", "--prefix", prefix, wheel], check=True)
+    for place in (prefix, installed_wheel):  # the other one is `--target`'s
         package = next(place.rglob("eagle3_xla"))
         code = "from eagle3_xla.serve.patch import *; [print(patch_file(engine.patch)) for engine in ENGINES.values()]"
         environment = os.environ | {"PYTHONPATH": str(package.parent)}

@@ -13,10 +13,10 @@ from eagle3_xla.cli import main
 from eagle3_xla.draft.model import Eagle3Head, draft_config
 from eagle3_xla.errors import UserError
 from eagle3_xla.evaluate.decode import SpeculativeDecoder, decode_plain
-from eagle3_xla.evaluate.packed import pack
 from eagle3_xla.plan.depth import layer_kinds, with_layers
 from eagle3_xla.target.families import FAMILIES, ONLY, SHAPE, WITHOUT_EFFECT, check, load_target_config
 from eagle3_xla.target.model import Target, TargetStates, Teacher, load_target
+from eagle3_xla.target.packed import pack
 
 LENGTHS = (19, 25, 12)  # documents of a row, then 4 of padding
 DRAFT_IDS = torch.arange(1, VOCABULARY, 2)

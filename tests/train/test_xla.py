@@ -85,7 +85,7 @@ def test_remat_on_plain_torch_gives_the_same_weights(small_run, tmp_path):
     assert states[0] == states[1]
 
 
-def test_weights_and_moments_take_their_own_buffers(cli, small_run, small_target, tokenizer, tmp_path):
+def test_weights_and_moments_take_their_own_buffers(forks, small_run, small_target, tokenizer, tmp_path):
     """XLA gives an output the buffer of an argument of its size: another than its own has to be copied first."""
     # No matrices of one size but those of the same kind: gate, up and down; k and v.
     changes = {"num_hidden_layers": 8, "intermediate_size": 160, "num_key_value_heads": 2}
@@ -96,7 +96,7 @@ def test_weights_and_moments_take_their_own_buffers(cli, small_run, small_target
     flags = f"{os.environ['XLA_FLAGS']} --xla_dump_to={tmp_path / 'dump'} --xla_dump_hlo_as_text"
     settings = [*small_run, f"target.path={tmp_path / 'distinct'}", "data.draft_vocab_size=96", "xla.device=xla"]
     prepare(load_recipe(None, settings))
-    done = cli("train", "--max-steps", 1, *[f"--{s}" for s in settings], environment={"XLA_FLAGS": flags})
+    done = forks.run("train", "--max-steps", 1, *[f"--{s}" for s in settings], environment={"XLA_FLAGS": flags})
     assert done.returncode == 0, done.stderr
     (step,) = (tmp_path / "dump").glob("*_gradients_and_update_eager*cpu_after_optimizations.txt")
     text = step.read_text()

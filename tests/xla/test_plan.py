@@ -4,8 +4,6 @@ import contextlib
 import fcntl
 import json
 import os
-import subprocess
-import sys
 from importlib import resources
 from pathlib import Path
 
@@ -31,8 +29,8 @@ def shallow(tmp_path_factory):
 
 
 @pytest.mark.slow
-def test_the_reference_recipe_fits_and_moves_what_it_should(cli, shallow):
-    done = cli(
+def test_the_reference_recipe_fits_and_moves_what_it_should(forks, shallow):
+    done = forks.run(
         "plan", "--config", RECIPE, "--json", f"--target.path={shallow}", "--loss.ttt_length=1", "--data.row_length=128"
     )
     assert done.returncode == 0, done.stderr
@@ -80,12 +78,12 @@ def test_refused(forks, arguments, line):
     assert done.returncode == 2 and line in done.stderr and "Traceback" not in done.stderr, done.stderr
 
 
-def test_a_held_compiler_lock_is_no_obstacle():
+def test_a_held_compiler_lock_is_no_obstacle(forks):
     code = "from eagle3_xla.xla.tpu import *; print(len(topology_devices(find_topology('v4-32'))))"
     with open("/tmp/libtpu_lockfile", "a") as lock:
         with contextlib.suppress(BlockingIOError):  # another test's compiler holds it
             fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # as libtpu takes it
-        done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+        done = forks.run_code(code)
     assert done.stdout == "16\n", done.stderr
 
 

@@ -20,10 +20,10 @@ from eagle3_xla.evaluate.draft_length import LONGEST, MeasuringDecoder
 from eagle3_xla.evaluate.fingerprint import measured
 from eagle3_xla.evaluate.forced import teacher_forced
 from eagle3_xla.evaluate.options import EvalOptions
-from eagle3_xla.evaluate.packed import pack
 from eagle3_xla.evaluate.page import Answer, place_of, readable_run, write_page
 from eagle3_xla.loss.metrics import AcceptanceSums, add_up, expected_tau, rates
 from eagle3_xla.target.model import Target, load_target
+from eagle3_xla.target.packed import pack
 
 CONTEXTS = (256, 512, 1024, 2048, 4096)  # tokens before a target call: the first of these that holds them
 BEYOND = "more"

@@ -16,6 +16,7 @@ from eagle3_xla.target.attention import GROUPED_EINSUM
 from eagle3_xla.target.cache import SlotCache
 from eagle3_xla.target.families import attention_masks
 from eagle3_xla.target.model import document_masks, load_target
+from eagle3_xla.target.packed import pack
 from eagle3_xla.target.sampling import choose_tokens
 
 # On a GPU a forward over one prompt takes as long as one over many: new questions wait for each other, but not long.
@@ -40,6 +41,7 @@ class LocalTarget:
         self.stop_ids = stop_token_ids(path, self.tokenizer)
         self.target = load_target(path, torch.float32 if device == "cpu" else torch.bfloat16).to(device)
         self.target.config._attn_implementation = GROUPED_EINSUM  # no repeated keys: half the time of a step
+        pack(self.target)
         self.model, self.sampling, self.slots, self.device = path, sampling, slots, device
         self.context = self.target.config.max_position_embeddings
         self.together = TOGETHER if device == "cuda" else 1  # questions

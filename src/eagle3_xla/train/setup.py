@@ -28,6 +28,8 @@ from eagle3_xla.train.step import TrainStep
 from eagle3_xla.xla.backend import Backend, make_backend
 from eagle3_xla.xla.hosts import Hosts
 
+SCALE_ROWS = 32  # of a warm start, for the scale of its aux channels alone
+
 
 class Stopped(Exception):
     """SIGTERM before there was anything to save."""
@@ -128,9 +130,7 @@ def set_up(recipe: Recipe, stopping: list[str], hosts: Hosts) -> Run:
     if saved:
         head.load_state_dict(saved.head)
     else:
-        lr_scale = _initialise(recipe, backend, data, target, head, lm_head_rows, states_of)
-        if warm_head is not None:
-            head.load_state_dict(warm_head.state_dict())
+        lr_scale = _initialise(recipe, backend, data, target, head, warm_head, lm_head_rows, states_of)
         # Host 0's on all, so that not a bit differs, whatever processors and files they have.
         weights, lr_scale = hosts.from_first((head.state_dict(), lr_scale))
         head.load_state_dict(weights)
@@ -213,13 +213,17 @@ def _initialise(
     data: Data,
     target: Target,
     head: Eagle3Head,
+    warm_head: Eagle3Head | None,
     lm_head_rows: torch.Tensor,
     states_of: StatesOf,
 ) -> dict[str, torch.Tensor]:
-    """Give `head` its first weights (draft/initialise.py); returns the learning rates' scales (AdamW)."""
+    """Give `head` its first weights, those of `warm_head` or draft/initialise.py's; returns the learning rates' scales
+    (AdamW).
+    """
     settings, sample = recipe.train, []
+    sample_rows = settings.init_rows if warm_head is None else min(settings.init_rows, SCALE_ROWS)
     norm_weight = backend.to_host(target.final_norm_weight).float() + norm_offset(target.model.config)
-    for step in range(min(max(1, settings.init_rows // data.rows_per_step), data.batches.steps_per_epoch)):
+    for step in range(min(max(1, sample_rows // data.rows_per_step), data.batches.steps_per_epoch)):
         batch, states = data.loader.states(data.batches.indices(step), states_of)
         embeds = backend.to_host(target.embed_tokens(batch["input_ids"].to(target.device)))
         with torch.no_grad():
@@ -227,7 +231,10 @@ def _initialise(
         # In bfloat16, as states lie on disk.
         rows = (aux.bfloat16(), embeds.bfloat16(), hidden.bfloat16(), batch["loss_mask"])
         sample.append(SampledRows(*rows))
-    initialise_head(head, settings.init, settings.seed, lm_head_rows, norm_weight, sample)
+    if warm_head is None:
+        initialise_head(head, settings.init, settings.seed, lm_head_rows, norm_weight, sample)
+    else:
+        head.load_state_dict(warm_head.state_dict())
     return {"fc.weight": 1 / aux_rms(sample).clamp_min(1e-3)}
 
 

@@ -10,15 +10,16 @@ import torch
 from torch import nn
 
 
-def pack(model: nn.Module, head: nn.Module) -> None:
-    """Pack the target's and the head's linear layers in place where they are float32 on a CPU; again is nothing.
+def pack(model: nn.Module, *heads: nn.Module) -> None:
+    """Pack the linear layers of a target and of heads in place where they are float32 on a CPU; again is nothing.
 
-    The unpacked weights of the target's layers are let go: memory stays what it was, but for its lm_head and the head.
+    The unpacked weights of the target's layers are let go: memory stays what it was, but for its lm_head and the heads.
     """
     if not torch.backends.mkldnn.is_available():
         return
-    kept = {model.get_output_embeddings(), *head.modules()}
-    for module in [*model.modules(), *head.modules()]:
+    of_heads = [module for head in heads for module in head.modules()]
+    kept = {model.get_output_embeddings(), *of_heads}
+    for module in [*model.modules(), *of_heads]:
         if type(module) is not nn.Linear or "forward" in vars(module):
             continue
         weight = module.weight.detach()

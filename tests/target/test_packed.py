@@ -4,8 +4,8 @@ import copy
 
 import torch
 
-from eagle3_xla.evaluate.packed import pack
 from eagle3_xla.target.model import load_target
+from eagle3_xla.target.packed import pack
 
 
 def test_the_logits_are_those_of_the_plain_layers(small_target):
