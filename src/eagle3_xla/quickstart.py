@@ -66,8 +66,8 @@ def quickstart(out: Path, asked: float | None) -> dict:
     started = time.perf_counter()
     if asked is not None and not LEAST_MINUTES <= asked <= MOST_MINUTES:
         raise UserError(f"--minutes {asked:g}: a number from {LEAST_MINUTES:g} to {MOST_MINUTES:g} is expected")
-    machine = measure()
     claim_output(out, "quickstart")
+    machine = measure()
     budget = _earlier(out, asked) or _budget(asked, machine)
     target, head, untrained = out / "target", out / "head", out / "head-untrained"
     sizes, options = [f"data.max_tokens={budget.tokens}", f"train.epochs={budget.epochs}"], EVALUATION

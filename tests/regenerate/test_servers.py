@@ -322,13 +322,17 @@ USAGES = st.fixed_dictionaries({"completion_tokens": JSON_VALUES}) | JSON_VALUES
 ANSWERS = st.fixed_dictionaries({"choices": st.lists(CHOICES | JSON_VALUES, max_size=2) | JSON_VALUES, "usage": USAGES})
 
 
+@pytest.fixture(scope="module")
+def reader():
+    return servers.Servers(["http://a"], Sampling(), 1, 1)
+
+
 @settings(max_examples=200, deadline=None, derandomize=True, database=None)
 @given(
     st.sampled_from([200, 200, 200, 200, 400, 401, 429, 500, 302]),
     (ANSWERS | JSON_VALUES).map(lambda value: json.dumps(value).encode()) | st.binary(max_size=20),
 )
-def test_no_answer_surprises(status, body):
-    reader = servers.Servers(["http://a"], Sampling(), 1, 1)
+def test_no_answer_surprises(reader, status, body):
     try:
         reply = reader._reply(httpx.Response(status, content=body), "here")
     except (servers.Refused, servers._Failed, RunError) as error:

@@ -121,7 +121,7 @@ def test_many_kills_change_nothing(small_run, tmp_path, request, where):
 @pytest.mark.slow
 def test_a_kill_through_xla_changes_nothing(forks, small_run, tmp_path, monkeypatch):
     monkeypatch.setenv("XLA_FLAGS", same_bits()["XLA_FLAGS"])
-    settings = [*small_run, "xla.device=xla", "loss.ttt_length=1", "train.epochs=2", "train.save_every=1"]
+    settings = [*small_run, "xla.device=xla", "loss.ttt_length=1", "train.epochs=1", "train.save_every=1"]
     settings = [f"--{setting}" for setting in settings]
     prepare(load_recipe(None, small_run))
     done = forks.run("train", *settings, f"--train.out={tmp_path / 'whole'}")

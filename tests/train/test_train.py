@@ -107,7 +107,7 @@ def wait_for_checkpoint(out: Path, process) -> None:
 # SIGTERM takes the same way as Ctrl-C; tests/hosts sends it. SIGKILL: test_kills.py.
 @pytest.mark.slow
 def test_an_interrupted_process_resumes_to_the_same_weights(small_run, tmp_path):
-    long = ["train.epochs=6", "train.save_every=2"]
+    long = ["train.epochs=4", "train.save_every=2"]
     whole = recipe_of(small_run, *long)
     train(whole)
     killed = recipe_of(small_run, *long, f"train.out={tmp_path / 'killed'}")
