@@ -16,7 +16,6 @@ from eagle3_xla.data.tokenizer import load_tokenizer
 from eagle3_xla.evaluate.options import EvalOptions
 from eagle3_xla.evaluate.run import evaluate
 
-
 BATCH = 2  # prompts at once: the caches of 16 long ones would take gigabytes
 
 
