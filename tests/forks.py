@@ -9,6 +9,7 @@ import gc
 import json
 import os
 import runpy
+import signal
 import subprocess
 import sys
 import tempfile
@@ -20,6 +21,9 @@ def same_bits() -> dict[str, str]:
     flags in conftest.py) the weights that a 2x2 mesh ends with were not the same twice.
     """
     return {"XLA_FLAGS": os.environ["XLA_FLAGS"].replace("--xla_cpu_use_fusion_emitters=false", "")}
+
+
+LONGEST = 600  # seconds; what hangs ends with SIGALRM
 
 
 class Forks:
@@ -66,6 +70,7 @@ def serve() -> dict | None:
 
 
 def begin(request: dict) -> None:
+    signal.alarm(LONGEST)
     os.environ.clear()
     os.environ.update(request["environment"])
     os.chdir(request["folder"])
