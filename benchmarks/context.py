@@ -7,14 +7,11 @@ context (`eval --draft-window`).
 """
 
 import argparse
-import json
-import tempfile
-from pathlib import Path
 
 from eagle3_xla.data.files import data_file, read_rows
-from eagle3_xla.data.tokenizer import load_tokenizer
+from eagle3_xla.data.tokenizer import load_tokenizer, stop_token_ids
 from eagle3_xla.evaluate.options import EvalOptions
-from eagle3_xla.evaluate.run import evaluate
+from eagle3_xla.evaluate.run import decode_all, load_pair, tau, template_ids
 
 BATCH = 2  # prompts at once: the caches of 16 long ones would take gigabytes
 
@@ -53,17 +50,14 @@ def main() -> None:
     print("| tokens of context | " + " | ".join(f"window {window or 'none'}" for window in windows) + " |")
     print("|---" * (1 + len(windows)) + "|")
     for length in map(int, arguments.lengths.split(",")):
-        with tempfile.TemporaryDirectory() as folder:
-            file = Path(folder) / "prompts.jsonl"
-            file.write_text(
-                "".join(json.dumps({"prompt": p}) + "\n" for p in prompts(tokenizer, length, arguments.prompts))
-            )
-            taus = []
-            for window in windows:
-                options = EvalOptions(
-                    max_new_tokens=arguments.max_new_tokens, draft_window=window, baseline=False, batch_size=BATCH
-                )
-                taus.append(evaluate(arguments.target, arguments.draft, str(file), options)["tau"])
+        chats = [[{"role": "user", "content": text}] for text in prompts(tokenizer, length, arguments.prompts)]
+        taus = []
+        for window in windows:
+            options = EvalOptions(max_new_tokens=arguments.max_new_tokens, draft_window=window, batch_size=BATCH)
+            pair = load_pair(arguments.target, arguments.draft, options)
+            longest = pair.model.config.max_position_embeddings
+            ids = template_ids(tokenizer, f"{length:,} tokens of context", chats, options, longest)
+            taus.append(tau(decode_all(pair, ids, stop_token_ids(arguments.target, tokenizer), options)))
         print(f"| {length:,} | " + " | ".join(f"{tau:.3f}" for tau in taus) + " |", flush=True)
 
 

@@ -25,7 +25,7 @@ def run(small_run, *more):
     return recipe, train(recipe)
 
 
-def test_each_source_is_measured_and_the_best_is_exported(small_run, chat_file, tmp_path):
+def test_each_source_is_measured_and_the_best_is_exported(small_run, chat_file, tmp_path, capfd):
     other = shutil.copy(chat_file, tmp_path / "other.jsonl")
     sources = f"data.heldout=[{{path: {chat_file}, name: first}}, {{path: {other}, name: second}}]"
     recipe, summary = run(small_run, sources, "train.eval_every=2", "train.epochs=1", "train.heldout_rows=8")
@@ -36,14 +36,18 @@ def test_each_source_is_measured_and_the_best_is_exported(small_run, chat_file, 
         assert min(row["heldout_sources"].values()) <= row["heldout_tau"] <= max(row["heldout_sources"].values())
         assert row["heldout_tau"] == pytest.approx(1 + sum(row["heldout_acceptance"]))
     assert summary["best_tau"] == max(row["heldout_tau"] for row in measured)
+    assert "before the first step" not in capfd.readouterr().err
     trained = max(measured[1:], key=lambda row: (row["heldout_tau"], row["step"]))
     assert export(Path(recipe.train.out), tmp_path / "head")["micro_step"] == trained["step"]
 
 
-def test_it_stops_when_tau_no_longer_grows(small_run):
+def test_it_stops_when_tau_no_longer_grows(small_run, capfd):
     stuck = ["train.eval_every=1", "train.patience=3", "train.lr=1e-12", "train.epochs=4"]
     recipe, summary = run(small_run, *stuck)
     assert summary["ended"] == "patience" and summary["micro_steps"] == 3 < summary["of"]
+    start = Path(recipe.train.out) / "initial" / "step-00000000"
+    assert f"before the first step: train.lr may be too high; that head is at {start}\n" in capfd.readouterr().err
+    assert checkpoints.load(start).tau == summary["best_tau"]
     again = train(recipe)
     assert again["ended"] == "patience" and again["micro_steps"] == 3 and again["checkpoint"].endswith("step-00000003")
 

@@ -127,6 +127,8 @@ class Loop:
                 if self.ended:
                     break
             self._log()
+        if self.done == run.data.total_steps or self.ended == "patience":
+            self._say_whether_it_gained()
 
     def _last_step(self, max_steps: int) -> int:
         total, first, accumulation = self.run.data.total_steps, self.run.first_step, self.settings.gradient_accumulation
@@ -143,6 +145,16 @@ class Loop:
             self.reporter.say(f"continued after step {run.first_step}")
         elif run.first_step < last_step:  # the untrained head, to compare with
             self._save(self._evaluate() if run.data.heldout.batches else None, "initial")
+
+    def _say_whether_it_gained(self) -> None:
+        """`export` takes the best checkpoint of the run, which the head that it started from isn't."""
+        taus = self.reporter.heldout
+        if len(taus) > 1 and max(taus) <= taus[0]:
+            start = storage.join(self.run.out, "initial", "step-00000000")
+            self.reporter.say(
+                f"held-out tau never came above the {taus[0]:.3f} before the first step: train.lr may be too high; "
+                f"that head is at {start}"
+            )
 
     def _after_update(self, last_step: int) -> None:
         """Evaluate, save and stop where it is due."""
