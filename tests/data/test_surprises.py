@@ -245,6 +245,16 @@ def test_held_out_equal_to_trained_on(small_target, tmp_path):
     assert warning.startswith(f"{file} is both trained on and held out")
 
 
+def test_many_conversations_longer_than_a_row_are_told_of(small_target, tmp_path):
+    long = [{"prompt": f"How far is {n}?", "completion": "very " * 80 + f"far, {n} times."} for n in range(3)]
+    for rows, said in ([*chats(60), *long], []), ([*chats(20), *long], ["3 of 23 training conversations"]):
+        file = write(tmp_path / "chats.jsonl", rows)
+        given = recipe(small_target, tmp_path / "data", file, "data.heldout_share=0", "data.deduplicate=none")
+        manifest = prepare(given)
+        assert manifest["train"]["cut_at_row_length"] == 3
+        assert [warning.split(" are longer than data.row_length 64")[0] for warning in manifest["warnings"]] == said
+
+
 def test_damaged_work_files_are_made_again(small_target, tmp_path, monkeypatch):
     """A power loss after the first chunk, in every way that it may leave a file."""
     monkeypatch.setattr(documents, "CHUNK", 10)

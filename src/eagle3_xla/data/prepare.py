@@ -33,6 +33,7 @@ from eagle3_xla.settings import binding
 from eagle3_xla.storage import Location
 
 SPLITS = ("train", "heldout")
+MANY_CUT = 0.1  # share of conversations that are longer than a row: worth a word
 
 
 def prepare(recipe: Recipe, overwrite: bool = False) -> dict:
@@ -96,7 +97,7 @@ def prepare(recipe: Recipe, overwrite: bool = False) -> dict:
         "heldout_sources": heldout.sources,
         "sources": _source_reports(chosen.sources, prints, train, heldout),
         "evaluations": chosen.evaluations,
-        "warnings": [*chosen.warnings, *_warnings(data, prints, chosen, reasoning)],
+        "warnings": [*chosen.warnings, *_warnings(data, prints, chosen, reasoning, train)],
     }
     (out / MANIFEST).unlink(missing_ok=True)
     for split in SPLITS:
@@ -215,7 +216,7 @@ def _why_dropped(chosen: Mix) -> str:
     return f"{reasons} (duplicates of held-out conversations count too)" if reasons else "heldout_share takes all"
 
 
-def _warnings(data: DataConfig, prints: dict, chosen: Mix, reasoning_shown: bool) -> list[str]:
+def _warnings(data: DataConfig, prints: dict, chosen: Mix, reasoning_shown: bool, train: Documents) -> list[str]:
     both = set(prints["train"]) & set(prints["heldout"])
     warnings = [
         f"{source.path} is both trained on and held out: its held-out figures are of chats that the head has seen"
@@ -228,6 +229,11 @@ def _warnings(data: DataConfig, prints: dict, chosen: Mix, reasoning_shown: bool
                 f"{report['name']}: {report['with_reasoning']} conversations have reasoning_content, which the "
                 "target's chat template does not show: they are trained on without it"
             )
+    if train.cut.mean() > MANY_CUT:
+        warnings.append(
+            f"{int(train.cut.sum())} of {len(train)} training conversations are longer than data.row_length "
+            f"{data.row_length}: what lies past it is left out"
+        )
     return warnings
 
 
