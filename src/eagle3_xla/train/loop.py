@@ -147,7 +147,7 @@ class Loop:
             self._save(self._evaluate() if run.data.heldout.batches else None, "initial")
 
     def _say_whether_it_gained(self) -> None:
-        """`export` takes the best checkpoint of the run, which the head that it started from isn't."""
+        """`export` takes the best checkpoint that the run made, never the head that it started from."""
         taus = self.reporter.heldout
         if len(taus) > 1 and max(taus) <= taus[0]:
             start = storage.join(self.run.out, "initial", "step-00000000")
