@@ -51,14 +51,14 @@ def main() -> None:
     print("|---" * (1 + len(windows)) + "|")
     for length in map(int, arguments.lengths.split(",")):
         chats = [[{"role": "user", "content": text}] for text in prompts(tokenizer, length, arguments.prompts)]
-        taus = []
+        reached = []
         for window in windows:
             options = EvalOptions(max_new_tokens=arguments.max_new_tokens, draft_window=window, batch_size=BATCH)
             pair = load_pair(arguments.target, arguments.draft, options)
             longest = pair.model.config.max_position_embeddings
             ids = template_ids(tokenizer, f"{length:,} tokens of context", chats, options, longest)
-            taus.append(tau(decode_all(pair, ids, stop_token_ids(arguments.target, tokenizer), options)))
-        print(f"| {length:,} | " + " | ".join(f"{tau:.3f}" for tau in taus) + " |", flush=True)
+            reached.append(tau(decode_all(pair, ids, stop_token_ids(arguments.target, tokenizer), options)))
+        print(f"| {length:,} | " + " | ".join(f"{x:.3f}" for x in reached) + " |", flush=True)
 
 
 if __name__ == "__main__":

@@ -146,16 +146,6 @@ class Loop:
         elif run.first_step < last_step:  # the untrained head, to compare with
             self._save(self._evaluate() if run.data.heldout.batches else None, "initial")
 
-    def _say_whether_it_gained(self) -> None:
-        """`export` takes the best checkpoint that the run made, never the head that it started from."""
-        taus = self.reporter.heldout
-        if len(taus) > 1 and max(taus) <= taus[0]:
-            start = storage.join(self.run.out, "initial", "step-00000000")
-            self.reporter.say(
-                f"held-out tau never came above the {taus[0]:.3f} before the first step: train.lr may be too high; "
-                f"that head is at {start}"
-            )
-
     def _after_update(self, last_step: int) -> None:
         """Evaluate, save and stop where it is due."""
         reporter, settings = self.reporter, self.settings
@@ -192,6 +182,16 @@ class Loop:
     def _gains_no_more(self) -> bool:
         patience = self.settings.patience
         return bool(patience) and self.reporter.evaluations_without_gain() >= patience
+
+    def _say_whether_it_gained(self) -> None:
+        """`export` takes the best checkpoint that the run made, never the head that it started from."""
+        taus = self.reporter.heldout
+        if len(taus) > 1 and max(taus) <= taus[0]:
+            start = storage.join(self.run.out, "initial", "step-00000000")
+            self.reporter.say(
+                f"held-out tau never came above the {taus[0]:.3f} before the first step: train.lr may be too high; "
+                f"that head is at {start}"
+            )
 
     def _evaluate(self) -> float:
         data, evaluate = self.run.data, self.run.step.evaluate
