@@ -28,7 +28,7 @@ class Running(NamedTuple):
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parents[1]
 ENVIRONMENTS = Path(os.environ.get("EAGLE3_ENGINES", ROOT / ".engines"))
-START_SECONDS = 300
+START_SECONDS = 600
 
 
 def engine_python(name: str) -> Path:
