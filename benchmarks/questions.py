@@ -55,14 +55,14 @@ def read_questions(name: str) -> list[str]:
 
 
 def parts_of(questions: list[str], sentences: tuple[str, ...] | list[str]) -> list[tuple[str, ...]]:
-    """What stands in the gaps of those of the questions that are one of the sentences."""
+    """What stands in the gaps of those of the questions that are one of the sentences, the first that fits."""
     patterns = [re.compile("(.+)".join(re.escape(part) for part in sentence.split("{}"))) for sentence in sentences]
-    found = (pattern.fullmatch(question) for question in questions for pattern in patterns)
+    found = (next(filter(None, (pattern.fullmatch(question) for pattern in patterns)), None) for question in questions)
     return [match.groups() for match in found if match]
 
 
 def words_of(questions: list[str]) -> set[str]:
-    return {word for parts in parts_of(questions, [*ABOUT_A_WORD, *ABOUT_TWO_WORDS]) for word in parts}
+    return {word for parts in parts_of(questions, [*ABOUT_TWO_WORDS, *ABOUT_A_WORD]) for word in parts}
 
 
 def functions() -> Iterator[tuple[str, str, str]]:
