@@ -84,7 +84,7 @@ def test_warm_start_keeps_the_heads_vocabulary(small_run, tmp_path, forks):
 @pytest.mark.slow
 def test_rows_of_two_lengths_compile_once_each(small_run, forks):
     bucketed = [*small_run, "data.packing=bucketed", "data.buckets=[50]", "train.epochs=1", "xla.device=xla"]
-    bucketed += ["train.heldout_rows=32"]
+    bucketed += ["train.heldout_rows=32", "loss.ttt_length=1"]
     manifest = prepare(load_recipe(None, bucketed))
     assert [bucket[0] for bucket in manifest["train"]["buckets"]] == [50, 64]
     done = forks.run("train", "--json", *[f"--{setting}" for setting in bucketed])

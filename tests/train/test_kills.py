@@ -77,6 +77,7 @@ def test_many_kills_change_nothing(small_run, tmp_path, request, where):
     place = f"{gcs.url}/kills" if gcs else tmp_path
     epochs = 7 if where == "folder" else 4  # steps go faster than saves here, and slower there
     settings = [*small_run, f"train.epochs={epochs}", "train.save_every=1", "train.keep=2", "train.heldout_rows=0"]
+    settings.append("loss.ttt_length=1")
     prepare(load_recipe(None, settings))
     command = [sys.executable, "-c", RUNS, *settings]
     server = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)

@@ -28,8 +28,8 @@ def losses(out: Path) -> list[dict]:
         (4, 4, 1, False, []),
         (2, 2, 1, False, ["xla.remat=true"]),
         (2, 2, 1, False, ["xla.draft_data_parallel=true"]),
-        (1, 1, 2, False, []),
-        (2, 1, 1, True, []),
+        (1, 1, 2, False, ["loss.ttt_length=1"]),
+        (2, 1, 1, True, ["loss.ttt_length=1"]),
         (1, 4, 1, False, ["loss.anchors=0.3", "loss.ttt_length=4"]),
     ],
     ids=["4x4", "2x2, remat", "2x2, draft dp 4", "accumulation", "states reused, dp 2", "anchors"],
@@ -115,7 +115,7 @@ def test_28_layers_on_16_devices_equal_one(forks, small_run, small_target, token
     deep.model.embed_tokens.weight.data.copy_(spoken)
     deep.save_pretrained(tmp_path / "deep")
     tokenizer.save_pretrained(tmp_path / "deep")
-    settings = [*small_run, f"target.path={tmp_path / 'deep'}", "train.epochs=10"]
+    settings = [*small_run, f"target.path={tmp_path / 'deep'}", "train.epochs=10", "loss.ttt_length=1"]
     prepare(load_recipe(None, settings))
     train(load_recipe(None, [*settings, "train.batch_size=4"]), max_steps=STEPS)
     sharded = [*settings, f"train.out={tmp_path / 'xla'}", "train.batch_size=1", "xla.device=xla"]
