@@ -91,7 +91,7 @@ def _read(name: str) -> list[tuple[str, DictConfig]]:
 def _recipe_file(name: str, folder: Path, wanted: str) -> Path:
     """A YAML file, relative to `folder`, or one of the recipes that ship."""
     path = folder / name
-    if not path.exists() and name in recipe_names():
+    if not path.is_file() and name in recipe_names():
         path = Path(str(resources.files("eagle3_xla.recipes") / f"{name}.yaml"))
     if not path.is_file():
         raise UserError(f"no {_one_line(wanted)}; a YAML file or one of: {', '.join(recipe_names())}")

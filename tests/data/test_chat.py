@@ -145,6 +145,11 @@ def test_system_prompts_dropped_and_varied(template_targets):
         for chat, item in zip(chats, coder.encode(chats)):
             answer = shown(family, chat.messages[-1]["content"], True)
             assert [coder.tokenizer.decode(s) for s in spans(item.ids, item.mask)] == [answer]
+    # With tools the template's system turn holds them too, and stays whole.
+    tool = {"type": "function", "function": {"name": "add", "description": "d", "parameters": {"type": "object"}}}
+    coder = encoder(template_targets["qwen2.5"], drop_system=1.0)
+    [item] = coder.encode([Chat(chats[0].messages, True, "test", "here:1", tools=[tool])])
+    assert coder.tokenizer.decode(item.ids).startswith("<|im_start|>system\nYou are Qwen")
     coder = encoder(template_targets["llama-3"], drop_system=1.0)  # no default system prompt: nothing to drop but it
     assert coder.tokenizer.decode(coder.encode(chats)[0].ids).startswith("<|begin_of_text|><|start_header_id|>user")
 

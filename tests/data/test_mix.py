@@ -121,6 +121,14 @@ def test_duplicates(tmp_path):
         [report] = result.sources.values()
         assert {reason: entry["rows"] for reason, entry in report["dropped"].items()} == dropped, how
         assert report["kept"] == kept == len(result.train)
+    # What a row may hold is compared, not only its first 2,000 words.
+    beginning = " ".join(text("document", 2_000))
+    long = [chat(beginning, " ".join(text(f"answer{i}", 4_000))) for i in range(3)]
+    path = write(tmp_path / "long.jsonl", long)
+    for row_length, kept in ((16_384, 3), (1_024, 1)):
+        result = mixed(tmp_path, [Source(path=str(path))], row_length=row_length, heldout_share=0)
+        assert len(result.train) == kept
+    path = tmp_path / "a.jsonl"
     # A duplicate in another source, or in the held-out file, goes from the later source.
     other = write(tmp_path / "b.jsonl", [rows[0], chat("new", "New one.")])
     result = mixed(tmp_path, [Source(path=str(path)), Source(path=str(other))], heldout_share=0)
@@ -213,12 +221,15 @@ def test_an_interrupted_prepare_continues(three, small_target, tmp_path, monkeyp
         documents._Tokenizer, "__call__", lambda self, chunk: (again.append(chunk[0]), real(self, chunk))
     )
     monkeypatch.setattr(spool._Cleaner, "__call__", None)  # no source is read again
-    prepare.prepare(load_recipe(None, settings))
-    assert again and not {Path(file) for file in again} & set(chunks)
+    monkeypatch.chdir(tmp_path)  # the same folder by another name
+    prepare.prepare(load_recipe(None, [*settings, "data.prepared=prepared"]))
+    assert again and not {Path(file).resolve() for file in again} & set(chunks)
     monkeypatch.undo()
     whole = settings_of(tmp_path, small_target, three, prepared=tmp_path / "whole")
     prepare.prepare(load_recipe(None, whole))
     assert bytes_of(out) == bytes_of(tmp_path / "whole")
+    manifests = [json.loads((folder / "manifest.json").read_text()) for folder in (out, tmp_path / "whole")]
+    assert manifests[0] == manifests[1]
 
 
 KILLED_HALF_WAY = """

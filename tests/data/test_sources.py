@@ -103,6 +103,33 @@ def test_tool_turns_are_refused_or_kept(row):
     assert chat.tools == row.get("tools")
 
 
+def test_a_tables_nulls_are_no_arguments(tmp_path):
+    """Parquet gives the objects of a column the fields of all of them."""
+    rows = []
+    for arguments in ({"a": 1}, {"city": "Rome"}):
+        call = {"function": {"name": "f", "arguments": arguments}}
+        turns = [{"role": "user", "content": "?", "tool_calls": None}]
+        turns += [{"role": "assistant", "content": None, "tool_calls": [call]}]
+        rows.append({"messages": turns, "tools": None})
+    parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / "a.parquet")
+    keep, read = DataConfig(tool_turns="keep"), []
+    for where, row in read_rows(tmp_path / "a.parquet"):
+        message = clean(row, where, "set", keep, Repairs()).messages[-1]
+        read.append(message["tool_calls"][0]["function"]["arguments"])
+    assert read == [{"a": 1}, {"city": "Rome"}]
+
+
+def test_files_and_hub_ids_are_told_apart(tmp_path):
+    for name in ("teknium/OpenHermes-2.5", "own/Llama-3.1-Pro-300K-Filtered", "mlabonne/open-perfectblend"):
+        assert not sources.is_file(Source(path=name)) and sources.label(Source(path=name)) == name.partition("/")[2]
+    for name, label in (("chats.jsonl", "chats"), ("data/v1.2.json.gz", "v1.2"), ("package:train.jsonl", "train")):
+        assert sources.is_file(Source(path=name)) and sources.label(Source(path=name)) == label
+    (tmp_path / "a.jsonl").write_text("{}")
+    first = sources.fingerprint(Source(path=str(tmp_path)))
+    (tmp_path / "a.jsonl").write_text("[]")  # as long as before
+    assert first != sources.fingerprint(Source(path=str(tmp_path)))
+
+
 def test_languages_and_truncated_answers():
     german = openai(("user", "Wie ist das Wetter heute in Berlin?"), ("assistant", "Es regnet heute den ganzen Tag."))
     english = openai(("user", "What is the weather like today?"), ("assistant", "It is raining all day long today."))

@@ -1,9 +1,13 @@
 """What single published templates do: thoughts, channels, folded system turns, dates, tool calls."""
 
+import json
+
 import pytest
 from data.test_chat import encoder, spans
 
-from eagle3_xla.data.clean import Chat
+from eagle3_xla.data.clean import Chat, Repairs, clean
+from eagle3_xla.data.config import DataConfig
+from eagle3_xla.data.tokenizer import shows_reasoning
 
 TOOL = {"type": "function", "function": {"name": "add", "description": "d", "parameters": {"type": "object"}}}
 
@@ -32,10 +36,14 @@ def test_qwen3_thinking(answer, expected, template_targets):
 def test_gpt_oss_channels(template_targets):
     """The thought of the last answer is the assistant's; an earlier one is left out, and its answer with it."""
     coder = encoder(template_targets["gpt-oss"])
-    thinking = {"role": "assistant", "content": "b", "thinking": "hm"}
+    assert shows_reasoning(coder.tokenizer)
     thought = "<|channel|>analysis<|message|>hm<|end|><|start|>assistant<|channel|>final<|message|>b<|return|>"
-    assert masked(coder, ("user", "a"), thinking)[1] == [thought]
-    assert masked(coder, ("user", "a"), thinking, ("user", "c"), thinking)[1] == [thought]
+    question = {"role": "user", "content": "a"}
+    for name in ("thinking", "reasoning_content"):
+        answer = {"role": "assistant", "content": "b", name: "hm"}
+        for messages in ([question, answer], [question, answer, question, answer]):
+            chat = clean({"messages": messages}, "here:1", "test", DataConfig(), Repairs())
+            assert masked(coder, *chat.messages)[1] == [thought]
 
 
 def test_gemma_folds_the_system_turn(template_targets):
@@ -73,8 +81,17 @@ def test_gpt_oss_has_a_pinned_date(template_targets):
     ],
 )
 def test_tool_calls_are_the_assistants(family, first, second, template_targets):
-    call = {"type": "function", "function": {"name": "add", "arguments": {"a": 1}}}
-    turns = [("user", "1 + 1?"), {"role": "assistant", "content": "", "tool_calls": [call]}]
-    turns += [("tool", "2"), ("assistant", "2")]
-    coder = encoder(template_targets[family], tool_turns="keep")
-    assert masked(coder, *turns, tools=[TOOL])[1] == [first, second]
+    """As objects and, as OpenAI's API and many sets have them, as JSON text."""
+    coder, keep = encoder(template_targets[family], tool_turns="keep"), DataConfig(tool_turns="keep")
+    for form in (lambda value: value, json.dumps):
+        call = {"type": "function", "function": {"name": "add", "arguments": form({"a": 1})}}
+        messages = [
+            {"role": "user", "content": "1 + 1?"},
+            {"role": "assistant", "content": "", "tool_calls": [call]},
+            {"role": "tool", "content": "2"},
+            {"role": "assistant", "content": "2"},
+        ]
+        chat = clean({"messages": messages, "tools": form([TOOL])}, "here:1", "test", keep, Repairs())
+        text, answers = masked(coder, *chat.messages, tools=chat.tools)
+        assert answers == [first, second]
+        assert ("type add" if family == "gpt-oss" else '"description": "d"') in text

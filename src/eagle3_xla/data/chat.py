@@ -37,7 +37,7 @@ class ChatEncoder:
         self.tokenizer, self.data = tokenizer, data
         self.stops = sorted(tokenizer.convert_ids_to_tokens(sorted(stop_ids)))
         self.thinks = "enable_thinking" in str(tokenizer.chat_template)
-        self.default_system = self._default_system() if data.drop_system else (0, 0)
+        self.default_system = self._default_system() if data.drop_system else (0, "")
 
     def encode(self, chats: list[Chat]) -> list[Encoded | Unusable]:
         """Each chat's ids and mask, cut to data.row_length, or why it is left out."""
@@ -76,10 +76,12 @@ class ChatEncoder:
         spans = [span for span in (shown[-1:] if self.data.last_turn_only else shown) if span]
         if not spans:
             raise Unusable("no_answer_in_template", "the chat template shows no answer after its generation prompt")
-        cut_start, cut_end = self.default_system
-        if cut_end and messages[0]["role"] != "system" and self._draw(chat) < self.data.drop_system:
-            text = text[:cut_start] + text[cut_end:]
-            spans = [(start - cut_end + cut_start, end - cut_end + cut_start) for start, end in spans]
+        at, default = self.default_system
+        # With tools the template's system turn is another, which stays.
+        shown_default = default and messages[0]["role"] != "system" and text.startswith(default, at)
+        if shown_default and self._draw(chat) < self.data.drop_system:
+            text = text[:at] + text[at + len(default) :]
+            spans = [(start - len(default), end - len(default)) for start, end in spans]
         return text, spans, shortened
 
     def _place(self, text: str, turn: str, prompts: list[str], answer: dict) -> tuple[int | None, str]:
@@ -139,10 +141,11 @@ class ChatEncoder:
         return self.tokenizer.backend_tokenizer.encode_batch(texts, add_special_tokens=False)
 
     def _shorten(self, messages: list[dict]) -> tuple[list[dict], bool]:
-        """Without the exchanges that lie far beyond a row, so that they aren't tokenised for nothing."""
+        """Without the exchanges that lie far beyond a row, so that they aren't rendered and tokenised for nothing."""
         limit, length = LONGEST_TOKEN * self.data.row_length, 0
         for number, message in enumerate(messages[:-1]):
             length += len(message["content"]) + len(message.get("reasoning_content", ""))
+            length += LONGEST_TOKEN  # a turn has a token that marks it
             if message["role"] == "assistant" and length > limit:
                 return messages[: number + 1], True
         return messages, False
@@ -161,8 +164,8 @@ class ChatEncoder:
         """A number in [0, 1) that depends on the chat and the seed alone."""
         return random.Random(f"{self.data.seed} {chat.messages[0]['content']} {chat.messages[-1]['content']}").random()
 
-    def _default_system(self) -> tuple[int, int]:
-        """Characters of a rendered chat where the template puts its own system prompt; (0, 0) when it has none."""
+    def _default_system(self) -> tuple[int, str]:
+        """The template's own system turn, and the character at which it stands; empty when it has none."""
         user, answer = {"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}
         one, two, three = (self._render([chat], None)[0] for chat in ([user], [user, answer], [user, answer, user]))
         block = three[len(two) :] if three.startswith(two) else ""
@@ -170,7 +173,7 @@ class ChatEncoder:
             raise UserError("setting data.drop_system: this chat template doesn't show where its system prompt ends")
         bos = self.tokenizer.bos_token or ""
         start = len(bos) if bos and one.startswith(bos) and bos not in block else 0
-        return (start, len(one) - len(block)) if len(one) - len(block) > start else (0, 0)
+        return start, one[start : len(one) - len(block)]
 
     def _render(self, conversations: list[list[dict]], chat: Chat | None, **options: Any) -> list[str]:
         try:

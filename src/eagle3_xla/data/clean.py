@@ -6,6 +6,7 @@ Open-PerfectBlend as they are published: answers first, the same role twice, emp
 web page.
 """
 
+import json
 import re
 from dataclasses import dataclass, field
 from typing import Any
@@ -98,8 +99,8 @@ def clean(row: dict, where: str, source: str, data: DataConfig, repairs: Repairs
     )
     if any("reasoning_content" in message for message in messages):
         repairs.add(REASONING)
-    tools = row.get("tools") if data.tool_turns == "keep" and isinstance(row.get("tools"), list) else None
-    return Chat(messages, complete, source, where, tools or None)
+    tools = _read(row.get("tools"), list) if data.tool_turns == "keep" else None
+    return Chat(messages, complete, source, where, tools if isinstance(tools, list) and tools else None)
 
 
 def clean_questions(row: dict, where: str, source: str, data: DataConfig, repairs: Repairs) -> Chat:
@@ -195,16 +196,43 @@ def _messages(turns: Any, data: DataConfig, questions: bool = False) -> list[dic
         message = {"role": ROLES[role.lower()]}
         try:
             message["content"] = text_of(turn.get("content", turn.get("value")), role)
-            if turn.get("reasoning_content") and message["role"] == "assistant":
-                message["reasoning_content"] = text_of(turn["reasoning_content"], role)
+            thoughts = turn.get("reasoning_content") or turn.get("thinking")  # as gpt-oss's template names them
+            if thoughts and message["role"] == "assistant":
+                message["reasoning_content"] = text_of(thoughts, role)
         except Unusable:
             if not questions or message["role"] != "assistant":
                 raise
             message["content"] = ""
         if calls:
-            message["tool_calls"] = calls
+            message["tool_calls"] = _calls(calls)
         messages.append(message)
     return messages
+
+
+def _calls(calls: Any) -> Any:
+    """Tool calls with their arguments as an object. OpenAI's API writes them as JSON text, and engines read that before
+    their chat template sees it (SGLang, srt/entrypoints/openai/serving_chat.py: parse_tool_call_arguments)."""
+    if not isinstance(calls, list) or not all(isinstance(call, dict) for call in calls):
+        return calls
+    read = []
+    for call in calls:
+        function = call.get("function", call)
+        if isinstance(function, dict) and "arguments" in function:
+            function = function | {"arguments": _read(function["arguments"], dict)}
+            call = call | {"function": function} if "function" in call else function
+        read.append(call)
+    return read
+
+
+def _read(value: Any, kind: type) -> Any:
+    """The object or list that a JSON text holds; anything else as it is."""
+    if isinstance(value, str):
+        try:
+            found = json.loads(value)
+        except (ValueError, RecursionError):
+            return value
+        return found if isinstance(found, kind) else value
+    return value
 
 
 def text_of(content: Any, role: str) -> str:

@@ -1,5 +1,6 @@
 """The settings of the data: where conversations come from, which are kept, how they become rows."""
 
+import re
 from dataclasses import dataclass, field
 
 from eagle3_xla.errors import UserError
@@ -77,6 +78,9 @@ class DataConfig:
             )
         if any(shares) != bool(self.conversations):
             raise UserError("settings data.conversations and the sources' shares belong together; give both or neither")
+        for code in self.languages:
+            if not re.fullmatch("[a-z]{2,3}", code):
+                raise UserError(f"setting data.languages has {code!r}; codes such as en are expected (in YAML: 'no')")
         if not all(self.decontaminate):
             raise UserError("setting data.decontaminate names an empty path; name files of evaluation prompts")
         if self.drop_system + self.vary_system > 1:

@@ -38,7 +38,7 @@ class Documents:
     """Tokenised conversations of a split, in order; [n] each:
 
     file, start: where its tokens are, an index into `files` and a token's number there; lengths: tokens; answers: those
-    that count; source, spool: indices into `sources` and `spools`, the files they come from; cut: longer than a row.
+    that count; source, spool: indices into `sources` and `spools`, the folders they come from; cut: longer than a row.
     dropped: for each spool the reasons, with their count and first case; counts [vocab_size]: how often the assistant
     wrote each token.
     """
@@ -187,7 +187,9 @@ class _Tokenizer:
     def __call__(self, chunk: tuple[str, list[tuple[str, int]]]) -> None:
         file, chats = Path(chunk[0]), [read_chat(path, offset) for path, offset in chunk[1]]
         kept, dropped = [], []
-        for chat, (spool, _), item in zip(chats, chunk[1], self.encoder.encode(chats)):
+        # By name: the run may go on where its folder is named otherwise.
+        spools = [Path(path).parent.name for path, _ in chunk[1]]
+        for chat, spool, item in zip(chats, spools, self.encoder.encode(chats)):
             if isinstance(item, Unusable):
                 dropped.append((spool, item.reason, f"{chat.where}: {item}"))
             else:

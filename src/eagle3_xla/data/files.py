@@ -13,6 +13,7 @@ import zlib
 from collections.abc import Iterator
 from importlib import resources
 from pathlib import Path
+from typing import Any
 
 from eagle3_xla import storage
 from eagle3_xla.errors import UserError
@@ -71,9 +72,20 @@ def _parquet(path: Path) -> Iterator[tuple[str, dict]]:
             for batch in table.iter_batches(batch_size=500):
                 for row in batch.to_pylist():
                     number += 1
-                    yield f"{path}:{number}", row
+                    yield f"{path}:{number}", without_nulls(row)
     except (pyarrow.ArrowException, OSError) as error:
         raise UserError(f"{path}:{number + 1}: not a readable Parquet file ({_line(error)})") from None
+
+
+def without_nulls(row: dict) -> dict:
+    """A table's row without the null fields of what it holds: a table gives every object the fields of all others."""
+    return {name: _without_nulls(value) for name, value in row.items()}
+
+
+def _without_nulls(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {name: _without_nulls(part) for name, part in value.items() if part is not None}
+    return [_without_nulls(part) for part in value] if isinstance(value, list) else value
 
 
 def _json(path: Path, magic: bytes) -> Iterator[tuple[str, object]]:

@@ -17,7 +17,7 @@ from eagle3_xla.data.seen import PERMUTATIONS, Seen
 from eagle3_xla.data.spool import read_chat
 
 CHUNK = 500  # conversations a worker gets at a time
-SHINGLE, SHINGLED_WORDS = 5, 2000
+SHINGLE, SHINGLED_WORDS = 5, 2000  # of a conversation the words that a row may hold, and no fewer than so many
 WORD = re.compile(r"\w+")
 
 
@@ -45,7 +45,7 @@ class Filters:
             yield from (int(offset) for offset in offsets[:left])
             return
         chunks = ((path, chunk) for chunk in batched(map(int, offsets), CHUNK))
-        arguments = (self.data.deduplicate, self.evaluations)
+        arguments = (self.data.deduplicate, self.evaluations, max(SHINGLED_WORDS, self.data.row_length))
         with tqdm(total=len(offsets), desc="duplicates", unit="chat", delay=2) as bar:
             if not left:
                 return
@@ -84,8 +84,8 @@ class Filters:
 class _Features:
     """In a worker: (spool, offsets) -> where, offset, hash, MinHash and evaluation rows of each conversation."""
 
-    def __init__(self, deduplicate: str, evaluations: Evaluations):
-        self.deduplicate, self.evaluations = deduplicate, evaluations
+    def __init__(self, deduplicate: str, evaluations: Evaluations, words: int):
+        self.deduplicate, self.evaluations, self.words = deduplicate, evaluations, words
 
     def __call__(self, chunk: tuple[str, list[int]]) -> list[tuple]:
         path, offsets = chunk
@@ -102,6 +102,6 @@ class _Features:
             from rensa import RMinHash
 
             near = RMinHash(PERMUTATIONS, 0)
-            near.update(list(grams(words[:SHINGLED_WORDS], SHINGLE)))
+            near.update(list(grams(words[: self.words], SHINGLE)))
             signature = np.array(near.digest(), np.uint32).tobytes()
         return chat.where, offset, exact, signature, rows

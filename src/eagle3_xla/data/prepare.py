@@ -241,8 +241,8 @@ def _source_reports(reports: dict, prints: dict, train: Documents, heldout: Docu
     """Per source: what was read, dropped and why, kept; and its conversations and tokens in each split."""
     fingerprints = [*prints["heldout"], *prints["train"]]
     result = []
-    for (spool, report), fingerprint in zip(reports.items(), fingerprints, strict=True):
-        report = report | {"fingerprint": fingerprint}
+    for (path, report), fingerprint in zip(reports.items(), fingerprints, strict=True):
+        spool, report = Path(path).parent.name, report | {"fingerprint": fingerprint}
         for split, documents in (("train", train), ("heldout", heldout)):
             report["dropped"] |= documents.dropped.get(spool, {})
             report[split] = documents.tokens_of(spool)

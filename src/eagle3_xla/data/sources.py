@@ -6,7 +6,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 
 from eagle3_xla.data.config import Source
-from eagle3_xla.data.files import PACKAGED, data_file, read_rows
+from eagle3_xla.data.files import PACKAGED, data_file, read_rows, without_nulls
 from eagle3_xla.errors import UserError
 
 KNOWN = {
@@ -16,6 +16,7 @@ KNOWN = {
     "ultrachat": Source(path="HuggingFaceH4/ultrachat_200k", split="train_sft"),
     "perfectblend": Source(path="mlabonne/open-perfectblend", read=200_000),
 }
+ENDINGS = {".jsonl", ".json", ".parquet", ".gz", ".zst"}  # of what is surely a file; hub ids have dots too
 SHUFFLE_BUFFER = 10_000  # rows; of a hub set that is not read to its end
 
 
@@ -30,13 +31,16 @@ def resolve(source: Source) -> Source:
 
 def label(source: Source) -> str:
     """The source's name in manifest and figures."""
-    return source.name or data_file(source.path).name.split(".")[0]
+    name = Path(source.path.removeprefix(PACKAGED))
+    while name.suffix in ENDINGS:
+        name = name.with_suffix("")
+    return source.name or name.name
 
 
 def is_file(source: Source) -> bool:
     """Whether it is a local file (a folder or a hub id otherwise)."""
     path = data_file(source.path)
-    looks_local = source.path.startswith((PACKAGED, "/", ".", "~")) or path.suffix or path.is_file()
+    looks_local = source.path.startswith((PACKAGED, "/", ".", "~")) or path.suffix in ENDINGS or path.is_file()
     return bool(looks_local) and not path.is_dir()
 
 
@@ -52,7 +56,9 @@ def fingerprint(source: Source) -> str:
         digest = hashlib.sha256()
         for part in sorted(path.rglob("*")):
             if part.is_file():
-                digest.update(f"{part.relative_to(path)} {part.stat().st_size}".encode() + part.read_bytes())
+                with part.open("rb") as file:
+                    content = hashlib.file_digest(file, "sha256").digest()
+                digest.update(f"{part.relative_to(path)} {part.stat().st_size}".encode() + content)
         return digest.hexdigest()
     if len(source.revision) == 40:  # a commit: no need to ask
         return source.revision
@@ -96,7 +102,7 @@ def _dataset_rows(source: Source, seed: int) -> Iterator[tuple[str, dict]]:
             stream = stream.shuffle(seed=seed, buffer_size=SHUFFLE_BUFFER)
         for row in stream:
             number += 1
-            yield f"{name}:{number}", row
+            yield f"{name}:{number}", without_nulls(row)
     except (
         OSError,
         ValueError,

@@ -121,9 +121,12 @@ class _Cleaner:
         for where, row in rows:
             own = row.get("source")
             source = self.source.name or (own if isinstance(own, str) and own else self.name)
+            made = Repairs()
             try:
-                chat = self.clean(row, where, source, self.data, repairs)
+                chat = self.clean(row, where, source, self.data, made)
                 lines.append(json.dumps(asdict(chat), ensure_ascii=False).encode() + b"\n")
+                for kind in made.counts:
+                    repairs.add(kind)
             except Unusable as reason:
                 reasons.append((reason.reason, where, str(reason)))
             except UnicodeEncodeError:  # half characters in a name or a tool

@@ -128,10 +128,23 @@ def render_chat(tokenizer: Any, messages: list[dict], **options: Any) -> str: ..
 def render_chat(tokenizer: Any, messages: list[list[dict]], **options: Any) -> list[str]: ...
 def render_chat(tokenizer: Any, messages: list, **options: Any) -> str | list[str]:
     """The text that the target's chat template makes of a conversation, or of each of several, on the day TODAY."""
+    template = str(tokenizer.chat_template)
+    if "message.thinking" in template and "reasoning_content" not in template:  # gpt-oss
+        messages = _with_thinking(messages)
     try:
         return tokenizer.apply_chat_template(messages, tokenize=False, strftime_now=TODAY.strftime, **options)
     except Exception as error:  # a template is foreign code: it raises as it likes
         raise TemplateFailed(f"{type(error).__name__}: {first_line(error)}") from None
+
+
+def _with_thinking(messages: list) -> list:
+    """A conversation, or each of several, with `reasoning_content` named `thinking`."""
+    return [
+        _with_thinking(message)
+        if isinstance(message, list)
+        else {"thinking" if key == "reasoning_content" else key: value for key, value in message.items()}
+        for message in messages
+    ]
 
 
 def shows_reasoning(tokenizer: Any) -> bool:
