@@ -268,7 +268,7 @@ def test_a_prompt_with_half_a_character(exported_head, small_target, tmp_path, c
     prompts = tmp_path / "prompts.jsonl"
     prompts.write_text('{"prompt": "\\ud83d"}\n')
     said = line(capsys, "eval", "--target", small_target, "--draft", exported_head, "--prompts", prompts)
-    assert "prompts.jsonl:1: the text of a user turn holds half a character" in said
+    assert "prompts.jsonl:1: a user turn holds NUL or half characters" in said
 
 
 EVAL, BENCH = ["eval", "--target", "t", "--draft", "d", "--prompts", "p"], ["bench", "--server", "u", "--prompts", "p"]

@@ -37,11 +37,33 @@ def test_prompts_in_every_form(tmp_path):
     assert len(read_prompts(str(tmp_path / "prompts.jsonl"), 3)) == 3
 
 
+def test_prompts_are_read_as_training_reads_them(tmp_path):
+    parts = [{"type": "text", "text": "a"}]
+    rows = [
+        {"messages": [{"role": "User", "content": parts}]},
+        {"conversations": [{"role": "user", "content": "a"}], "messages": None},
+        {"messages": [{"from": "Human", "value": "a"}]},
+        {"messages": [{"role": "system", "content": None}, {"role": "user", "content": "a"}]},
+        {"messages": [{"role": "assistant", "content": "x"}, {"role": "user", "content": "a"}]},
+        {"prompt": "a", "messages": [
+            {"role": "system", "content": "s"},
+            *[{"role": "user", "content": "a"}, {"role": "assistant", "content": "x"}] * 2
+        ]},
+        {"messages": [{"role": "user", "content": "a"}, {"role": "user", "content": "b"}]},
+    ]  # fmt: skip
+    found = read_prompts(written(tmp_path / "prompts.jsonl", rows))
+    assert [prompt.messages[-1]["content"] for prompt in found] == ["a"] * 6 + ["a\n\nb"]
+    assert [len(prompt.messages) for prompt in found] == [1] * 5 + [2, 1]
+    assert [prompt.later for prompt in found] == [*[[]] * 5, ["a"], []]
+    with pytest.raises(UserError, match="prompts.jsonl:1: no user turn to ask"):
+        read_prompts(written(tmp_path / "prompts.jsonl", [{"prompt": " "}]))
+
+
 def test_a_row_without_a_prompt_is_named(tmp_path):
     file = written(tmp_path / "prompts.jsonl", [{"text": "a"}])
     with pytest.raises(UserError, match="prompts.jsonl:1: none of .*`question`.* in this row"):
         read_prompts(file)
-    with pytest.raises(UserError, match="turns is .*|a turn needs|not a string"):
+    with pytest.raises(UserError, match="the text of a user turn is int, not a string"):
         read_prompts(written(tmp_path / "other.jsonl", [{"turns": [3]}]))
 
 

@@ -4,10 +4,10 @@ import numpy as np
 import pytest
 import torch
 
-from eagle3_xla.data.batches import Batches, share_of_process
+from eagle3_xla.data.batches import Batches, list_rows, share_of_process
 from eagle3_xla.draft.model import Eagle3Head, draft_config
 from eagle3_xla.loss.config import LossConfig
-from eagle3_xla.loss.unroll import unroll
+from eagle3_xla.loss.unroll import teacher_positions, unroll
 from eagle3_xla.target.model import Target, load_target
 
 LENGTHS = [17, 30, 9]
@@ -89,10 +89,11 @@ def test_mean_over_sequences(small_target, rows):
     tokens = [torch.randint(0, 128, (length,)) for length in LENGTHS]
     t2d = torch.ones(target.model.config.vocab_size, dtype=torch.bool)
 
-    def step_losses(rows: list[list[int]], **settings) -> torch.Tensor:
+    def step_losses(rows: list[list[int]], listed: int = 0, **settings) -> torch.Tensor:
         batch = packed(tokens, rows)
         states = target.states(batch["input_ids"], batch["position_ids"], batch["document_ids"])
-        next_row = [torch.cat([x[:, 1:], torch.zeros_like(x[:, :1])], 1) for x in states[1:]]
+        batch |= list_rows(batch["loss_mask"], 1, listed) if listed else {}
+        next_row = [teacher_positions(batch, x) for x in states[1:]]
         config = LossConfig(ttt_length=3, **settings)
         arguments = (target.teacher(*next_row), t2d, torch.zeros(128, dtype=torch.int64), config)
         return unroll(head, target.embed_tokens, batch, states.aux, *arguments).step_losses
@@ -102,3 +103,6 @@ def test_mean_over_sequences(small_target, rows):
         together = step_losses(rows, objective=objective, mean_over="sequences")
         torch.testing.assert_close(together, alone.mean(0), rtol=1e-5, atol=1e-6)
         assert (together != step_losses(rows, objective=objective)).all()
+    for mean_over in ("rows", "sequences", "all"):  # the same whether the other rows are computed or not
+        ours, every = (step_losses(rows, listed, mean_over=mean_over) for listed in (48, 0))
+        torch.testing.assert_close(ours, every, rtol=1e-5, atol=1e-6)

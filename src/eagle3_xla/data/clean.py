@@ -88,7 +88,7 @@ def clean(row: dict, where: str, source: str, data: DataConfig, repairs: Repairs
             f"{where}: neither `conversations` nor `messages` nor `prompt` with `completion` nor `instruction` with "
             "`output` in this row"
         )
-    messages = _without_oddities(_messages(turns, data), repairs)
+    messages = _without_oddities(messages_of(turns, data), repairs)
     if any(PAGE_LEFTOVER.search(CODE_BLOCK.sub("", m["content"])) for m in messages if m["role"] == "assistant"):
         raise Unusable("html", "an answer holds left-overs of a web page")
     complete = row.get("finish") != "length"
@@ -122,7 +122,7 @@ def clean_questions(row: dict, where: str, source: str, data: DataConfig, repair
             f"{where}: no question in this row (`prompt`, `turns`, `instruction`, `messages` or `conversations`)"
         )
     kept: list[dict] = []
-    for message in _messages(turns, data, questions=True):
+    for message in messages_of(turns, data, questions=True):
         if message["role"] == "assistant":
             if kept and kept[-1]["role"] == "user":
                 kept.append(message)
@@ -179,7 +179,7 @@ def _alpaca_question(row: dict) -> list[dict]:
     return [{"role": "user", "content": instruction}]
 
 
-def _messages(turns: Any, data: DataConfig, questions: bool = False) -> list[dict]:
+def messages_of(turns: Any, data: DataConfig, questions: bool = False) -> list[dict]:
     """Turns of any row in OpenAI form. questions: answers without a usable text are empty, not an error."""
     if not isinstance(turns, list) or not turns:
         raise Unusable("no_turns", "the conversation has no turns" if not turns else "its turns are not a list")

@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from eagle3_xla.data import sources
-from eagle3_xla.data.clean import ROLES
-from eagle3_xla.data.config import Source
+from eagle3_xla.data.clean import Unusable, messages_of
+from eagle3_xla.data.config import DataConfig, Source
 from eagle3_xla.data.files import data_file, read_rows
 from eagle3_xla.errors import UserError
 
@@ -61,23 +61,29 @@ def _rows(name: str) -> Iterator[tuple[str, dict[str, Any]]]:
 
 
 def _prompt(where: str, row: dict[str, Any]) -> Prompt:
-    turns, role_key, text_key = _turns(where, row), "role", "content"
-    if not isinstance(turns, list):
-        raise UserError(f"{where}: the conversation is not a list of turns")
-    if "conversations" in row:
-        role_key, text_key = "from", "value"
-    messages: list[dict[str, str]] = []
-    for turn in turns:
-        messages.append(_message(turn, role_key, text_key, where))
-        if messages[-1]["role"] == "user":
+    """Read as training reads it (clean.py): an empty system turn is none, questions in a row are one."""
+    try:
+        messages = messages_of(_turns(where, row), DataConfig(tool_turns="keep"), questions=True)
+    except Unusable as reason:
+        raise UserError(f"{where}: {reason}") from None
+    system: list[dict[str, str]] = []
+    questions: list[str] = []
+    unanswered = False
+    for message in messages:
+        text, asks = message["content"], message["role"] == "user"
+        if asks and not text.strip():
             break
-    if not messages or messages[-1]["role"] != "user":
+        if asks and unanswered:
+            questions[-1] += f"\n\n{text}"
+        elif asks:
+            questions.append(text)
+        elif message["role"] == "system" and not questions and text.strip():
+            system.append({"role": "system", "content": text})
+        unanswered = asks
+    if not questions:
         raise UserError(f"{where}: no user turn to ask")
-    users = [role for role, ours in ROLES.items() if ours == "user"]
-    rest = [turn for turn in turns[len(messages) :] if isinstance(turn, dict) and turn.get(role_key) in users]
-    later = [_message(turn, role_key, text_key, where)["content"] for turn in rest]
-    asked = [message for message in messages if message["role"] in ("system", "user")]
-    return Prompt(asked, later, str(row.get("category") or ""), str(row.get("source") or ""))
+    first = {"role": "user", "content": questions[0]}
+    return Prompt([*system, first], questions[1:], str(row.get("category") or ""), str(row.get("source") or ""))
 
 
 def _turns(where: str, row: dict[str, Any]) -> Any:
@@ -85,15 +91,18 @@ def _turns(where: str, row: dict[str, Any]) -> Any:
     (`question`), MATH500 (`problem`), Alpaca (`instruction`, `input`), chats."""
 
     def of_user(texts: list[Any]) -> list[Any]:
-        return [text if isinstance(text, dict) else {"role": "user", "content": text} for text in texts]
+        """Texts are each answered before the next; messages stand as they are."""
+        answer = {"role": "assistant", "content": ""}
+        turns = [[text] if isinstance(text, dict) else [{"role": "user", "content": text}, answer] for text in texts]
+        return [turn for of_text in turns for turn in of_text]
 
+    for key in ("messages", "conversations"):
+        if row.get(key) is not None:
+            return row[key]
     if "prompt" in row:
         return of_user(row["prompt"] if isinstance(row["prompt"], list) else [row["prompt"]])
     if isinstance(row.get("turns"), list):
         return of_user(row["turns"])
-    for key in ("messages", "conversations"):
-        if key in row:
-            return row[key]
     for key in ("question", "problem"):
         if key in row:
             return of_user([row[key]])
@@ -101,16 +110,3 @@ def _turns(where: str, row: dict[str, Any]) -> Any:
         given = row.get("input") or ""
         return of_user([f"{row['instruction']}\n\n{given}" if given else row["instruction"]])
     raise UserError(f"{where}: none of {FORMS} in this row")
-
-
-def _message(turn: Any, role_key: str, text_key: str, where: str) -> dict[str, str]:
-    if not isinstance(turn, dict) or role_key not in turn or text_key not in turn:
-        raise UserError(f"{where}: a turn needs `{role_key}` and `{text_key}`")
-    role, text = turn[role_key], turn[text_key]
-    if not isinstance(role, str) or role not in ROLES:
-        raise UserError(f"{where}: unknown role {role!r}; known: {', '.join(ROLES)}")
-    if not isinstance(text, str):
-        raise UserError(f"{where}: the text of a {role} turn is {type(text).__name__}, not a string")
-    if any("\ud800" <= c <= "\udfff" for c in text):
-        raise UserError(f"{where}: the text of a {role} turn holds half a character (a lone surrogate)")
-    return {"role": ROLES[role], "content": text}

@@ -125,7 +125,7 @@ def unroll(
         weights = trained.float()
         if config.mean_over == "sequences":
             weights = weights / _in_same_sequence(rows_at[k].take(sequences), weights)
-        denominator = float(weights.numel()) if config.mean_over == "all" else weights.sum().clamp_min(1.0)
+        denominator = float(input_ids.numel()) if config.mean_over == "all" else weights.sum().clamp_min(1.0)
         steps.append(StepRows(drafted, weights, denominator))
     loss, step_losses, choices, overlaps = unroll_loss(
         config, teacher, steps, head.lm_head.weight, normed, remat is not None, anchors and anchors.index
