@@ -325,13 +325,17 @@ def test_evaluation_texts_are_found(row, said, expected, tmp_path):
 def test_the_manifest_says_how_many_were_found(small_target, tmp_path):
     first = write(tmp_path / "one.jsonl", [{"prompt": f"What is the square of the number {n}?"} for n in range(5)])
     second = write(tmp_path / "two.jsonl", [GSM8K, {"prompt": "unseen in any chat at all"}])
+    third = write(tmp_path / "three.jsonl", [{"prompt": "What is the square of the number 3?"}])  # as in one.jsonl
     rows = [chat("I ask: what is the square of the number 3?", f"{n * n} it is.") for n in range(4)]
     rows += [chat("What is the square of the number 4?", GSM8K["answer"]), *random_chats(5, "other")]
     source = write(tmp_path / "chats.jsonl", rows)
-    settings = settings_of(tmp_path, small_target, [source], decontaminate=f"[{first},{second}]", heldout_share=0)
+    settings = settings_of(
+        tmp_path, small_target, [source], decontaminate=f"[{first},{second},{third}]", heldout_share=0
+    )
     manifest = prepare.prepare(load_recipe(None, settings))
     assert manifest["evaluations"] == [
         {"name": "one.jsonl", "rows": 5, "found": 2, "conversations": 5},
         {"name": "two.jsonl", "rows": 2, "found": 1, "conversations": 1},
+        {"name": "three.jsonl", "rows": 1, "found": 1, "conversations": 4},
     ]
     assert manifest["sources"][0]["dropped"]["evaluation_prompt"]["rows"] == 5 and manifest["train"]["chats"] == 5

@@ -42,6 +42,7 @@ class Evaluations:
         self.runs: tuple[dict[str, int], ...] = ({}, {})  # a run of words, of characters -> its row
         self.inside: tuple[dict[str, list], ...] = ({}, {})  # the first units of a short prompt -> (its units, row)
         self.whole: dict[str, int] = {}  # a whole turn -> its row
+        self.same: dict[int, set[int]] = {}  # a row -> later ones with a prompt of its own, in another file say
         row_number = 0
         for name in files:
             first = row_number
@@ -70,7 +71,7 @@ class Evaluations:
                 if inside:
                     for at, gram in enumerate(grams(turn, start)):
                         found.update(row for short, row in inside.get(gram, ()) if turn[at : at + len(short)] == short)
-        return found
+        return found.union(*(self.same[row] for row in found if row in self.same))
 
     def counts(self, found: Counter[tuple[int, ...]]) -> list[dict]:
         """Of each file: how many of its `rows` were found, in how many `conversations`. found: rows of a conversation
@@ -88,7 +89,9 @@ class Evaluations:
     def _add_prompt(self, text: list[str], row: int) -> None:
         kind = _kind(text)
         if text:
-            self.whole.setdefault(" ".join(text), row)
+            first = self.whole.setdefault(" ".join(text), row)
+            if first != row:
+                self.same.setdefault(first, set()).add(row)
         if INSIDE[kind] <= len(text) < RUN[kind]:
             self.inside[kind].setdefault(" ".join(text[: INSIDE[kind]]), []).append((text, row))
         self._add_runs(text, row)
