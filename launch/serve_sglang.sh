@@ -14,7 +14,8 @@ source "$(dirname "${BASH_SOURCE[0]}")/serve_common.sh"
 if [ -n "$cpu" ]; then
   cpu_python sglang
   # SGLang itself is unmodified; a plain torch version of its CUDA kernel package is on its path.
-  command=(env PYTHONPATH="${STAND_INS:-$root/tests/engines/stand_ins}" SGLANG_USE_CPU_ENGINE=1 TOKENIZERS_PARALLELISM=false)
+  command=(env PYTHONPATH="${STAND_INS:-$root/tests/engines/stand_ins}" SGLANG_USE_CPU_ENGINE=1 TOKENIZERS_PARALLELISM=false
+    TORCHDYNAMO_DISABLE=1) # compiling two small functions takes a minute, and a compiler
   settings=(--device cpu --dtype float32 --disable-cuda-graph --skip-server-warmup --sleep-on-idle
     --prefill-attention-backend intel_amx --decode-attention-backend intel_amx
     --mem-fraction-static 0.3 --max-total-tokens 8192 --max-running-requests 8)

@@ -1,5 +1,6 @@
 """What every test shares: XLA on the CPU, the embedded target, a small real Qwen2."""
 
+import fcntl
 import gc
 import json
 import os
@@ -24,18 +25,21 @@ FAST_COMPILE = "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_
 FAST_COMPILE += " --xla_cpu_use_fusion_emitters=false"
 os.environ.setdefault("XLA_FLAGS", FAST_COMPILE)
 
-gc.disable()  # until all is imported, of which nothing is garbage: looking through it takes seconds, again and again
 import pytest
-import torch
-import torch_xla
 
-torch_xla.device()  # before the first backward: autograd sizes its queues then
+PARALLEL = any(word.startswith(("-n", "--numprocesses")) for word in sys.argv)
+if "PYTEST_XDIST_WORKER" in os.environ or not PARALLEL:  # what starts the workers runs no test itself
+    gc.disable()  # until all is imported, none of it garbage: looking through it takes seconds, again and again
+    import torch
+    import torch_xla
 
-from eagle3_xla.data.tokenizer import load_tokenizer
-from eagle3_xla.target.embedded import write_embedded_target
+    torch_xla.device()  # before the first backward: autograd sizes its queues then
 
-gc.freeze()
-gc.enable()
+    from eagle3_xla.data.tokenizer import load_tokenizer
+    from eagle3_xla.target.embedded import write_embedded_target
+
+    gc.freeze()
+    gc.enable()
 
 CHATS = [
     ("What is the capital of France?", "The capital of France is Paris."),
@@ -53,9 +57,12 @@ def torch_xla_is_seen(monkeypatch):
 
 @pytest.fixture(scope="session")
 def embedded_target(tmp_path_factory) -> Path:
-    """The embedded target's folder, made once per machine user's pytest session."""
-    out = tmp_path_factory.mktemp("target")
-    write_embedded_target(out)
+    """The embedded target's folder, made once for all processes of a session."""
+    base = tmp_path_factory.getbasetemp()
+    out = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "embedded-target"
+    with open(f"{out}.lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        write_embedded_target(out)  # or finds it whole
     return out
 
 
@@ -186,6 +193,22 @@ def small_run_in(small_target):
     return lambda folder: small_settings(small_target, write_chats(folder), folder)
 
 
+@pytest.fixture(scope="session")
+def trained(small_run_in, tmp_path_factory) -> Path:
+    """The exported folder of a small head whose drafts its random target accepts now and then, beside its `run`."""
+    from eagle3_xla.config import load_recipe
+    from eagle3_xla.data.prepare import prepare
+    from eagle3_xla.export import export
+    from eagle3_xla.train.loop import train
+
+    folder = tmp_path_factory.mktemp("trained")
+    recipe = load_recipe(None, [*small_run_in(folder), "train.epochs=12", "train.lr=3e-3", "data.draft_vocab_size=256"])
+    prepare(recipe)
+    train(recipe)
+    export(folder / "run", folder / "head", "float32")
+    return folder / "head"
+
+
 def run_cli(
     *arguments, environment: dict | None = None, timeout: float = 600, cwd: Path | None = None
 ) -> subprocess.CompletedProcess:
@@ -232,7 +255,7 @@ def pytest_collection_modifyitems(items):
         if place(item) < 2:
             item.add_marker(pytest.mark.xdist_group("quickstart"))
             continue
-        for fixture in {"trained", "story", "template_targets"} & set(item.fixturenames):
+        for fixture in {"trained", "story", "template_targets", "wheels"} & set(item.fixturenames):
             item.add_marker(pytest.mark.xdist_group(fixture))
 
 
@@ -244,13 +267,14 @@ def pytest_addoption(parser):
 def installed_wheel(tmp_path_factory) -> Path:
     """A folder that the package's wheel was installed to, as `pip install dist/*.whl` does; for PYTHONPATH."""
     folder = tmp_path_factory.mktemp("wheel")
-    pip = [sys.executable, "-m", "pip", "--disable-pip-version-check", "-qq"]
+    uv = [sys.executable, "-m", "uv"]
     copy = folder / "source"  # a build leaves its folder behind, and takes what an earlier one left
     ignored = shutil.ignore_patterns(".*", "build", "quickstart", "*.egg-info", "__pycache__", "site", "tests")
     shutil.copytree(Path(__file__).parents[1], copy, ignore=ignored)
-    subprocess.run([*pip, "wheel", "--no-deps", "--wheel-dir", folder / "dist", copy], check=True)
+    subprocess.run([*uv, "build", "--quiet", "--wheel", "--out-dir", folder / "dist", copy], check=True)
     (wheel,) = (folder / "dist").glob("eagle3_xla-*.whl")
-    subprocess.run([*pip, "install", "--no-deps", "--target", folder / "site", wheel], check=True)
+    into = ["--python", sys.executable, "--target", folder / "site"]
+    subprocess.run([*uv, "pip", "install", "--quiet", "--no-deps", *into, wheel], check=True)
     return folder / "site"
 
 

@@ -6,8 +6,6 @@ import os
 import random
 import shutil
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -202,13 +200,11 @@ def test_the_same_bytes_for_any_number_of_workers(three, small_target, tmp_path,
     assert bytes_of(tmp_path / "other")["manifest.json"] != results[0]["manifest.json"]
 
 
-def test_an_interrupted_prepare_continues(three, small_target, tmp_path, monkeypatch):
+def test_an_interrupted_prepare_continues(three, small_target, tmp_path, monkeypatch, forks):
     """Killed after some chunks of tokens: what is done is not done again, and the result is that of one go."""
     settings = settings_of(tmp_path, small_target, three)
-    process = subprocess.Popen(
-        [sys.executable, "-c", KILLED_HALF_WAY, *settings], stderr=subprocess.PIPE, env=os.environ, text=True
-    )
-    assert process.wait() == -signal.SIGKILL, process.stderr.read()
+    killed = forks.run_code(KILLED_HALF_WAY, *settings)
+    assert killed.returncode == -signal.SIGKILL, killed.stderr
     out = tmp_path / "prepared"
     [work] = (out / ".work").iterdir()
     chunks = {file: file.stat().st_mtime_ns for file in (work / "train").glob("chunk-*")}

@@ -20,12 +20,12 @@ def test_every_answer_is_the_one_of_its_prompt_alone(small_pair, prompts, shape,
     choices = [Choice(temperature, 0.9, seed=5, prompt=i) for i in range(len(prompts))]
     alone = SpeculativeDecoder(*small_pair, *shape)
     stops = {alone.decode(prompts[1], 4, set(), choices[1]).tokens[3]}  # some end early; their slots go to the next
-    expected = [alone.decode(prompt, 24, stops, choose) for prompt, choose in zip(prompts, choices)]
+    expected = [alone.decode(prompt, 16, stops, choose) for prompt, choose in zip(prompts, choices)]
     assert len({len(answer.tokens) for answer in expected}) > 1
     ended, seen = [], {}
     together = SpeculativeDecoder(*small_pair, *shape, slots=3)
     together.watch = lambda prompt, answer: seen.setdefault(prompt, []).append([*answer.tokens])
-    answers = together.decode_all(prompts, 24, stops, choices, lambda: ended.append(1))
+    answers = together.decode_all(prompts, 16, stops, choices, lambda: ended.append(1))
     assert len(ended) == len(prompts) and any(sum(answer.accepted) for answer in answers)
     for prompt, (ours, one) in enumerate(zip(answers, expected)):
         assert ours.tokens == one.tokens and ours.accepted == one.accepted
@@ -34,7 +34,7 @@ def test_every_answer_is_the_one_of_its_prompt_alone(small_pair, prompts, shape,
         assert all(len(a) < len(b) and b[: len(a)] == a for a, b in zip(grown, grown[1:]))
         for (tree, kept), (tree_alone, kept_alone) in zip(ours.rounds, one.rounds, strict=True):
             assert tree.tokens == tree_alone.tokens and tree.parents == tree_alone.parents and kept == kept_alone
-    plain = Decoder(small_pair[0], slots=4).decode_all(prompts, 24, stops, choices)
+    plain = Decoder(small_pair[0], slots=4).decode_all(prompts, 16, stops, choices)
     assert [answer.tokens for answer in plain] == [answer.tokens for answer in expected]
 
 

@@ -25,19 +25,19 @@ def test_output_is_the_targets_own(trained, small_target, tokenizer):
     head, d2t = load_head(trained)
     model = load_target(str(small_target), torch.float32)
     target = Target(model, torch.arange(len(d2t)) + d2t)
-    generator = torch.Generator().manual_seed(0)
-    for length in (3, 17, 40):
-        prompt = torch.randint(0, 1000, (length,), generator=generator).tolist()
+    for length, seed in ((3, 7), (40, 8)):  # some drafts are accepted after each
+        prompt = torch.randint(0, 1000, (length,), generator=torch.Generator().manual_seed(seed)).tolist()
         golden = model.generate(torch.tensor([prompt]), max_new_tokens=40, do_sample=False, eos_token_id=-1)[
             0, length:
         ].tolist()
         assert decode_plain(target, prompt, 40, set()).tokens == golden
-        for chain in (1, 3, 5):
+        for chain in (1, 5):
             ours = SpeculativeDecoder(target, head, d2t, chain).decode(prompt, 40, set())
             assert ours.tokens == golden
             # Every target call gives its accepted drafts and one token more; the first token is prefill's.
             assert sum(ours.accepted) + len(ours.accepted) >= 39
             assert all(a <= chain for a in ours.accepted)
+            assert sum(ours.accepted) > 0
         stop = golden[20]
         end = golden.index(stop) + 1
         assert SpeculativeDecoder(target, head, d2t, 5).decode(prompt, 40, {stop}).tokens == golden[:end]

@@ -20,7 +20,7 @@ def answers(forks, *arguments) -> list[list[float]]:
 
 @pytest.mark.slow
 def test_two_processes_run_the_same_module_to_the_same_loss(forks, small_run, tmp_path):
-    settings = [*small_run, "xla.device=xla", "xla.dp=2", "xla.tp=2", "train.batch_size=1"]
+    settings = [*small_run, "xla.device=xla", "xla.dp=2", "xla.tp=2", "train.batch_size=1", "loss.ttt_length=1"]
     prepare(load_recipe(None, settings))
     *_, [alone] = answers(forks, "lower", tmp_path, *settings)
     with socket.socket() as free:
