@@ -14,11 +14,12 @@ class Misbehaving:
 
     fault(messages, n) -> None to answer, a status code, "hang", "close" (in the middle of the answer), "garbage", a
     finish reason, or any other JSON: the whole answer; n: how often these messages were asked before. keys: the
-    Authorization headers that came.
+    Authorization headers that came; model: its entry of /v1/models.
     """
 
     def __init__(self, fault=lambda messages, n: None):
         self.fault, self.asked, self.bodies, self.keys = fault, Counter(), [], set()
+        self.model = {"id": "m"}
         self.lock, self.ended = threading.Lock(), threading.Event()
         owner = self
 
@@ -27,7 +28,7 @@ class Misbehaving:
 
             def do_GET(self):
                 owner.keys.add(self.headers["Authorization"])
-                self.reply(200, json.dumps({"data": [{"id": "m"}]}))
+                self.reply(200, json.dumps({"data": [owner.model]}))
 
             def do_POST(self):
                 body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))

@@ -19,7 +19,7 @@ from eagle3_xla.data.files import read_rows
 from eagle3_xla.data.prepare import prepare
 from eagle3_xla.errors import RunError, UserError
 from eagle3_xla.regenerate import servers
-from eagle3_xla.regenerate.conversation import Sampling
+from eagle3_xla.regenerate.conversation import NEUTRAL, Sampling
 from eagle3_xla.regenerate.journal import Journal
 from eagle3_xla.regenerate.run import Options, regenerate
 
@@ -61,6 +61,18 @@ def test_turn_by_turn_with_the_servers_own_answers(misbehaving, questions, tmp_p
     assert len(server.bodies) == 80  # nothing was asked again
     with pytest.raises(UserError, match="was begun with sampling .*'temperature': 0.5"):
         run(tmp_path / "out", questions, [server])
+
+
+@pytest.mark.parametrize("engine", ["vllm", "sglang", "library", None])
+def test_the_targets_own_distribution(engine, misbehaving, questions, tmp_path):
+    """No penalty of its generation_config.json; a server that is neither engine may refuse such fields."""
+    server = misbehaving()
+    server.model["owned_by"] = engine
+    run(tmp_path / "out", questions, [server], limit=2)
+    sent = {"model", "messages", "seed", "max_tokens", "temperature", "top_p"}
+    neutral = NEUTRAL if engine in ("vllm", "sglang") else {}
+    for body in server.bodies:
+        assert body.keys() == sent | neutral.keys() and neutral.items() <= body.items()
 
 
 def test_the_mix_of_a_recipe(misbehaving, questions, tmp_path):

@@ -7,6 +7,10 @@ from typing import NamedTuple
 from eagle3_xla.data.clean import Chat, Unusable
 from eagle3_xla.errors import UserError
 
+# Engines take what a request doesn't name from the model's generation_config.json. These values change no distribution;
+# of those for "no top_k", -1 is the one that vLLM and SGLang both take.
+NEUTRAL = {"repetition_penalty": 1.0, "presence_penalty": 0.0, "frequency_penalty": 0.0, "top_k": -1, "min_p": 0.0}
+
 
 @dataclass
 class Sampling:

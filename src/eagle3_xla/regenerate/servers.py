@@ -9,12 +9,13 @@ import httpx
 
 from eagle3_xla.data.clean import Unusable, text_of
 from eagle3_xla.errors import RunError, UserError
-from eagle3_xla.regenerate.conversation import Refused, Reply, Sampling
+from eagle3_xla.regenerate.conversation import NEUTRAL, Refused, Reply, Sampling
 
 TRIES = 10  # of one question, before its conversation is left for the next start
 REFUSALS = 20  # or empty answers, before any other: then the fault is not in the questions
 PROBE = [{"role": "user", "content": "Hi"}]  # does a server that answered nothing for a while still live?
 LONGEST_REST = 60.0  # seconds
+KNOWN = ("vllm", "sglang")  # `owned_by` of servers that take more fields than OpenAI's; others may refuse them
 PASSING = (408, 409, 425, 429)  # of the 4xx, those that a later try may not get
 
 
@@ -48,6 +49,7 @@ class Servers:
         self.servers = [_Server(url.rstrip("/").removesuffix("/v1")) for url in urls]
         self.sampling, self.timeout, self.rest = sampling, timeout, rest
         self.model, self.last_answer, self.answers, self.refusals = "", -1.0, 0, 0
+        self.known: set[str] = set()  # URLs
         self.http = httpx.AsyncClient(
             timeout=httpx.Timeout(None, connect=10),
             limits=httpx.Limits(max_connections=None, max_keepalive_connections=concurrency),
@@ -115,6 +117,7 @@ class Servers:
     async def _post(self, url: str, messages: list[dict], seed: int) -> Reply:
         body = {"model": self.model, "messages": messages, "seed": seed, "max_tokens": self.sampling.max_tokens}
         body |= {"temperature": self.sampling.temperature, "top_p": self.sampling.top_p}
+        body |= NEUTRAL if url in self.known else {}
         response = await self.http.post(f"{url}/v1/chat/completions", json=body)
         return self._reply(response, f"{url}/v1/chat/completions answered {response.status_code}")
 
@@ -156,8 +159,10 @@ class Servers:
             try:
                 response = await self.http.get(f"{url}/v1/models", timeout=10)
                 if response.status_code == 200:
-                    name = response.json()["data"][0]["id"]
+                    model = response.json()["data"][0]
+                    name = model["id"]
                     if isinstance(name, str) and name:
+                        self.known |= {url} if model.get("owned_by") in KNOWN else set()
                         return name
                     raise ValueError
                 problem = f"/v1/models answered {response.status_code}"

@@ -11,6 +11,7 @@ import httpx
 
 from eagle3_xla.checks import number, parse_json, text, without_credentials
 from eagle3_xla.errors import RunError, UserError
+from eagle3_xla.regenerate.conversation import NEUTRAL
 from eagle3_xla.serve import replies
 from eagle3_xla.serve.replies import Drafts
 
@@ -181,7 +182,7 @@ class SGLang(Server):
             setattr(self, name, value)
 
     def question(self, prompt: list[int], request: Request, salt: str) -> tuple[str, dict]:
-        sampling = {"temperature": request.temperature, "top_p": request.top_p}
+        sampling = {"temperature": request.temperature, "top_p": request.top_p} | NEUTRAL
         return "/generate", {
             "input_ids": prompt,
             "sampling_params": {"max_new_tokens": request.max_new_tokens} | sampling,
@@ -219,6 +220,7 @@ class VLLM(Server):
     def question(self, prompt: list[int], request: Request, salt: str) -> tuple[str, dict]:
         body = {"model": self.name, "prompt": prompt, "max_tokens": request.max_new_tokens, "return_token_ids": True}
         body |= {"temperature": request.temperature, "top_p": request.top_p, "seed": request.seed}
+        body |= NEUTRAL
         return "/v1/completions", body | ({"cache_salt": salt} if salt else {})
 
     def answer(self, chunks: list[dict], first: float, seconds: float, where: str) -> Answer:
