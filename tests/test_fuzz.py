@@ -156,7 +156,7 @@ RESULT = {"tau": 2.0, "acceptance": [0.6], "acc_all_positions": [0.5], "tokens_p
 RESULT |= {"baseline_tokens_per_second": 20.0, "draft_tokens": 2, "topk": 1, "temperature": 0.0, "max_new_tokens": 8}
 RESULT |= {"measured": {"head": "h", "target": "t", "prompts": {"name": "p"}, "version": "1", "date": "d"}}
 SERVED = {k: v for k, v in RESULT.items() if k != "tau"} | {"acceptance_length": 2.0, "engine": "vllm", "version": "1"}
-SERVED |= {"speedup": 1.5}
+SERVED |= {"speedup": 1.5, "concurrency": [{"concurrency": 2}], "top_p": 0.9, "draft_window": 64}
 
 
 @FUZZ

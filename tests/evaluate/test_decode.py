@@ -106,11 +106,13 @@ def test_figures_by_hand():
     assert plain == [2 / 3, 1 / 3, 0.0] and conditional == [2 / 3, 1 / 2, 0.0]
     runs = [Generation([1] * 6, 1.0, [2, 0, 1])]
     sums = AcceptanceSums(*(torch.tensor(column) for column in ([4, 4], [2, 1], [4, 2], [2, 1], [0, 0])))
-    figures = summary(runs, [Generation([1] * 6, 2.0)], [(sums, sums)], EvalOptions(draft_tokens=2))
+    options = EvalOptions(draft_tokens=2, top_p=0.9, draft_window=8)
+    figures = summary(runs, [Generation([1] * 6, 2.0)], [(sums, sums)], options)
     assert figures["acc_all_positions"] == [0.5, 0.25] and figures["speedup"] == 2.0
     assert figures["expected_acceptance_conditional"] == [0.5, 0.5] and figures["expected_tau"] == 1.75
     assert figures["tau"] == 2.0 and figures["target_calls_per_token"] == 3 / 5
     assert figures["tokens_per_second"] == 5.0 and figures["baseline_tokens_per_second"] == 2.5
+    assert figures["top_p"] == 0.9 and figures["draft_window"] == 8
 
 
 def test_a_head_for_another_target_is_refused(trained, embedded_target, chat_file):

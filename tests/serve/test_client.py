@@ -226,8 +226,10 @@ def test_bench_on_the_command_line(serving, exported_head, small_target, chat_fi
     on_cpu = serving({"/server_info": (200, info.replace("{", '{"device": "cpu", ', 1)), "/generate": (200, full)})
     assert cli.main([*arguments, "--temperature", "0.7", "--server", on_cpu]) == 0
     assert "checks drafts greedily at every temperature" in capsys.readouterr().out
-    assert cli.main([*arguments, "--json"]) == 0
-    about = json.loads(capsys.readouterr().out)["measured"]
+    assert cli.main([*arguments, "--json", "--top-p", "0.9"]) == 0
+    result = json.loads(capsys.readouterr().out)
+    assert result["top_p"] == 0.9 and result["draft_window"] is None
+    about = result["measured"]
     mine = measured("eval", str(exported_head), str(small_target), str(chat_file))
     assert about == mine | {"verb": "bench"} and None not in about.values()
 
@@ -246,7 +248,7 @@ def test_screen_says_when_answers_differ():
     row = {"concurrency": 1, "acceptance_length": 1.5, "acceptance": [0.5], "tokens_per_second": 10.0, "speedup": None}
     row |= {"time_to_first_token": 0.1} | against([[1, 2], [3]], [[1, 2], [4]])
     result = {"engine": "vllm", "version": "0.32.0", "server": "u", "steps": 1, "topk": 1, "draft_tokens": 1}
-    result |= {"prompts": 2, "max_new_tokens": 8, "temperature": 0, "concurrency": [row]}
+    result |= {"prompts": 2, "max_new_tokens": 8, "temperature": 0, "top_p": 1.0, "concurrency": [row]}
     result |= {"measured": {"head": None, "target": "t"}}
     assert row["identical"] is False and row["speedup"] is None
     assert "1 of 2 greedy answers are NOT those of the baseline server (tokens/s 1.25x" in screen(result)

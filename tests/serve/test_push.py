@@ -21,6 +21,7 @@ from eagle3_xla.draft.saved import read_head
 from eagle3_xla.errors import UserError
 from eagle3_xla.evaluate.fingerprint import measured
 from eagle3_xla.evaluate.page import write_page
+from eagle3_xla.evaluate.results import read_results
 from eagle3_xla.export import export
 from eagle3_xla.plan.report import verdict_screen
 from eagle3_xla.serve.push import PushOptions, push
@@ -39,10 +40,12 @@ PAGE = {
     "tokens": 99,
     "identical": True,
     "batch_size": 1,
+    "top_p": 1.0,
+    "draft_window": None,
 }
 BENCH = {"engine": "sglang", "version": "0.5.21", "acceptance_length": 2.3, "acceptance": [0.7, 0.4], "speedup": 1.9}
 BENCH |= {"tokens_per_second": 99.0, "prompts": 80, "draft_tokens": 8, "topk": 4, "temperature": 0.7}
-BENCH |= {"max_new_tokens": 128}
+BENCH |= {"max_new_tokens": 128, "concurrency": [{"concurrency": 1}, {"concurrency": 4}]}
 
 
 VERDICT = Path(__file__).parents[2] / "benchmarks/plans/qwen2.5-1.5b-v5e-8.json"
@@ -172,6 +175,27 @@ def test_the_head_and_its_card_arrive(pushed, online, small_target, monkeypatch,
     assert "the hub asks who you are" in refused()
     monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", "http://127.0.0.1:9")
     assert "the upload to me/head failed, start it again to finish" in refused()
+
+
+@pytest.mark.parametrize(
+    "content, how",
+    [
+        (EVAL, "own decoding, 80 prompts of chats.jsonl, greedy, chain of 5 drafts"),
+        (
+            EVAL | {"batch_size": 16, "temperature": 0.7, "top_p": 0.9, "draft_window": 64},
+            "own decoding, 80 prompts of chats.jsonl, 16 at once, temperature 0.7, top_p 0.9, chain of 5 drafts, draft "
+            "window 64",
+        ),
+        (
+            BENCH | {"concurrency": [{"concurrency": 4}, {"concurrency": 1}], "top_p": 0.9},
+            "sglang 0.5.21, 80 prompts of chats.jsonl, 4 at once, temperature 0.7, top_p 0.9, tree of 8 drafts",
+        ),
+    ],
+)
+def test_the_conditions_of_a_figure(content, how, tmp_path):
+    about = {"head": "h", "target": "t", "prompts": {"name": "chats.jsonl"}, "version": "1", "date": "d"}
+    (tmp_path / "r.json").write_text(json.dumps(content | {"measured": about}))
+    assert read_results(tmp_path / "r.json").how == how
 
 
 def test_what_is_not_uploaded(pushed, online, small_target, capsys):

@@ -62,3 +62,9 @@ class EvalOptions:
             raise UserError(f"a chain of {self.draft_tokens} drafts takes as many steps, not --steps {self.steps}")
         if not 1 <= self.steps <= self.draft_tokens:
             raise UserError(f"--steps {self.steps}: choose 1 to --draft-tokens ({self.draft_tokens})")
+
+
+def sampling_in_words(temperature: float, top_p: float) -> str:
+    if not temperature:
+        return "greedy"
+    return f"temperature {temperature:g}" + (f", top_p {top_p:g}" if top_p < 1 else "")

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 from eagle3_xla.errors import UserError
 from eagle3_xla.evaluate.curves import draw_curves, read_metrics
 from eagle3_xla.evaluate.decode import Generation
+from eagle3_xla.evaluate.options import sampling_in_words
 
 NAME = "report.html"
 MARK = '<meta name="generator" content="eagle3-xla eval">'  # a page without it is someone else's
@@ -110,7 +111,8 @@ def _headline(figures: dict, before: dict | None) -> str:
     shape = f"chain of {figures['draft_tokens']} drafts"
     if figures["topk"] > 1:
         shape = f"tree of {figures['draft_tokens']} drafts, {figures['topk']} a node, {figures['steps']} deep"
-    chosen = f"temperature {figures['temperature']:g}" if figures["temperature"] else "greedy"
+    chosen = sampling_in_words(figures["temperature"], figures["top_p"])
+    shape += f", draft window {figures['draft_window']}" if figures["draft_window"] else ""
     at_once = f", {figures['batch_size']} prompts at once" if figures["batch_size"] > 1 else ""
     speed = f"{figures['tokens_per_second']:.1f} tokens/s with the head"
     if figures["baseline_tokens_per_second"]:

@@ -6,13 +6,15 @@ from typing import Any
 
 from eagle3_xla.checks import listing, mapping, number, read_json, shown, text
 from eagle3_xla.errors import UserError
+from eagle3_xla.evaluate.options import sampling_in_words
 
 
 @dataclass
 class Figures:
-    """How a head fared. engine: "" for `eval`'s own decoding, then at_once: prompts decoded at once; drafts: checked in
-    a target call; acceptance[k]: share of the calls that accepted the draft at depth k; speedup: None where none was
-    measured; head, target: fingerprints.
+    """How a head fared. engine: "" for `eval`'s own decoding; at_once: prompts decoded, or in flight, at once; window:
+    positions that the head was let see, None where that was not set; drafts: checked in a target call; acceptance[k]:
+    share of the calls that accepted the draft at depth k; speedup: None where none was measured; head, target:
+    fingerprints.
     """
 
     file: Path
@@ -21,6 +23,8 @@ class Figures:
     prompts_name: str
     at_once: int
     temperature: float
+    top_p: float
+    window: int | None
     drafts: int
     topk: int
     max_new_tokens: int
@@ -37,11 +41,12 @@ class Figures:
     @property
     def how(self) -> str:
         """In words, for people."""
-        sampling = f"temperature {self.temperature:g}" if self.temperature else "greedy"
+        sampling = sampling_in_words(self.temperature, self.top_p)
         shape = "chain" if self.topk == 1 else "tree"
         prompts = f"{self.prompts} prompts of {self.prompts_name}"
         prompts += f", {self.at_once} at once" if self.at_once > 1 else ""
-        return f"{self.engine or 'own decoding'}, {prompts}, {sampling}, {shape} of {self.drafts} drafts"
+        window = f", draft window {self.window}" if self.window else ""
+        return f"{self.engine or 'own decoding'}, {prompts}, {sampling}, {shape} of {self.drafts} drafts{window}"
 
 
 def read_results(file: Path) -> Figures:
@@ -69,6 +74,8 @@ def read_results(file: Path) -> Figures:
     if not own and field("acceptance_length") is None:
         raise UserError(f"{file}: acceptance_length is null: a server without a head, or one that drafted nothing")
     about = mapping(field("measured"), where("measured"))
+    batch: Any = result.get("batch_size", 1)  # what older files lack is as it was by default
+    top_p, window = result.get("top_p", 1.0), result.get("draft_window")
     if own:
         engine, tau = "", field("tau")
         alone = None if field("baseline_tokens_per_second") is None else speed("baseline_tokens_per_second")
@@ -76,6 +83,8 @@ def read_results(file: Path) -> Figures:
     else:
         engine = f"{text(field('engine'), where('engine'))} {text(field('version'), where('version'))}"
         tau = field("acceptance_length")
+        rows = listing(field("concurrency"), where("concurrency"))
+        batch = mapping(rows[0] if rows else None, where("concurrency[0]")).get("concurrency")
         ratio = None if field("speedup") is None else speed("speedup")
     for name in ("head", "target"):
         if not isinstance(about.get(name), str):
@@ -89,8 +98,10 @@ def read_results(file: Path) -> Figures:
         engine=engine,
         prompts=number(field("prompts"), where("prompts"), 1, whole=True),
         prompts_name=text(prompts.get("name"), where("measured.prompts.name")),
-        at_once=number(result.get("batch_size", 1), where("batch_size"), 1, whole=True),  # older files have none
+        at_once=number(batch, where("batch_size" if own else "concurrency[0].concurrency"), 1, whole=True),
         temperature=number(field("temperature"), where("temperature"), 0),
+        top_p=number(top_p, where("top_p"), 0, 1, above=True),
+        window=None if window is None else number(window, where("draft_window"), 1, whole=True),
         drafts=number(field("draft_tokens"), where("draft_tokens"), 1, whole=True),
         topk=number(field("topk"), where("topk"), 1, whole=True),
         max_new_tokens=number(field("max_new_tokens"), where("max_new_tokens"), 1, whole=True),

@@ -302,6 +302,8 @@ def summary(
         "steps": options.steps,
         "batch_size": options.batch_size,
         "temperature": options.temperature,
+        "top_p": options.top_p,
+        "draft_window": options.draft_window or None,
         "thinking": options.thinking or None,
         "max_new_tokens": options.max_new_tokens,
     }

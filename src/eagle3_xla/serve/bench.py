@@ -12,7 +12,7 @@ from eagle3_xla.checks import number
 from eagle3_xla.data.tokenizer import load_tokenizer
 from eagle3_xla.errors import RunError, UserError
 from eagle3_xla.evaluate.fingerprint import measured
-from eagle3_xla.evaluate.options import EvalOptions
+from eagle3_xla.evaluate.options import EvalOptions, sampling_in_words
 from eagle3_xla.evaluate.run import prompt_ids
 from eagle3_xla.serve.client import Answer, Request, Server, connect
 from eagle3_xla.serve.replies import Drafts
@@ -66,6 +66,8 @@ def bench(url: str, prompts: str, options: BenchOptions, baseline_url: str = "")
         "prompts": len(ids),
         "max_new_tokens": options.request.max_new_tokens,
         "temperature": options.request.temperature,
+        "top_p": options.request.top_p,
+        "draft_window": server.window,
         **{key: value for key, value in rows[0].items() if key != "concurrency"},
         "concurrency": rows,
         "measured": about,
@@ -198,7 +200,7 @@ def screen(result: dict) -> str:
     if result["steps"]:
         shape = f"chain of {result['draft_tokens']}" if result["topk"] == 1 else f"tree of {result['draft_tokens']}"
         head = f"{shape} drafts"
-    how = f"temperature {result['temperature']:g}" if result["temperature"] else "greedy"
+    how = sampling_in_words(result["temperature"], result["top_p"])
     lines = [
         f"{result['engine']} {result['version']} at {result['server']}, {head}; {result['prompts']} prompts, "
         f"{how}, at most {result['max_new_tokens']} new tokens",
