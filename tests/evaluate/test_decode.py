@@ -112,6 +112,8 @@ def test_figures_by_hand():
     assert figures["expected_acceptance_conditional"] == [0.5, 0.5] and figures["expected_tau"] == 1.75
     assert figures["tau"] == 2.0 and figures["target_calls_per_token"] == 3 / 5
     assert figures["tokens_per_second"] == 5.0 and figures["baseline_tokens_per_second"] == 2.5
+    others = summary(runs, [Generation([1] * 5 + [2], 2.0)], [(sums, sums)], options)
+    assert others["identical"] is False and others["speedup"] is None and others["baseline_tokens_per_second"] == 2.5
     assert figures["top_p"] == 0.9 and figures["draft_window"] == 8
 
 

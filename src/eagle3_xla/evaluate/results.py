@@ -13,8 +13,8 @@ from eagle3_xla.evaluate.options import sampling_in_words
 class Figures:
     """How a head fared. engine: "" for `eval`'s own decoding; at_once: prompts decoded, or in flight, at once; window:
     positions that the head was let see, None where that was not set; drafts: checked in a target call; acceptance[k]:
-    share of the calls that accepted the draft at depth k; speedup: None where none was measured; head, target:
-    fingerprints.
+    share of the calls that accepted the draft at depth k; speedup: None where none was measured, or for other answers;
+    head, target: fingerprints.
     """
 
     file: Path
@@ -79,7 +79,7 @@ def read_results(file: Path) -> Figures:
     if own:
         engine, tau = "", field("tau")
         alone = None if field("baseline_tokens_per_second") is None else speed("baseline_tokens_per_second")
-        ratio = speed("tokens_per_second") / alone if alone else None
+        ratio = speed("tokens_per_second") / alone if alone and result.get("identical") is not False else None
     else:
         engine = f"{text(field('engine'), where('engine'))} {text(field('version'), where('version'))}"
         tau = field("acceptance_length")

@@ -275,7 +275,7 @@ def summary(
     accepted all before it; expected_tau, expected_acceptance_conditional: the same of a chain of `steps` drafts, from
     one pass over the answers (forced.py), where drafts that an answer's end cuts off count neither way;
     acc_all_positions[k]: hits on teacher-forced text over ALL positions, the user's included: not acceptance, kept to
-    compare with others. speedup: against the target alone, as many texts at once.
+    compare with others. speedup: against the target alone, as many texts at once; None where the answers differ.
     """
     accepted = [a for generation in with_head for a in generation.accepted]
     acceptance, conditional = acceptance_by_position(accepted, options.steps)
@@ -283,6 +283,7 @@ def summary(
     everywhere, answers = (add_up(list(sums)) for sums in zip(*forced))
     expected = rates(answers)
     with_speed, plain_speed = speed(with_head), speed(plain) if plain else None
+    identical = all(a.tokens == b.tokens for a, b in zip(with_head, plain)) if plain else None
     return {
         "tau": tau(with_head),
         "expected_tau": expected_tau(expected["acceptance"]),
@@ -293,8 +294,8 @@ def summary(
         "target_calls_per_token": calls / max(1, tokens - len(with_head)),
         "tokens_per_second": with_speed,
         "baseline_tokens_per_second": plain_speed,
-        "speedup": with_speed / plain_speed if plain_speed else None,
-        "identical": all(a.tokens == b.tokens for a, b in zip(with_head, plain)) if plain else None,
+        "speedup": with_speed / plain_speed if plain_speed and identical else None,
+        "identical": identical,
         "prompts": len(with_head),
         "tokens": tokens,
         "draft_tokens": options.draft_tokens,
