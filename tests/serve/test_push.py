@@ -162,7 +162,10 @@ def test_the_head_and_its_card_arrive(pushed, online, small_target, monkeypatch,
     assert Hub.received["report.html"] == page.read_bytes()
     assert Hub.received["model.safetensors"] == (head / "model.safetensors").read_bytes()
     card = ModelCard(Hub.received["README.md"].decode())
-    assert [result.metric_value for result in card.data.eval_results] == [2.345, 2.3]
+    assert {result.dataset_name: result.metric_value for result in card.data.eval_results} == {
+        "own decoding, 80 prompts of chats.jsonl, greedy, chain of 5 drafts": 2.345,
+        "sglang 0.5.21, 80 prompts of chats.jsonl, temperature 0.7, tree of 8 drafts": 2.3,
+    }
     assert "| own decoding, 80 prompts of chats.jsonl, greedy, chain of 5 drafts | 2.35 | 70.0% 50.0% " in card.text
     assert "| 30.0 | 1.50x |" in card.text and "chain of 5 drafts: 50.0% / 40.0%" in card.text
     assert "sglang 0.5.21, 80 prompts of chats.jsonl, temperature 0.7, tree of 8 drafts | 2.30" in card.text

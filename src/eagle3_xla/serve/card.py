@@ -166,6 +166,7 @@ def _metadata(base: str | None, repo: str, results: list[Figures], licence: str)
             task_type="text-generation",
             dataset_type="prompts",
             dataset_name=row.how,
+            dataset_config=row.how,  # by which the hub tells results apart; the name is what it shows
             metric_type="acceptance_length",
             metric_value=round(row.tau, 3),
         )
