@@ -2,30 +2,35 @@
 
 import base64
 import json
+import re
 import shutil
 import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
 from huggingface_hub import ModelCard
 from huggingface_hub.utils import reset_sessions
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from eagle3_xla import cli
 from eagle3_xla.checks import escaped
 from eagle3_xla.config import load_recipe
 from eagle3_xla.data.prepare import prepare
-from eagle3_xla.draft.saved import read_head
+from eagle3_xla.doctor.files import read_target
+from eagle3_xla.doctor.run import first_failure
+from eagle3_xla.draft.saved import LAYER_IDS, QK_NORM_ARCHITECTURE, read_head
 from eagle3_xla.errors import UserError
 from eagle3_xla.evaluate.fingerprint import measured
 from eagle3_xla.evaluate.page import write_page
 from eagle3_xla.evaluate.results import read_results
 from eagle3_xla.export import export
 from eagle3_xla.plan.report import verdict_screen
+from eagle3_xla.serve.card import Licences, card
 from eagle3_xla.serve.push import PushOptions, push
-from eagle3_xla.serve.run_facts import run_facts
+from eagle3_xla.serve.run_facts import RunFacts, run_facts
 from eagle3_xla.train.loop import train
 from eagle3_xla.xla.processor import processor
 
@@ -221,6 +226,45 @@ def test_what_is_not_uploaded(pushed, online, small_target, capsys):
     (head / "config.json").write_text(json.dumps(config | {"max_position_embeddings": 16}))
     assert "fails a rule of `doctor`, so it is not uploaded, max_position" in refused("--results", evaluated)
     assert not (head / "README.md").exists() and Hub.received == {}
+
+
+QUERY_NORMS = {f"midlayer.self_attn.{name}_norm.weight": torch.ones(8) for name in "qk"}
+LAYERS = {LAYER_IDS: [1, 4, 5], "eagle_config": {LAYER_IDS: [0, 3, 4]}}
+WINDOW = {"sliding_window": 16, "layer_types": ["sliding_attention"]}
+QWEN3 = {"architectures": [QK_NORM_ARCHITECTURE], "model_type": "qwen3"}
+
+
+@pytest.mark.parametrize(
+    "config, tensors, engines",
+    [
+        ({}, {}, "SGLang sglang-jax vLLM Python"),
+        (WINDOW, {}, "SGLang vLLM Python"),
+        (LAYERS, {}, "SGLang vLLM Python"),
+        ({"fc_norm": True}, {f"fc_norm.{i}.weight": torch.ones(64) for i in range(3)}, "SGLang vLLM Python"),
+        (QWEN3 | WINDOW, QUERY_NORMS, "vLLM"),
+    ],
+)
+def test_commands_for_the_engines_that_serve_it(config, tensors, engines, exported_head, small_target, tmp_path):
+    own = load_file(exported_head / "model.safetensors")
+    save_file(own | tensors, tmp_path / "model.safetensors")  # without the record of its training
+    (tmp_path / "config.json").write_text(json.dumps(json.loads((exported_head / "config.json").read_text()) | config))
+    assert first_failure(tmp_path, str(small_target)) is None
+    head = read_head(tmp_path)
+
+    def content() -> str:
+        return card(
+            head, read_target(str(small_target)), None, "me/head", [], RunFacts("", [], []), Licences("", "", ())
+        )
+
+    written = content()
+    assert re.findall(r"^(\S+?),?(?: .*)?:\n\n```", written, re.MULTILINE) == engines.split()
+    sizes = re.findall(r"window.size[ =](\d+)", written)
+    assert sizes == (["15", "15"] if config == WINDOW else [])
+    assert "The embedding is the target's and is not in the file.\n\n## Limitations" in written
+    head.tensors["embed_tokens.weight"] = torch.ones(512, 64)
+    with_embedding = content()
+    assert "not in the file" not in with_embedding
+    assert re.findall(r"parameters.*", with_embedding) == re.findall(r"parameters.*", written)
 
 
 def test_a_card_of_the_run(small_run, small_target, chat_file, tmp_path, exported_head):

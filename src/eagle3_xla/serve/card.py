@@ -4,13 +4,15 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from eagle3_xla.checks import escaped
-from eagle3_xla.draft.saved import SavedHead, layers_of
+from eagle3_xla.doctor.weight_rules import EMBEDDING
+from eagle3_xla.draft.saved import ARCHITECTURE, FLAGS, NORM_FLAGS, SavedHead, layers_of, window_of
 from eagle3_xla.evaluate.results import Figures
 from eagle3_xla.serve.run_facts import RunFacts
 from eagle3_xla.target.families import aux_layers
 
 ALL_POSITIONS = """Others report `acc_k`: how often the head's first choice at TTT step k is the target's, on given
 text and over all positions, the user's turns included. That is no acceptance. For comparison, k = 0, 1, ...:"""
+NO_PARAMETERS = ("d2t", "t2d", EMBEDDING)
 
 
 class Licences(NamedTuple):
@@ -35,8 +37,10 @@ def card(
     beside the card, "" for none."""
     name = base.rsplit("/", 1)[-1] if base else Path(target.name).name
     served, config, shown = base or "TARGET", head.config, f"`{base}`" if base else f"the target {escaped(name)}"
-    parameters = sum(value.numel() for name, value in head.tensors.items() if name not in ("d2t", "t2d"))
-    layers = list(layers_of(head, target.config.num_hidden_layers) or aux_layers(target.config.num_hidden_layers))
+    parameters = sum(value.numel() for name, value in head.tensors.items() if name not in NO_PARAMETERS)
+    default = list(aux_layers(target.config.num_hidden_layers))
+    layers = list(layers_of(head, target.config.num_hidden_layers) or default)
+    embedding = "" if EMBEDDING in head.tensors else "\nThe embedding is the target's and is not in the file.\n"
     rows = "\n".join(
         f"| {escaped(row.how)} | {row.tau:.2f} | {' '.join(f'{share:.1%}' for share in row.acceptance)} "
         f"| {row.tokens_per_second:.1f} | {f'{row.speedup:.2f}x' if row.speedup else '-'} |"
@@ -69,46 +73,7 @@ head; "-" where there is none, or where the answers were not the same.
 {f"Figures by category and drafted answers: [{report}]({report})." + chr(10) if report else ""}{all_positions}
 ## Serve
 
-SGLang:
-
-```bash
-python -m sglang.launch_server --model-path {served} --speculative-algorithm EAGLE3 \\
-  --speculative-draft-model-path {repo} --speculative-num-steps 5 --speculative-eagle-topk 4 \\
-  --speculative-num-draft-tokens 8
-```
-
-sglang-jax, on a TPU:
-
-```bash
-python -m sgl_jax.launch_server --model-path {served} --speculative-algorithm EAGLE3 \\
-  --speculative-draft-model-path {repo} --speculative-num-steps 3 --speculative-eagle-topk 1 \\
-  --speculative-num-draft-tokens 4 --dtype bfloat16
-```
-
-vLLM:
-
-```bash
-vllm serve {served} \\
-  --speculative-config '{{"method": "eagle3", "model": "{repo}", "num_speculative_tokens": 5}}'
-```
-
-Python, in SGLang:
-
-```python
-import sglang
-
-if __name__ == "__main__":
-    engine = sglang.Engine(
-        model_path="{served}",
-        speculative_algorithm="EAGLE3",
-        speculative_draft_model_path="{repo}",
-        speculative_num_steps=5,
-        speculative_eagle_topk=4,
-        speculative_num_draft_tokens=8,
-    )
-    print(engine.generate("The capital of France is", {{"temperature": 0, "max_new_tokens": 32}})["text"])
-```
-
+{_commands(head, layers == default, served, repo)}
 ## Method
 
 EAGLE-3 (training-time test): the head reads hidden states of three of the target's layers at its first step and its own
@@ -124,9 +89,7 @@ commonest tokens. The target stays frozen.
 | draft vocabulary | {config["draft_vocab_size"]:,} of {config["vocab_size"]:,} tokens; target id = row + d2t[row] |
 | longest context | {config.get("max_position_embeddings", 2048):,} tokens |
 | reads | outputs of the target's layers {layers}, 0-based; indices {[i + 1 for i in layers]} of `hidden_states` |
-
-The embedding is the target's and is not in the file.
-
+{embedding}
 ## Limitations
 
 The head drafts well on text like what it was trained on: another language, domain or chat template, or a context
@@ -148,6 +111,59 @@ named above and on no others.{"".join(f" {limit}" for limit in facts.limits)}
 }}
 ```
 """
+
+
+def _commands(head: SavedHead, default_layers: bool, served: str, repo: str) -> str:
+    """For the engines that compute the head as it was trained, which `doctor` says. served: the target's name there."""
+    flag = argument = ""
+    if window := window_of(head.config):  # SGLang counts the positions before a row's own
+        flag = f" \\\n  --speculative-draft-window-size {window - 1}"
+        argument = f"\n        speculative_draft_window_size={window - 1},"
+    sglang = f"""SGLang:
+
+```bash
+python -m sglang.launch_server --model-path {served} --speculative-algorithm EAGLE3 \\
+  --speculative-draft-model-path {repo} --speculative-num-steps 5 --speculative-eagle-topk 4 \\
+  --speculative-num-draft-tokens 8{flag}
+```
+"""
+    sglang_jax = f"""sglang-jax, on a TPU:
+
+```bash
+python -m sgl_jax.launch_server --model-path {served} --speculative-algorithm EAGLE3 \\
+  --speculative-draft-model-path {repo} --speculative-num-steps 3 --speculative-eagle-topk 1 \\
+  --speculative-num-draft-tokens 4 --dtype bfloat16
+```
+"""
+    vllm = f"""vLLM:
+
+```bash
+vllm serve {served} \\
+  --speculative-config '{{"method": "eagle3", "model": "{repo}", "num_speculative_tokens": 5}}'
+```
+"""
+    python = f"""Python, in SGLang:
+
+```python
+import sglang
+
+if __name__ == "__main__":
+    engine = sglang.Engine(
+        model_path="{served}",
+        speculative_algorithm="EAGLE3",
+        speculative_draft_model_path="{repo}",
+        speculative_num_steps=5,
+        speculative_eagle_topk=4,
+        speculative_num_draft_tokens=8,{argument}
+    )
+    print(engine.generate("The capital of France is", {{"temperature": 0, "max_new_tokens": 32}})["text"])
+```
+"""
+    if head.config.get("architectures") != [ARCHITECTURE]:
+        return vllm
+    normed = any(head.config.get(name) for name in (*FLAGS, *NORM_FLAGS))
+    jax = [] if window or normed or not default_layers else [sglang_jax]
+    return "\n".join([sglang, *jax, vllm, python])
 
 
 def _licences(licences: Licences) -> str:
