@@ -185,6 +185,22 @@ def test_the_head_and_its_card_arrive(pushed, online, small_target, monkeypatch,
     assert "the upload to me/head failed, start it again to finish" in refused()
 
 
+@pytest.mark.parametrize("shards", [["head.safetensors"], ["head-[1].safetensors", "head-[2].safetensors"]])
+def test_weights_of_any_name_arrive(shards, pushed, online, small_target):
+    head, evaluated, _ = pushed
+    tensors = load_file(head / "model.safetensors")
+    (head / "model.safetensors").unlink()
+    for i, name in enumerate(shards):
+        part = [*tensors][i :: len(shards)]
+        save_file({name: tensors[name] for name in part}, head / name)
+    if len(shards) > 1:
+        (head / "model.safetensors.index.json").write_text("{}")
+    push(head, str(small_target), "me/head", PushOptions([str(evaluated)]))
+    for file in [*head.glob("*.safetensors"), *head.glob("*.json")]:
+        assert Hub.received[file.name] == file.read_bytes()
+    assert {*shards, "config.json"} < Hub.received.keys()
+
+
 @pytest.mark.parametrize(
     "content, how",
     [

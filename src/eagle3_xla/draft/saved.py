@@ -22,6 +22,7 @@ from eagle3_xla.errors import UserError
 from eagle3_xla.storage import Location
 
 EXPORTED = "model.safetensors"
+INDEX = "model.safetensors.index.json"  # of weights in several files
 ARCHITECTURE = "LlamaForCausalLMEagle3"
 QK_NORM_ARCHITECTURE = "Eagle3Qwen3ForCausalLM"  # with `qk_norm`, in vLLM alone (its qwen3_eagle3.py)
 MODEL_TYPES = {ARCHITECTURE: "llama", QK_NORM_ARCHITECTURE: "qwen3"}
@@ -109,13 +110,18 @@ def read_head(folder: Location) -> SavedHead:
     return head
 
 
+def weight_files(folder: Path) -> list[Path]:
+    """A head's weights lie in all of a folder's safetensors files, whatever their names."""
+    return sorted(folder.glob("*.safetensors"))
+
+
 def _read_weights(folder: Path) -> tuple[dict, dict | None, str | None]:
-    files = sorted(folder.glob("*.safetensors"))
+    files = weight_files(folder)
     if not files:
         pickled = [file.name for pattern in ("*.bin", "*.pt", "*.pth") for file in folder.glob(pattern)]
         found = f"only {', '.join(pickled)}, which sglang-jax can't read" if pickled else "none is there"
         return {}, None, f"weights in *.safetensors are expected and {found}; save them by safetensors.torch.save_file"
-    if len(files) > 1 and not (folder / "model.safetensors.index.json").is_file():
+    if len(files) > 1 and not (folder / INDEX).is_file():
         names = ", ".join(file.name for file in files)
         return {}, None, f"several weight files ({names}): engines load them all over one another; keep one"
     tensors: dict[str, torch.Tensor] = {}

@@ -5,6 +5,7 @@ and a README.md that someone wrote or edited is kept. The hub lists the figures 
 written to `.eval_results/` it puts on a benchmark's leaderboard, so that is done for named benchmarks alone.
 """
 
+import glob
 import hashlib
 import os
 import re
@@ -14,7 +15,7 @@ from pathlib import Path
 from eagle3_xla import storage
 from eagle3_xla.doctor.files import read_target
 from eagle3_xla.doctor.run import first_failure
-from eagle3_xla.draft.saved import EXPORTED, read_head
+from eagle3_xla.draft.saved import INDEX, read_head, weight_files
 from eagle3_xla.errors import RunError, UserError
 from eagle3_xla.evaluate.fingerprint import head_fingerprint, target_fingerprint
 from eagle3_xla.evaluate.page import NAME as REPORT
@@ -25,7 +26,6 @@ from eagle3_xla.serve.eval_results import PLACE, eval_results
 from eagle3_xla.serve.run_facts import RunFacts, run_facts
 
 IDENTIFIER = r"[a-zA-Z0-9.+-]*"  # of a licence
-UPLOADED = ["config.json", EXPORTED, "README.md"]
 MARK = "<!-- written by eagle3-xla push, sha256 {} -->\n"
 
 NO_TOKEN = "the hub asks who you are: `hf auth login`, or set HF_TOKEN; the card is written"
@@ -102,7 +102,9 @@ def push(folder: str | Path, target: str, repo: str, options: PushOptions) -> di
     partial = folder / ".partial-README"
     partial.write_text(content + MARK.format(hashlib.sha256(content.encode()).hexdigest()))
     os.replace(partial, readme)
-    files = [*UPLOADED, *([REPORT] if options.report else []), *([PLACE] if results else [])]
+    weights = [*weight_files(folder), *folder.glob(INDEX)]
+    files = ["config.json", *(file.name for file in weights), "README.md"]
+    files += [*([REPORT] if options.report else []), *([PLACE] if results else [])]
     summary = {"repo": repo, "card": str(readme), "files": files, "left_out": left_out, "url": None}
     return summary if options.dry_run else summary | {"url": _upload(folder, files, repo, options.private)}
 
@@ -180,10 +182,10 @@ def _upload(head: Path, files: list[str], repo: str, private: bool) -> str:
     from huggingface_hub import HfApi, get_token
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalTokenNotFoundError
 
-    api = HfApi()
+    api, patterns = HfApi(), [glob.escape(file) for file in files]
     try:
         url = api.create_repo(repo, private=private, exist_ok=True)
-        api.upload_folder(repo_id=repo, folder_path=head, allow_patterns=files, commit_message="Upload EAGLE3 head")
+        api.upload_folder(repo_id=repo, folder_path=head, allow_patterns=patterns, commit_message="Upload EAGLE3 head")
     except HFValidationError as error:
         raise UserError(f"--repo {repo}: {str(error).splitlines()[0]}") from None
     except LocalTokenNotFoundError:
