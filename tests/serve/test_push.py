@@ -353,6 +353,13 @@ def test_a_card_of_the_run(small_run, small_target, chat_file, tmp_path, exporte
         push(tmp_path / "head", str(target), "me/head", options)
     plan.unlink()
     (tmp_path / "run" / "metrics.jsonl").unlink()
+    manifest = tmp_path / "data" / "manifest.json"
+    manifest.write_text(json.dumps(json.loads(manifest.read_text()) | {"key": "of other data"}))
+    left_out = push(tmp_path / "head", str(target), "me/head", options)["left_out"]
+    assert "the data mix (data.prepared holds other data than the head was trained on)" in left_out
+    card_without = (tmp_path / "head" / "README.md").read_text()
+    assert "conversations | share" not in card_without and "Its domains" not in card_without
+    assert "| epochs | at most 2 |" in card_without
     shutil.rmtree(tmp_path / "data")
     missing = push(tmp_path / "head", str(target), "me/head", options)["left_out"]
     assert missing == [

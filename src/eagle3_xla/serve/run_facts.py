@@ -33,8 +33,8 @@ def run_facts(run: Path, head: SavedHead) -> RunFacts:
     if not (run / RUN_FILE).is_file():
         raise UserError(f"--run {run}: no {RUN_FILE}; the folder that `train` wrote is expected")
     recipe = load_recipe(str(run / RUN_FILE), [])
-    step = _step_of(run, head)
-    manifest = _manifest(recipe)
+    saved = _checkpoint_of(run, head)
+    step, manifest, other_data = saved.micro_step, *_manifest(recipe, saved.data_key)
     rows, left_out = _rows(recipe, step, manifest), []
     metrics = _metrics(run / "metrics.jsonl")
     taus = [row["heldout_tau"] for row in metrics if row.get("step") == step and "heldout_tau" in row]
@@ -49,7 +49,7 @@ def run_facts(run: Path, head: SavedHead) -> RunFacts:
         rows += [(name, value)] if value else []
         left_out += [] if value else [name]
     data, sources = _mix(manifest)
-    left_out += [] if data else ["the data mix (manifest.json of data.prepared)"]
+    left_out += [] if data else [f"the data mix ({other_data or 'manifest.json of data.prepared'})"]
     plan, without = _plan(run, recipe)
     left_out += [without] if without else []
     languages = ", ".join(recipe.data.languages)
@@ -65,19 +65,23 @@ def _table(rows: Sequence[tuple[str, object]]) -> str:
     return "\n".join(["| | |", "|---|---|", *(f"| {name} | {escaped(str(value))} |" for name, value in rows)])
 
 
-def _manifest(recipe: Recipe) -> dict:
+def _manifest(recipe: Recipe, data_key: str) -> tuple[dict, str]:
+    """(the manifest of the data that the checkpoint of that data_key was trained on, {} without one; why not)."""
     file = Path(recipe.data.prepared) / "manifest.json"
-    return read_json(file) if recipe.data.prepared and file.is_file() else {}
+    manifest = read_json(file) if recipe.data.prepared and file.is_file() else {}
+    if manifest and manifest.get("key") != data_key.partition(" ")[0]:
+        return {}, "data.prepared holds other data than the head was trained on"
+    return manifest, ""
 
 
-def _step_of(run: Path, head: SavedHead) -> int:
-    """The micro-step of the checkpoint that the head was exported from."""
+def _checkpoint_of(run: Path, head: SavedHead) -> checkpoints.Checkpoint:
+    """The checkpoint that the head was exported from."""
     for folder in sorted((run / "checkpoints").glob("step-*"), reverse=True):
         saved = checkpoints.load(folder)
         if saved.head.keys() <= head.tensors.keys() and all(
             torch.equal(value.to(head.tensors[name].dtype), head.tensors[name]) for name, value in saved.head.items()
         ):
-            return saved.micro_step
+            return saved
     raise UserError(f"--run {run}: none of its checkpoints holds the weights of {head.folder}")
 
 
