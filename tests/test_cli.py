@@ -35,6 +35,7 @@ def refused(done, *parts):
         (["eval", "--target", "x", "--draft", "/nowhere", "--prompts", "p"], "no head at /nowhere"),
         (["export", "--checkpoint", "/nowhere", "--out", "o"], "/nowhere is not a checkpoint"),
         (["quickstart", "--minutes", "-1"], "--minutes -1: a number above 0 is expected"),
+        (["quickstart", "--out", "gs://bucket/q"], "--out gs://bucket/q: a folder of this machine is expected"),
     ],
 )
 def test_refused(forks, arguments, part):

@@ -7,6 +7,7 @@ import re
 from pathlib import Path
 from typing import Any
 
+from eagle3_xla import storage
 from eagle3_xla.errors import UserError
 
 MARKDOWN = re.compile(r"([\\`*_{}\[\]()#+!|~])")
@@ -74,6 +75,13 @@ def listing(value: object, where: str) -> list:
     if isinstance(value, list):
         return value
     raise UserError(f"{where} is {shown(value)}; a list is expected")
+
+
+def of_this_machine(folder: str | Path, option: str) -> Path:
+    """Raises UserError for a URL, of which a Path would make the name of a folder here."""
+    if storage.is_url(folder):
+        raise UserError(f"{option} {folder}: a folder of this machine is expected")
+    return Path(folder)
 
 
 def shown(value: object) -> str:

@@ -22,7 +22,7 @@ from safetensors import SafetensorError
 
 from eagle3_xla import __version__
 from eagle3_xla.arguments import Usage, option_names, parser
-from eagle3_xla.checks import printable, without_credentials
+from eagle3_xla.checks import of_this_machine, printable, without_credentials
 from eagle3_xla.config import load_recipe
 from eagle3_xla.errors import RunError, UserError
 from eagle3_xla.guide import next_step
@@ -169,7 +169,7 @@ def _quickstart(options: Namespace, overrides: list[str]) -> dict:
     with _imports(torch_xla=True):
         from eagle3_xla.quickstart import quickstart
 
-    return quickstart(Path(options.out), options.minutes)
+    return quickstart(of_this_machine(options.out, "--out"), options.minutes)
 
 
 def _prepare(options: Namespace, overrides: list[str]) -> dict:

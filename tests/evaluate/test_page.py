@@ -6,6 +6,7 @@ import shutil
 import subprocess
 import time
 from html.parser import HTMLParser
+from pathlib import Path
 
 import matplotlib.image
 import pytest
@@ -134,6 +135,11 @@ def test_it_replaces_only_its_own(page, capsys):
     assert cli.main([*words, "--limit", "1"]) == 2
     said = capsys.readouterr().err
     assert "its metrics.jsonl can't be shown" in said and "prompt/s" not in said  # before anything is decoded
+    for option in ("--run", "--report"):
+        words[words.index(option) + 1] = "gs://bucket/folder"
+        assert cli.main(words) == 2
+        assert f"{option} gs://bucket/folder: a folder of this machine is expected" in capsys.readouterr().err
+    assert not Path("gs:").exists()
 
 
 @pytest.mark.parametrize("width", [400, 1200])

@@ -280,6 +280,8 @@ def test_gap_names_a_head_that_doctor_fails(serving, exported_head, small_target
     assert cli.main(arguments) == 1
     said = capsys.readouterr().out
     assert "served           1.500" in said and "norm_flags: norm_output True" in said and "d2t" in said
+    at_a_url = ["file://" + word if word == str(head) else word for word in arguments]
+    assert cli.main(at_a_url) == 1 and "served           1.500" in capsys.readouterr().out
     window = {"sliding_window": 16, "layer_types": ["sliding_attention"]}
     (head / "config.json").write_text(json.dumps(config | window))
     narrow = serving(pages | {"/server_info": (200, json.dumps(INFO | {"speculative_draft_window_size": 7}))})

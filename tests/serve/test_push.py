@@ -235,6 +235,7 @@ def test_what_is_not_uploaded(pushed, online, small_target, capsys):
     figures = json.loads(evaluated.read_text()) | PAGE
     write_page(other, figures | {"measured": figures["measured"] | {"head": "0123"}}, [], None)
     assert "other.html: measured on another head" in refused("--results", evaluated, "--report", other)
+    assert "--run gs://b/run: a folder of this machine is" in refused("--results", evaluated, "--run", "gs://b/run")
     assert "No such file" in refused("--results", evaluated, "--report", "nowhere.html")
     (head.parent / "half.json").write_text('{"tau": 1.5}')
     assert "half.json: measured is missing" in refused("--results", head.parent / "half.json")

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from eagle3_xla.checks import of_this_machine
 from eagle3_xla.errors import UserError
 from eagle3_xla.evaluate.curves import draw_curves, read_metrics
 from eagle3_xla.evaluate.decode import Generation
@@ -43,7 +44,7 @@ class Answer(NamedTuple):
 
 def place_of(folder: str | Path) -> Path:
     """Where the page goes. Raises UserError when a page that `eval` did not write is there, or no folder can be."""
-    page = Path(folder) / NAME
+    page = of_this_machine(folder, "--report") / NAME
     try:
         page.parent.mkdir(parents=True, exist_ok=True)
         if page.exists() and not is_page(page.read_text(errors="replace")):
@@ -159,8 +160,9 @@ def _groups(title: str, kind: str, groups: dict[str, dict]) -> str:
 
 def readable_run(run: str | Path) -> None:
     """Raises UserError when the folder's curves can't be shown: before an hour of decoding, not after it."""
+    folder = of_this_machine(run, "--run")
     try:
-        for row in read_metrics(Path(run)):
+        for row in read_metrics(folder):
             if not isinstance(row, dict) or "step" not in row or ("loss" in row and "acc" not in row):
                 raise ValueError("a row is not one that `train` writes")
     except (OSError, ValueError) as error:

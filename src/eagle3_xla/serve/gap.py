@@ -8,7 +8,6 @@ otherwise. An experiment that lands on the served figure, or that beats the expo
 import copy
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from pathlib import Path
 
 import torch
 
@@ -53,7 +52,7 @@ def gap(target_path: str, draft: str, prompts: str, url: str, options: EvalOptio
         options, draft_tokens=server.draft_tokens, topk=server.topk, steps=server.steps, batch_size=1, force=True
     )
     rules = _rules(draft, target_path)
-    saved = read_head(Path(draft))
+    saved = read_head(draft)
     d2t_missing = _complete(saved)
     pair = load_pair(target_path, saved, options)
     trained_window = pair.head.window
@@ -106,7 +105,7 @@ def gap(target_path: str, draft: str, prompts: str, url: str, options: EvalOptio
 
 
 def _rules(draft: str, target_path: str) -> list[dict]:
-    return [rule for rule in doctor(Path(draft), target_path)["rules"] if rule["status"] != "pass"]
+    return [rule for rule in doctor(draft, target_path)["rules"] if rule["status"] != "pass"]
 
 
 def _complete(head: SavedHead) -> bool:

@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from eagle3_xla import storage
+from eagle3_xla.checks import of_this_machine
 from eagle3_xla.doctor.files import read_target
 from eagle3_xla.doctor.run import first_failure
 from eagle3_xla.draft.saved import INDEX, read_head, weight_files
@@ -81,7 +82,7 @@ def push(folder: str | Path, target: str, repo: str, options: PushOptions) -> di
     figures = [_of_this_head(read_results(Path(file)), folder, target) for file in options.results]
     facts = RunFacts("", [], ["training, plan and limits (--run DIR)"])
     if options.run:
-        facts = run_facts(Path(options.run), head)
+        facts = run_facts(of_this_machine(options.run, "--run"), head)
     target_licence = options.target_license or _licence_of(of_target.folder)
     licences = Licences(options.license, target_licence, tuple(filter(None, options.data_license)))
     results = eval_results(figures, options.benchmark, repo)
