@@ -13,6 +13,7 @@ from eagle3_xla.data.prepare import prepare
 from eagle3_xla.errors import UserError
 from eagle3_xla.export import export
 from eagle3_xla.train.loop import train
+from eagle3_xla.train.step import TrainStep
 
 
 def rows_of(out) -> list[dict]:
@@ -41,10 +42,17 @@ def test_each_source_is_measured_and_the_best_is_exported(small_run, chat_file, 
     assert export(Path(recipe.train.out), tmp_path / "head")["micro_step"] == trained["step"]
 
 
-def test_it_stops_when_tau_no_longer_grows(small_run, capfd):
+def test_it_stops_when_tau_no_longer_grows(small_run, capfd, monkeypatch):
     stuck = ["train.eval_every=1", "train.patience=3", "train.lr=1e-12", "train.epochs=4"]
-    recipe, summary = run(small_run, *stuck)
+    recipe = load_recipe(None, [*small_run, *stuck])
+    prepare(recipe)
+    with monkeypatch.context() as broken_off, pytest.raises(ZeroDivisionError):  # before the first checkpoint
+        broken_off.setattr(TrainStep, "run", lambda *_: 1 / 0)
+        train(recipe)
+    assert [row["step"] for row in rows_of(recipe.train.out)] == [0]
+    summary = train(recipe)
     assert summary["ended"] == "patience" and summary["micro_steps"] == 3 < summary["of"]
+    assert [row["step"] for row in rows_of(recipe.train.out) if "heldout_tau" in row] == [0, 1, 2, 3]
     start = Path(recipe.train.out) / "initial" / "step-00000000"
     assert f"before the first step: train.lr may be too high; that head is at {start}\n" in capfd.readouterr().err
     assert checkpoints.load(start).tau == summary["best_tau"]

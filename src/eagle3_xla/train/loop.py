@@ -159,7 +159,7 @@ class Loop:
             self.ended = _why(self.stopping)
             self.saver.wait()
             reporter.say(f"{self.ended}: saved {self.path}; start again to continue")
-        elif self._gains_no_more():
+        elif measured and self._gains_no_more():
             self.ended = "patience"
             reporter.say(f"no better tau in {settings.patience} evaluations: stopped")
 

@@ -61,7 +61,7 @@ class Reporter:
             self.local = storage.LocalFolder(config.out)
             self.local.restore("metrics.jsonl")
             self.file = self.local.path / "metrics.jsonl"
-            self.heldout = _drop_after(self.file, start)
+            self.heldout = _drop_after(self.file, start or -1)  # no checkpoint: step 0 is evaluated again too
             sections = {name: values for name, values in recipe.items() if name in ("train", "loss", "xla")}
             flat = {f"{s}.{k}": v for s, values in sections.items() for k, v in values.items()}
             self.tracker = make_tracker(config, self.local.path, flat | {"target": recipe["target"]["path"]})
