@@ -94,8 +94,12 @@ def open_file(location: Location) -> io.BufferedReader:
         return io.BufferedReader(_Stream(store.open(path, "rb"), location), 1 << 20)
 
 
-def read_range(location: str, start: int, length: int) -> bytes:
-    """`length` bytes of a URL's file from `start` on: one request."""
+def read_range(location: Location, start: int, length: int) -> bytes:
+    """`length` bytes of a file from `start` on; of a URL's, one request."""
+    if not is_url(location):
+        with Path(location).open("rb") as file:
+            file.seek(start)
+            return file.read(length)
     with _in_one_line(location):
         store, path = _store(location)
         return store.cat_file(path, start=start, end=start + length) if length else b""

@@ -93,9 +93,15 @@ def test_mxfp4_is_what_transformers_makes_of_it(tmp_path):
     for (name, expected), (_, parameter) in zip(theirs.named_parameters(), ours.named_parameters()):
         assert torch.equal(parameter, expected), name
     opened = open_target(str(tmp_path), torch.float32, DRAFT_IDS)
+    prints = {opened.fingerprint()}
     route_experts(opened.model, 2, 1)
     for x, y in zip(states_of(opened.place(lambda tensor: tensor)), states_of(Target(ours, DRAFT_IDS))):
         torch.testing.assert_close(x, y, atol=1e-4, rtol=1e-4)
+    for changed in ("blocks", "scales"):
+        tensors[f"model.layers.1.mlp.experts.down_proj_{changed}"] ^= 1
+        save_file(tensors, tmp_path / "model.safetensors", metadata={"format": "pt"})
+        prints.add(open_target(str(tmp_path), torch.float32, DRAFT_IDS).fingerprint())
+    assert len(prints) == 3
 
 
 @pytest.mark.parametrize(

@@ -2,12 +2,14 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 import weakref
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from transformers import (
     LlamaConfig,
     LlamaForCausalLM,
@@ -17,8 +19,10 @@ from transformers import (
     Qwen3ForCausalLM,
 )
 
+from eagle3_xla import storage
 from eagle3_xla.errors import UserError
 from eagle3_xla.target.model import Target, load_target, open_target
+from eagle3_xla.target.weights import StoredWeights
 
 SIZES = dict(
     vocab_size=320,
@@ -145,6 +149,28 @@ def test_sharded_over_tp_it_is_the_same_target_and_the_host_never_holds_it_twice
     assert 0.5 * size < grown < 1.6 * size  # measured 1.43: freed blocks are kept for speed, and the peak counts them
 
 
+def test_a_fingerprint_tells_every_changed_tensor(folders, tmp_path, gcs):
+    """Stored in one file or several, here or at a URL; by the first or the last row."""
+    base = open_target(str(folders[0]), torch.float32, DRAFT_IDS)
+    prints = [base.fingerprint()]
+    storage.upload_folder(folders[0], f"{gcs.url}/fingerprint")
+    model = load_target(str(folders[0]), torch.float32)
+    model.save_pretrained(tmp_path)
+    for path in (f"{gcs.url}/fingerprint", tmp_path):
+        assert open_target(str(path), torch.bfloat16, DRAFT_IDS[:4]).fingerprint() == prints[0]
+    stored = StoredWeights(str(tmp_path), torch.float32)
+    before = {name: stored.sample(name) for name, _ in model.named_parameters()}
+    for row in (0, -1):
+        changed = load_file(tmp_path / "model.safetensors")
+        for tensor in changed.values():
+            tensor[row] += 1
+        save_file(changed, tmp_path / "model.safetensors", {"format": "pt"})
+        after = StoredWeights(str(tmp_path), torch.float32)
+        assert all(after.sample(name) != sample for name, sample in before.items())
+        prints.append(open_target(str(tmp_path), torch.float32, DRAFT_IDS).fingerprint())
+    assert len({*prints}) == 3
+
+
 def test_weights_that_are_not_there_are_named(folders, tmp_path):
     (tmp_path / "config.json").write_text((folders[0] / "config.json").read_text())
     with pytest.raises(UserError, match="neither model.safetensors nor"):
@@ -152,8 +178,17 @@ def test_weights_that_are_not_there_are_named(folders, tmp_path):
     (tmp_path / "model.safetensors").write_bytes(b"damaged")
     with pytest.raises(UserError, match="don't load"):
         open_target(str(tmp_path), torch.float32, DRAFT_IDS)
-    from safetensors.torch import save_file
-
     save_file({"model.norm.weight": torch.ones(32)}, tmp_path / "model.safetensors")
     with pytest.raises(UserError, match="model.embed_tokens.weight is missing"):
         open_target(str(tmp_path), torch.float32, DRAFT_IDS)
+    with pytest.raises(UserError, match="model.norm.bias is missing"):
+        StoredWeights(str(tmp_path), torch.float32).sample("model.norm.bias")
+    named = {"weight_map": {"model.norm.bias": "model.safetensors"}}
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps(named))
+    with pytest.raises(UserError, match="model.safetensors doesn't hold model.norm.bias"):
+        StoredWeights(str(tmp_path), torch.float32).sample("model.norm.bias")
+    cut = shutil.copytree(folders[0], tmp_path / "cut")
+    last = sorted(cut.glob("*.safetensors"))[-1]
+    last.unlink()
+    with pytest.raises(UserError, match=f"{last.name} is missing"):
+        open_target(str(cut), torch.float32, DRAFT_IDS)

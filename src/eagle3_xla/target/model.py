@@ -1,7 +1,9 @@
 """A Hugging Face causal LM of a known family (target/families.py) as the frozen target of an EAGLE3 head."""
 
 import hashlib
+import re
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any, NamedTuple
 
 import torch
@@ -23,6 +25,7 @@ from eagle3_xla.target.order import after
 from eagle3_xla.target.weights import StoredWeights
 
 VOCABULARY_CHUNK_ROWS = 256  # positions of a sequence (or of a group's list) whose full-vocabulary logits exist at once
+AT_ONCE = 32  # samples of the weights that are read at once
 
 
 class TargetStates(NamedTuple):
@@ -177,9 +180,16 @@ class Target(nn.Module):
         return nn.functional.embedding(ids, self.model.get_input_embeddings().weight)
 
     def fingerprint(self) -> str:
-        """Which target this is: a hash of its config and of its lm_head rows of the draft vocabulary."""
+        """Which target this is: a hash of its config and of a little of every stored weight, but of one expert a layer.
+
+        A fine-tune has the config of its base, and often its lm_head. For a target from `open_target`.
+        """
+        assert self.weights is not None
         digest = hashlib.sha256(self.model.config.to_json_string().encode())
-        digest.update(self.draft_rows.float().numpy().tobytes())
+        names = [n for n, _ in self.model.named_parameters() if not re.search(r"\.experts\.[1-9]", n)]
+        with ThreadPoolExecutor(AT_ONCE) as pool:  # at a URL each is a request
+            for name, sample in zip(names, pool.map(self.weights.sample, names)):
+                digest.update(name.encode() + sample)
         return digest.hexdigest()
 
     @property

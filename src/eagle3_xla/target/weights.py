@@ -18,6 +18,7 @@ from eagle3_xla.target import quantised
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 LARGEST_HEADER = 100 << 20  # bytes; the format's own limit
+SAMPLED = 8 << 10  # bytes of a stored tensor's start, and of its end: some thousand weights of the first and last rows
 
 
 class StoredWeights:
@@ -29,12 +30,12 @@ class StoredWeights:
 
     def __init__(self, path: str, dtype: torch.dtype, quantization: dict | None = None):
         self.path, self.dtype = path, dtype
-        self._remote: dict[str, RemoteFile] = {}
+        self._ranged: dict[str, RangedFile] = {}
         self._block = quantised.block_of(quantization or {})
         index, single = _file(path, INDEX), _file(path, SINGLE)
         if index:
             names = json.loads(storage.read(index))["weight_map"]
-            files = {name: _file(path, name) for name in set(names.values())}
+            files = {name: self._present(name) for name in sorted(set(names.values()))}
             self._files = {name: files[file] for name, file in names.items()}
         elif single:
             with self._open(single) as file:
@@ -56,6 +57,24 @@ class StoredWeights:
             raise self._broken(f"{name} is {str(tensor.dtype).removeprefix('torch.')}, of an unknown quantisation")
         return tensor.to(self.dtype, copy=True)
 
+    def sample(self, name: str) -> bytes:
+        """A little of the tensor `name` and of its scales, as they are stored: tells weights apart cheaply.
+
+        Raises UserError when the files don't hold it.
+        """
+        names = [name + suffix for suffix in ("", "_blocks", "_scales", "_scale_inv", "_scale")]
+        stored = [each for each in names if each in self._files]
+        if not stored:
+            raise self._broken(f"{name} is missing in its safetensors")
+        try:
+            return b"".join(self._ranges_of(self._files[each]).sample(each) for each in stored)
+        except ValueError as error:
+            raise self._broken(first_line(error)) from None
+
+    def _ranges_of(self, file: Location) -> "RangedFile":
+        self._ranged[str(file)] = self._ranged.get(str(file)) or RangedFile(file)
+        return self._ranged[str(file)]
+
     def _stored(self, name: str) -> torch.Tensor:
         if name not in self._files:
             raise self._broken(f"{name} is missing in its safetensors")
@@ -63,43 +82,58 @@ class StoredWeights:
         with self._open(self._files[name]) as file:
             return file.get_tensor(name)
 
+    def _present(self, name: str) -> Location:
+        if file := _file(self.path, name):
+            return file
+        raise self._broken(f"{name} is missing")
+
     def _broken(self, why: str) -> UserError:
         return UserError(f"the weights of target {self.path!r} don't load: {why}")
 
     @contextlib.contextmanager
-    def _open(self, file: Location | None) -> Iterator[Any]:
-        if file and storage.is_url(file):
-            url = str(file)
-            self._remote[url] = self._remote.get(url) or RemoteFile(url)
-            yield self._remote[url]
+    def _open(self, file: Location) -> Iterator[Any]:
+        if storage.is_url(file):
+            yield self._ranges_of(file)
             return
         try:
-            with safe_open(file or "", "pt") as opened:
+            with safe_open(file, "pt") as opened:
                 yield opened
         except (OSError, SafetensorError) as error:
             raise self._broken(first_line(error)) from None
 
 
-class RemoteFile:
-    """A safetensors file at a URL; a tensor is one request for its bytes."""
+class RangedFile:
+    """A safetensors file of which ranges are read; at a URL, a tensor is one request for its bytes."""
 
-    def __init__(self, url: str):
-        self.url = url
-        length = int.from_bytes(storage.read_range(url, 0, 8), "little")
+    def __init__(self, location: Location):
+        self.location = location
+        length = int.from_bytes(storage.read_range(location, 0, 8), "little")
         if length > LARGEST_HEADER:
-            raise UserError(f"{url} is no safetensors file")
-        self._start, self._header = 8 + length, json.loads(storage.read_range(url, 8, length))
+            raise UserError(f"{location} is no safetensors file")
+        self._start, self._header = 8 + length, json.loads(storage.read_range(location, 8, length))
         self._header.pop("__metadata__", None)
 
     def keys(self) -> list[str]:
         return list(self._header)
 
     def get_tensor(self, name: str) -> torch.Tensor:
-        entry = self._header[name]
+        entry = self._entry(name)
         first, end = entry["data_offsets"]
-        content = storage.read_range(self.url, self._start + first, end - first)
+        content = storage.read_range(self.location, self._start + first, end - first)
         header = json.dumps({name: entry | {"data_offsets": [0, end - first]}}).encode()
         return load(len(header).to_bytes(8, "little") + header + content)[name]
+
+    def _entry(self, name: str) -> dict:
+        if name not in self._header:
+            raise UserError(f"{self.location} doesn't hold {name}")
+        return self._header[name]
+
+    def sample(self, name: str) -> bytes:
+        """The first and the last SAMPLED bytes of a tensor."""
+        first, end = self._entry(name)["data_offsets"]
+        size = min(SAMPLED, end - first)
+        starts = dict.fromkeys((first, end - size))  # one, where that is all of it
+        return b"".join(storage.read_range(self.location, self._start + start, size) for start in starts)
 
 
 def _file(path: str, name: str) -> Location | None:

@@ -1,6 +1,7 @@
 """What a run is before its first step: the data, the frozen target, the head with its optimizer, the compiled step."""
 
 import dataclasses
+import hashlib
 from typing import Any
 
 import torch
@@ -108,8 +109,11 @@ def set_up(recipe: Recipe, stopping: list[str], hosts: Hosts) -> Run:
         data.draft_ids = draft_ids_of(d2t)
     target = open_target(recipe.target.path, getattr(torch, recipe.target.dtype), data.draft_ids)
     target_config = target.model.config
-    data_key = f"{data.manifest['key']} {target.fingerprint()}"
-    hosts.agree("data or target", {"data.prepared": data.manifest["key"], "target.path": target.fingerprint()})
+    rows_key, target_key = data.manifest["key"], target.fingerprint()
+    vocabulary_key = hashlib.sha256(data.draft_ids.numpy().tobytes()).hexdigest()
+    keys = {"data.prepared": rows_key, "target.path": target_key, "train.warm_start": vocabulary_key}
+    hosts.agree("data or target", keys)
+    data_key = " ".join(keys.values())
     saved = hosts.from_first(_saved_run(recipe, data_key) if hosts.index == 0 else None)
 
     lm_head_rows = linear_rows(target_config, target.draft_rows.float())
