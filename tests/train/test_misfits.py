@@ -1,12 +1,16 @@
 """A run on data, targets and checkpoints that don't fit: one line each, and what it does without held-out rows."""
 
 import json
+import os
+import shutil
 
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from eagle3_xla import checkpoint as checkpoints
+from eagle3_xla import storage
 from eagle3_xla.config import load_recipe
 from eagle3_xla.data.prepare import prepare
 from eagle3_xla.errors import UserError
@@ -52,6 +56,17 @@ def test_without_held_out_rows(small_run, capsys, tmp_path):
             checkpoints.load(path)
 
 
+def test_reused_states_of_held_out_rows_of_two_lengths(small_run, chat_file, tmp_path):
+    long = tmp_path / "long.jsonl"
+    long.write_text("".join(line for line in chat_file.open() if "Python" in line))
+    settings = [*small_run, f"data.train=[{long}]", "data.packing=bucketed", "data.buckets=[50]"]
+    recipe = load_recipe(None, [*settings, "train.heldout_rows=32", "train.reuse_states=true"])
+    manifest = prepare(recipe)
+    assert [len(manifest[split]["buckets"]) for split in ("train", "heldout")] == [1, 2]
+    with pytest.raises(UserError, match="train.reuse_states needs rows of one length"):
+        train(recipe)
+
+
 class Rows(list):
     def __getitem__(self, indices):
         return {
@@ -60,26 +75,84 @@ class Rows(list):
         }
 
 
-def test_damaged_states_are_computed_again(tmp_path):
-    """Of 40 rows in three files: each file that a power loss cut or emptied, and an index that is none."""
+def states_of(batch) -> TargetStates:
+    shape = batch["input_ids"].shape
+    return TargetStates(torch.ones(*shape, 6), torch.ones(*shape, 2), torch.ones(shape), torch.ones(shape))
+
+
+def fill(folder, rows: int, batch_rows: int = 8) -> int:
+    """Returns over how many rows the target ran."""
     asked = []
 
-    def states_of(batch):
+    def counted(batch) -> TargetStates:
         asked.append(len(batch["input_ids"]))
-        shape = batch["input_ids"].shape
-        return TargetStates(torch.ones(*shape, 6), torch.ones(*shape, 2), torch.ones(shape), torch.ones(shape))
+        return states_of(batch)
 
-    def fill():
-        asked.clear()
-        StatesStore(tmp_path, Rows(range(40)), "key").fill(states_of, 8, make_backend(XlaConfig(device="cpu")))
-        return sum(asked)
+    StatesStore(folder, Rows(range(rows))).fill(counted, batch_rows, make_backend(XlaConfig(device="cpu")))
+    return sum(asked)
 
-    assert (fill(), fill()) == (40, 0)
+
+def test_damaged_states_are_computed_again(tmp_path):
+    """Of 40 rows in three files: each file that a power loss cut or emptied."""
+    assert (fill(tmp_path, 40), fill(tmp_path, 40)) == (40, 0)
     first, second, third = sorted(tmp_path.glob("*.safetensors"))
     first.write_bytes(b"")
     second.write_bytes(second.read_bytes()[:-20])
-    assert (fill(), fill()) == (32, 0)
+    assert (fill(tmp_path, 40), fill(tmp_path, 40)) == (32, 0)
     third.write_bytes(first.read_bytes())  # of more rows
-    assert (fill(), fill()) == (8, 0)
-    (tmp_path / "states.json").write_text("[" * 10)
-    assert (fill(), fill()) == (40, 0)
+    assert (fill(tmp_path, 40), fill(tmp_path, 40)) == (8, 0)
+
+
+def test_the_target_runs_once_over_the_rows_whatever_a_batch_is(tmp_path):
+    for batch_rows, asked in ((16, 80), (24, 72), (64, 128), (128, 128)):
+        assert fill(tmp_path / str(batch_rows), 72, batch_rows) == asked  # the last batch is filled up
+        whole = StatesStore(tmp_path / str(batch_rows), Rows(range(72))).read(np.arange(72))
+        assert whole.aux.shape == (72, 4, 6)
+    shards = sorted((tmp_path / "64").glob("*.safetensors"))
+    for shard in shards[:1] + shards[2:]:
+        shard.unlink()
+    assert fill(tmp_path / "64", 72, 64) == 64  # 56 rows that don't lie together
+
+
+def test_two_runs_that_compute_the_same_states(tmp_path, monkeypatch):
+    fsync = os.fsync
+
+    def other_run(descriptor: int) -> None:  # while this one writes its first shard
+        fsync(descriptor)
+        monkeypatch.setattr(os, "fsync", fsync)
+        assert fill(tmp_path, 40) == 40
+
+    monkeypatch.setattr(os, "fsync", other_run)
+    assert (fill(tmp_path, 40), fill(tmp_path, 40)) == (40, 0)
+    running, killed = (tmp_path / f"rows-000000.partial-{name}" for name in ("running", "killed"))
+    for partial in (running, killed):
+        partial.write_bytes(b"half")
+    os.utime(killed, (0, 0))
+    assert fill(tmp_path, 40) == 0 and running.exists() and not killed.exists()
+
+
+def test_a_fine_tune_is_another_target(small_run, small_target, tmp_path, capfd):
+    """It has the config and the lm_head of its base."""
+    tuned = shutil.copytree(small_target, tmp_path / "fine-tune")
+    tensors = load_file(tuned / "model.safetensors")
+    tensors["model.layers.3.self_attn.q_proj.weight"] *= -1
+    save_file(tensors, tuned / "model.safetensors", {"format": "pt"})
+
+    def run(out: str, *more: str) -> None:
+        settings = [*small_run, "train.reuse_states=true", "train.heldout_rows=0", f"train.out={tmp_path / out}"]
+        train(load_recipe(None, [*settings, *more]), max_steps=1)
+
+    prepare(load_recipe(None, small_run))
+    run("base")
+    states = tmp_path / "data" / "states"
+    (base,) = states.iterdir()
+    before = storage.files(base)
+    with pytest.raises(UserError, match="changed: the content of data.prepared .* or of the target"):
+        run("base", f"target.path={tuned}")
+    assert str(base.name) not in capfd.readouterr().err
+    run("tuned", f"target.path={tuned}")
+    assert f"bytes of states of other rows or targets too: {base.name}; remove" in capfd.readouterr().err
+    run("other dtype", "target.dtype=bfloat16")
+    assert len(list(states.iterdir())) == 3 and storage.files(base) == before
+    losses = [json.loads((tmp_path / out / "metrics.jsonl").read_text())["loss"] for out in ("base", "tuned")]
+    assert losses[0] != losses[1]

@@ -2,6 +2,8 @@
 
 import dataclasses
 import hashlib
+import sys
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -127,7 +129,7 @@ def set_up(recipe: Recipe, stopping: list[str], hosts: Hosts) -> Run:
 
     states_of = _states_function(backend, target, stopping)
     if settings.reuse_states:
-        _keep_states(recipe, backend, data, data_key, states_of)
+        _keep_states(recipe, backend, data, f"{rows_key} {target_key} {recipe.target.dtype}", states_of)
 
     # Float32 master weights, from the checkpoint or from what the target says about a sample of rows.
     lr_scale = {}
@@ -200,15 +202,29 @@ def _states_function(backend: Backend, target: Target, stopping: list[str]) -> S
     return states_of
 
 
-def _keep_states(recipe: Recipe, backend: Backend, data: Data, data_key: str, states_of: StatesOf) -> None:
-    """Run the target once over all rows; the step starts from what it said."""
-    if len(data.batches.buckets) > 1:
+def _keep_states(recipe: Recipe, backend: Backend, data: Data, key: str, states_of: StatesOf) -> None:
+    """Run the target once over all rows; the step starts from what it said. key: which rows, which target."""
+    if len(data.batches.buckets) > 1 or len(data.heldout.lengths) > 1:
         raise UserError("train.reuse_states needs rows of one length; set it to false")
+    every = storage.work_folder(storage.join(recipe.data.prepared, "states"))
+    own = every / hashlib.sha256(key.encode()).hexdigest()[:16]
+    if backend.hosts.index == 0:
+        _say_what_else_lies_there(every, own)
     for split, loader in (("train", data.loader), ("heldout", data.heldout_loader)):
-        loader.store = StatesStore(
-            storage.work_folder(storage.join(recipe.data.prepared, "states", split)), loader.rows, data_key
-        )
+        loader.store = StatesStore(own / f"{split}-{len(loader.rows)}", loader.rows)
         loader.store.fill(states_of, data.rows_per_step, backend)
+
+
+def _say_what_else_lies_there(every: Path, own: Path) -> None:
+    """Another run may read them, so they stay; they are large, so nobody is to forget them."""
+    others = [folder for folder in every.iterdir() if folder != own]
+    if others:
+        size = sum(file.stat().st_size for folder in others for file in folder.rglob("*.safetensors"))
+        print(
+            f"{every} holds {size:,} bytes of states of other rows or targets too: "
+            f"{', '.join(sorted(folder.name for folder in others))}; remove those that no run needs",
+            file=sys.stderr,
+        )
 
 
 def _initialise(
