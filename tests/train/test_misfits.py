@@ -13,7 +13,11 @@ from eagle3_xla import checkpoint as checkpoints
 from eagle3_xla import storage
 from eagle3_xla.config import load_recipe
 from eagle3_xla.data.prepare import prepare
+from eagle3_xla.data.vocab import d2t_t2d
+from eagle3_xla.draft.model import Eagle3Head, draft_config
 from eagle3_xla.errors import UserError
+from eagle3_xla.export import export
+from eagle3_xla.target.families import load_target_config
 from eagle3_xla.target.model import TargetStates
 from eagle3_xla.target.states import StatesStore
 from eagle3_xla.train.loop import train
@@ -54,6 +58,21 @@ def test_without_held_out_rows(small_run, capsys, tmp_path):
         (path / "SHA256SUMS").write_text("".join(sums))
         with pytest.raises(UserError, match=message):
             checkpoints.load(path)
+
+
+def test_a_head_of_a_larger_vocabulary(small_run, small_target, tmp_path):
+    """Its draft tokens may lie beyond this target's rows."""
+    config = load_target_config(str(small_target))
+    size = config.vocab_size
+    config.vocab_size = 2 * size
+    d2t, t2d = d2t_t2d(torch.arange(size, size + 128), 2 * size)
+    head = Eagle3Head(draft_config(config, 128))
+    weights = {name: value.detach() for name, value in head.state_dict().items()}
+    saved = checkpoints.Checkpoint(1, weights, {"step": torch.ones(())}, d2t, t2d, {}, "", head.config.to_dict())
+    export(checkpoints.save(tmp_path / "checkpoints", saved, keep=1), tmp_path / "head", "float32")
+    prepare(load_recipe(None, small_run))
+    with pytest.raises(UserError, match=f"made for another target: vocab_size is {2 * size}, not {size}"):
+        train(load_recipe(None, [*small_run, f"train.warm_start={tmp_path / 'head'}"]))
 
 
 def test_reused_states_of_held_out_rows_of_two_lengths(small_run, chat_file, tmp_path):

@@ -21,7 +21,7 @@ from eagle3_xla.draft.saved import NORM_FLAGS, layers_of, load_head, read_head
 from eagle3_xla.errors import UserError
 from eagle3_xla.outputs import claim_output, write_run_file
 from eagle3_xla.storage import Location
-from eagle3_xla.target.families import linear_rows, load_target_config, norm_offset
+from eagle3_xla.target.families import aux_layers, linear_rows, load_target_config, norm_offset
 from eagle3_xla.target.model import Target, TargetStates, open_target
 from eagle3_xla.target.states import StatesOf, StatesStore
 from eagle3_xla.train.heldout import HeldOut
@@ -108,6 +108,9 @@ def set_up(recipe: Recipe, stopping: list[str], hosts: Hosts) -> Run:
     if settings.warm_start:  # keeps the head's own vocabulary: its lm_head rows mean nothing under another
         warm_saved = read_head(settings.warm_start)
         warm_head, d2t = load_head(warm_saved)
+        wanted = draft_config(config, len(d2t), recipe.draft)
+        layers = layers_of(warm_saved, config.num_hidden_layers)
+        refuse_other_head(warm_head.config, wanted, settings.warm_start, layers, aux_layers(config.num_hidden_layers))
         data.draft_ids = draft_ids_of(d2t)
     target = open_target(recipe.target.path, getattr(torch, recipe.target.dtype), data.draft_ids)
     target_config = target.model.config
@@ -120,9 +123,6 @@ def set_up(recipe: Recipe, stopping: list[str], hosts: Hosts) -> Run:
 
     lm_head_rows = linear_rows(target_config, target.draft_rows.float())
     head = Eagle3Head(draft_config(target_config, len(data.draft_ids), recipe.draft))
-    if warm_head is not None:
-        layers = layers_of(warm_saved, target_config.num_hidden_layers)
-        refuse_other_head(warm_head.config, head.config, settings.warm_start, layers, target.layers)
     d2t, t2d = d2t_t2d(data.draft_ids, target_config.vocab_size)
     target = backend.place_target(target)
     backend.settle()
