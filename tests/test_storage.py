@@ -4,6 +4,7 @@ import asyncio
 import os
 import random
 
+import gcsfs
 import pytest
 
 from eagle3_xla import storage
@@ -80,6 +81,27 @@ def test_copies_are_made_once_for_each_version(gcs):
     assert (renewed / "a.txt").read_text() == "three" and (folder / "a.txt").read_text() == "one"
     assert (renewed / "below/b.txt").resolve() == (folder / "below/b.txt").resolve()
     assert storage.read_range(f"{url}/a.txt", 1, 3) == b"hre"
+
+
+def test_what_grows_while_it_is_copied(gcs, monkeypatch):
+    """gcsfs asks for a file's size once and sends it in parts when it is large."""
+    url = f"{gcs.url}/growing-meanwhile"
+    local = storage.LocalFolder(url)
+    log = local.path / "metrics.jsonl"
+    log.write_bytes(b"x" * (6 << 20))
+    sent = gcsfs.core.upload_chunk
+
+    async def row_meanwhile(*arguments):
+        with log.open("a") as file:
+            file.write("row\n")
+        return await sent(*arguments)
+
+    monkeypatch.setattr(gcsfs.core, "upload_chunk", row_meanwhile)
+    local.upload()
+    assert storage.read(f"{url}/metrics.jsonl") == b"x" * (6 << 20)
+    monkeypatch.undo()
+    local.upload()
+    assert storage.read(f"{url}/metrics.jsonl") == log.read_bytes()
 
 
 def test_what_grows_is_copied_when_it_has_changed(gcs):

@@ -321,7 +321,9 @@ class LocalFolder:
             return
         for name, version in files(self.path).items():
             if self._sent.get(name) != version and not name.startswith("."):  # .work, .partial-*
-                upload(self.path / name, join(self.location, name))
+                target = join(self.location, name)
+                with scratch(target) as folder:  # a copy: the store refuses a file that grows on its way
+                    upload(Path(shutil.copy(self.path / name, folder)), target)
                 self._sent[name] = version
 
 
