@@ -22,6 +22,8 @@ from eagle3_xla.config import load_recipe
 from eagle3_xla.data.prepare import prepare
 from eagle3_xla.errors import UserError
 from eagle3_xla.train.loop import train
+from eagle3_xla.train.reporting import Reporter
+from eagle3_xla.xla.backend import make_backend
 
 
 def at(step: int, tau: float | None = None) -> checkpoints.Checkpoint:
@@ -251,3 +253,14 @@ def test_a_run_on_a_full_disk_exits_1_and_goes_on_later(small_run, tmp_path, dis
     rows = [json.loads(line) for line in (tmp_path / "full" / "metrics.jsonl").read_text().splitlines()]
     assert {row["step"] for row in rows if "loss" in row} == set(range(1, 17))
     shutil.rmtree(tmp_path / "full")
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")  # of tensorboard's thread
+def test_a_tracker_on_a_full_disk_hides_no_failure(small_run, capsys):
+    recipe = load_recipe(None, [*small_run, "train.tracker=tensorboard"])
+    reporter = Reporter(recipe.train, 4, 0, dataclasses.asdict(recipe), make_backend(recipe.xla))
+    with pytest.raises(checkpoints.SaveFailed, match="a whole one remains"), file_size_limit(16):
+        with contextlib.closing(reporter):
+            reporter.log_heldout(1, {"tau": 1.5, "acceptance": [0.5], "sources": {}})
+            raise checkpoints.SaveFailed("a whole one remains")
+    assert capsys.readouterr().err.count("is not logged") == 1

@@ -158,8 +158,11 @@ class Reporter:
 
     def close(self) -> None:
         self.bar.close()
-        if self.tracker:
-            self.tracker.finish()
+        try:
+            if self.tracker:
+                self.tracker.finish()
+        except OSError as error:  # it writes now what it had kept
+            self._complain(error)
         self.upload()
 
     def upload(self) -> None:
