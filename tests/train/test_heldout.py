@@ -3,6 +3,7 @@
 import json
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -12,8 +13,11 @@ from eagle3_xla.config import load_recipe
 from eagle3_xla.data.prepare import prepare
 from eagle3_xla.errors import UserError
 from eagle3_xla.export import export
+from eagle3_xla.target.families import load_target_config
+from eagle3_xla.train import heldout, reporting
+from eagle3_xla.train.flops import flops_per_token
 from eagle3_xla.train.loop import train
-from eagle3_xla.train.step import TrainStep
+from eagle3_xla.train.step import TrainStep, unpack_metrics
 
 
 def rows_of(out) -> list[dict]:
@@ -102,16 +106,52 @@ def test_rows_of_two_lengths_compile_once_each(small_run, forks):
     assert rows[-1].get("compilations", rows[-2].get("compilations")) == 4
 
 
-def test_figures_of_a_run_and_its_trace(small_run, forks, tmp_path):
+def test_figures_of_a_run_and_its_trace(small_run, small_target, forks, tmp_path):
     prepare(load_recipe(None, small_run))
     settings = [f"--{setting}" for setting in [*small_run, "xla.peak_tflops=0.05"]]
+    settings += ["--data.row_length=2048", "--data.draft_vocab_size=32000"]  # not what was prepared
     done = forks.run("train", "--profile", "--json", "--device", "cpu", *settings)
     assert done.returncode == 0, done.stderr
     assert list((tmp_path / "run" / "profile").rglob("*.json*"))
     row = next(row for row in rows_of(tmp_path / "run") if row["step"] == 6 and "loss" in row)
     assert 0 < row["mfu"] < 1 and row["memory_gib"] > 0.1 and row["host_seconds_per_step"] > 0
+    flops = flops_per_token(load_target_config(str(small_target)), load_recipe(None, small_run))
+    assert row["mfu"] * 0.05e12 == pytest.approx(flops * row["tokens_per_second"])
     assert {"loss", "acc", "tokens_per_second", "compilations", "lr", "gradient_norm"} <= row.keys()
     waits = [f"{what}_wait_seconds" for what in ("input", "save", "evaluation")]
     assert all(row[name] >= 0 for name in waits)
     assert all(sum(row.get(name, 0) for row in rows_of(tmp_path / "run")) > 0 for name in waits)
     assert json.loads(done.stdout)["ended"] == "done"
+
+
+@pytest.mark.parametrize("log_every, eval_every", [(1, 6), (4, 6)])
+def test_speed_on_a_device_that_runs_behind_the_host(small_run, monkeypatch, log_every, eval_every):
+    """Each call takes it a second, during which the host dispatches the next; reading a result waits for it."""
+    clock, free, ready, tokens = 0.0, 0.0, {}, []
+
+    def run_step(step, micro_step, batch, call):
+        nonlocal free
+        free = max(free, clock) + 1
+        result = torch.ones(1 + 6 * 3)
+        ready[id(result)] = free, result
+        tokens.extend([int((batch["document_ids"] > 0).sum())] * (micro_step is not None))
+        return result, torch.ones(())
+
+    def read(result):
+        nonlocal clock
+        clock = max(clock, ready[id(result)][0])
+        return unpack_metrics(result)
+
+    monkeypatch.setattr(TrainStep, "run", run_step)
+    monkeypatch.setattr(TrainStep, "evaluate", lambda step, batch: run_step(step, None, batch, None)[0])
+    for module in (reporting, heldout):
+        monkeypatch.setattr(module, "unpack_metrics", read)
+    monkeypatch.setattr(reporting, "time", SimpleNamespace(perf_counter=lambda: clock))
+    recipe, summary = run(small_run, f"train.log_every={log_every}", f"train.eval_every={eval_every}")
+    rows, since = rows_of(recipe.train.out), 0  # since: when the clock was started
+    assert summary["of"] > 2 * eval_every
+    for row in rows:
+        if "loss" in row:
+            steps = tokens[since : row["step"]]
+            assert row["tokens_per_second"] == pytest.approx(sum(steps) / len(steps)), row["step"]
+        since = row["step"]

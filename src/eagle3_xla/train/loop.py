@@ -76,10 +76,20 @@ class Loop:
         self.settings = run.recipe.train
         self.done, self.ended = run.first_step, ""
         self.tau: float | None = None  # held-out, after the last update
-        self.unlogged: tuple[int, list] | None = None  # steps done, and what the steps since the last log returned
+        # Steps done, what the steps since the last log returned, and their tokens and FLOPs (Reporter.counted).
+        self.unlogged: tuple[int, list, tuple[int, float]] | None = None
         self.path = run.saved and storage.join(run.out, "checkpoints", f"step-{self.done:08d}")  # the last checkpoint
         self.budget = self._compile_budget(allow_recompile)
-        self.flops = {length: flops_per_token(run.target_config, run.recipe, length) for length in run.step.lengths}
+        self.flops = self._flops_per_token()
+
+    def _flops_per_token(self) -> dict[int, float]:
+        """By TTT length. Rows and draft vocabulary are as they were prepared, whatever the settings are now."""
+        run, data = self.run, self.run.data
+        prepared = dataclasses.replace(
+            run.recipe.data, row_length=data.manifest["row_length"], draft_vocab_size=len(data.draft_ids)
+        )
+        recipe = dataclasses.replace(run.recipe, data=prepared)
+        return {length: flops_per_token(run.target_config, recipe, length) for length in run.step.lengths}
 
     def _compile_budget(self, allow_recompile: bool) -> CompileBudget:
         run, say = self.run, self.reporter.say
@@ -119,7 +129,7 @@ class Loop:
                 # Read metrics one step late: the device already has the next step, so the host never makes it wait.
                 self._log()
                 if self.done % settings.log_every == 0 or self.done == last_step:
-                    self.unlogged, window = (self.done, window), []
+                    self.unlogged, window = (self.done, window, reporter.counted()), []
 
                 self.saver.check()
                 if self.done % settings.gradient_accumulation == 0:

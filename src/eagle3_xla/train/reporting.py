@@ -92,19 +92,27 @@ class Reporter:
         self._work += tokens * flops_per_token
         self.bar.update()
 
+    def counted(self) -> tuple[int, float]:
+        """(tokens, FLOPs) of the micro-steps since the last call, or since an evaluation in between."""
+        counted, self._tokens, self._work = (self._tokens, self._work), 0, 0.0
+        return counted
+
     def log(
         self,
         step: int,
         window: list[tuple[torch.Tensor, torch.Tensor | None]],
+        counted: tuple[int, float],
         optimizer: AdamW,
         compilations: int,
     ) -> None:
-        """window: what train/step.py returned for the steps since the last log; reading it waits for these."""
+        """window: what train/step.py returned for the steps since the last log; reading it waits for these.
+        counted: what `counted` said after them; the next step has been dispatched since."""
         losses, _, sums = zip(*(unpack_metrics(vector) for vector, _ in window))
         norms = [float(norm) for _, norm in window if norm is not None]
         now = time.perf_counter()
-        if self._tokens:
-            self._speed, self._work_speed = self._tokens / (now - self._since), self._work / (now - self._since)
+        tokens, work = counted
+        if tokens:
+            self._speed, self._work_speed = tokens / (now - self._since), work / (now - self._since)
         acc = rates(add_up(sums))["acc"]
         row = {
             "step": step,
@@ -120,7 +128,7 @@ class Reporter:
         }
         row |= {f"{what}_wait_seconds": seconds for what, seconds in self._waited.items()}  # since the last row
         self._waited = dict.fromkeys(WAITS, 0.0)
-        self._since, self._tokens, self._work, self._host_seconds, self._steps = now, 0, 0.0, 0.0, 0
+        self._since, self._host_seconds, self._steps = now, 0.0, 0
         if self.backend.peak_flops:
             row["mfu"] = self._work_speed / self.backend.peak_flops
         if memory := self.backend.memory_bytes():
