@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from target.family_models import CONFIGS, SHALLOW, SHALLOW_AUX, VOCABULARY, WINDOW, small_model
+from target.family_models import CONFIGS, LLAMA3, SHALLOW, SHALLOW_AUX, VOCABULARY, WINDOW, YARN, small_model
 from transformers import CONFIG_MAPPING
 
 from eagle3_xla.cli import main
@@ -127,6 +127,18 @@ def test_a_shallow_model_has_every_kind_of_layer():
 
 
 QWEN2 = {"architectures": ["Qwen2ForCausalLM"], "model_type": "qwen2", "num_hidden_layers": 8, "vocab_size": 64}
+LLAMA_31 = {"rope_type": "llama3", **LLAMA3}
+EIGHTFOLD = {"rope_type": "linear", "factor": 8.0}
+GEMMA3 = {  # as transformers 5 writes it, and at the top level too
+    "model_type": "gemma3_text",
+    "rope_theta": 1e6,
+    "rope_scaling": EIGHTFOLD,
+    "rope_local_base_freq": 1e4,
+    "rope_parameters": {
+        "full_attention": EIGHTFOLD | {"rope_theta": 1e6},
+        "sliding_attention": {"rope_type": "default", "rope_theta": 1e4},
+    },
+}
 REFUSED = [
     ({"model_type": "cohere"}, "Cohere scales its logits and shares one norm"),
     ({"model_type": "gpt_neox"}, "GPT-NeoX has LayerNorm"),
@@ -153,7 +165,19 @@ REFUSED = [
     ({"rope_scaling": {"type": "longrope", "short_factor": [1], "long_factor": [1]}}, "of phi3 alone, not of qwen2"),
     ({"rope_scaling": {"rope_type": "yarn", "factor": 4.0}}, "without original_max_position_embeddings"),
     ({"rope_scaling": {"rope_type": "linear", "factor": 4.0, "attention_factor": 2.0}}, "has attention_factor"),
-    ({"rope_parameters": {"rope_theta": 1e6}}, "as transformers 5 writes it"),
+    ({"rope_parameters": {"rope_theta": 1e6}}, r"rope_parameters.rope_theta is .* reads rope_theta \(None\)"),
+    ({"rope_theta": 1e6, "rope_parameters": {"rope_theta": 1e6} | LLAMA_31}, "reads rope_scaling.rope_type"),
+    ({"rope_scaling": YARN, "rope_parameters": YARN | {"beta_fast": 8.0}}, "reads rope_scaling.beta_fast"),
+    ({"rope_scaling": YARN, "rope_parameters": {"rope_type": "default"}}, r"rope_scaling.rope_type \('yarn'\)"),
+    ({"rope_parameters": {"partial_rotary_factor": 0.75}}, r"reads partial_rotary_factor \(1.0\)"),
+    ({"rope_parameters": {"full_attention": {"rope_theta": 1e6}}}, "by layer type .* of gemma3_text alone"),
+    (GEMMA3 | {"rope_scaling": None}, "rope_parameters.full_attention.rope_type is 'linear'"),
+    (GEMMA3 | {"rope_scaling": {"rope_type": "linear", "factor": 4.0}}, "full_attention.factor is 8.0"),
+    (GEMMA3 | {"rope_local_base_freq": None}, r"reads rope_local_base_freq \(None\) at the top level"),
+    (
+        GEMMA3 | {"rope_parameters": {"full_attention": 3, "sliding_attention": {}}},
+        "rope_parameters.full_attention is 3",
+    ),
     ({"is_decoder": True}, "is_decoder is True"),
 ]
 
@@ -164,6 +188,18 @@ def test_refused_with_its_line(changes, line, tmp_path):
     with pytest.raises(UserError, match=line) as raised:
         load_target_config(str(tmp_path))
     assert len(str(raised.value).splitlines()) == 1
+
+
+def test_rope_that_both_transformers_read_alike():
+    longrope = {"type": "longrope", "short_factor": [1.5], "long_factor": [9.0]}
+    phi3 = {"partial_rotary_factor": 0.75, "original_max_position_embeddings": 64}
+    for both in (
+        {"rope_theta": 1e6, "rope_parameters": {"rope_theta": 1000000, "rope_type": "default"}},
+        {"rope_theta": 5e5, "rope_scaling": LLAMA_31, "rope_parameters": LLAMA_31 | {"rope_theta": 5e5}},
+        {"model_type": "phi3", "rope_scaling": longrope, **phi3, "rope_parameters": longrope | phi3},
+        GEMMA3,
+    ):
+        check(QWEN2 | both, "both")
 
 
 @pytest.mark.parametrize("verb", ["prepare", "plan", "train"])

@@ -182,6 +182,36 @@ def _strange_rope(rope: dict) -> str | None:
     return None
 
 
+def _unread_rope(written: dict) -> str | None:
+    """What `rope_parameters`, which the engines' transformers 5 reads and 4.57 doesn't, says beyond the top level."""
+    scaling, newer = written.get("rope_scaling") or {}, written.get("rope_parameters") or {}
+    top = {"original_max_position_embeddings": written.get("original_max_position_embeddings")} | scaling
+    top |= {"rope_type": _rope_type(scaling), "rope_theta": written.get("rope_theta")}
+    top["partial_rotary_factor"] = written.get("partial_rotary_factor", 1.0)
+    said, parts = {"rope_parameters": top}, {"rope_parameters": newer}
+    if any(isinstance(value, dict) for value in newer.values()):  # Gemma-3 has one for each type of layer
+        if written.get("model_type") != "gemma3_text":
+            return f"rope_parameters by layer type ({', '.join(newer)}) are known here of gemma3_text alone"
+        local = {"rope_type": "default", "rope_theta": written.get("rope_local_base_freq")}
+        said = {"rope_parameters.full_attention": top, "rope_parameters.sliding_attention": local}
+        parts = {f"rope_parameters.{layers}": value for layers, value in newer.items()}
+    for where, part in parts.items():
+        if where not in said or not isinstance(part, dict):
+            return f"{where} is {part!r} in config.json, of which nothing is known here"
+        for field, value in part.items():
+            field = "rope_type" if field == "type" else field
+            if value in (None, said[where].get(field)):
+                continue
+            theta = "rope_theta" if said[where] is top else "rope_local_base_freq"
+            places = {"rope_theta": theta, "partial_rotary_factor": field}
+            return (
+                f"{where}.{field} is {value!r}, as transformers 5 writes it, and 4.57, which computes here, reads "
+                f"{places.get(field, f'rope_scaling.{field}')} ({said[where].get(field)!r}) at the top level instead: "
+                "say all of it there too"
+            )
+    return None
+
+
 def aux_layers(num_layers: int) -> tuple[int, int, int]:
     """0-based decoder layers whose outputs feed the head: {1, L//2-1, L-4}, as every engine takes by default.
 
@@ -234,12 +264,8 @@ def check(written: dict, path: str) -> None:
         raise refuse(f"rope_scaling 'longrope' is known here of phi3 alone, not of {kind}")
     if strange := set(written.get("layer_types") or []) - {"full_attention", "sliding_attention"}:
         raise refuse(f"layer_types has {', '.join(sorted(strange))}; known: full_attention, sliding_attention")
-    newer = (written.get("rope_parameters") or {}).get("rope_theta")
-    if newer not in (None, written.get("rope_theta")):
-        raise refuse(
-            "config.json has its RoPE in rope_parameters, as transformers 5 writes it and 4.57 does not read it; put "
-            "rope_theta and rope_scaling at the top level too"
-        )
+    if why := _unread_rope(written):
+        raise refuse(why)
 
 
 def attention_masks(
