@@ -12,7 +12,7 @@ from pathlib import Path
 from eagle3_xla.arguments import parser
 from eagle3_xla.config import load_recipe
 from eagle3_xla.explain import Setting, recipes, settings, source_settings
-from eagle3_xla.target.families import FAMILIES
+from eagle3_xla.target.families import FAMILIES, SGLANG, VLLM
 
 FOLDER = Path(__file__).parent
 NOTE = "<!-- written by `python docs/generate.py`; change the code instead -->"
@@ -85,6 +85,15 @@ def recipes_table() -> str:
     return "\n".join(lines)
 
 
+def families_table() -> str:
+    lines = [f"| `model_type` | its head in {SGLANG} | in {VLLM} |", "|---|---|---|"]
+    for name, family in FAMILIES.items():
+        lines.append(
+            f"| `{name}` | " + " | ".join("yes" if e in family.engines else "no" for e in (SGLANG, VLLM)) + " |"
+        )
+    return "\n".join(lines)
+
+
 def filled(page: str, name: str, content: str) -> str:
     """The page with `content` at its mark."""
     marked = re.compile(rf"<!-- {name} -->(.*?<!-- end of {name} -->)?", re.DOTALL)
@@ -98,7 +107,7 @@ def pages() -> dict[str, str]:
     return {
         "settings.md": settings_page(),
         "verbs.md": verbs_page(),
-        "targets.md": filled(targets, "families", ", ".join(f"`{name}`" for name in FAMILIES) + "."),
+        "targets.md": filled(targets, "families", families_table()),
         "recipes.md": filled(recipes_page, "recipes", recipes_table()),
     }
 

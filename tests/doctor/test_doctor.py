@@ -1,19 +1,21 @@
 """One good export, broken in one thing at a time: each known failure is named, and mended where that is safe."""
 
 import json
+import re
 import shutil
 
 import pytest
 import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
-from transformers import Phi3Config
+from transformers import CohereConfig, Gemma3TextConfig, MixtralConfig, Olmo2Config, Phi3Config
 
-from eagle3_xla.doctor.config_rules import max_positions
+from eagle3_xla.doctor.config_rules import engines, max_positions
 from eagle3_xla.doctor.files import Target
 from eagle3_xla.doctor.run import doctor
 from eagle3_xla.draft.saved import read_head
 from eagle3_xla.errors import UserError
+from eagle3_xla.target.families import SGLANG, VLLM
 
 IDS = "eagle_aux_hidden_state_layer_ids"
 
@@ -243,3 +245,16 @@ def test_a_longrope_target_is_served_within_its_original_context(exported_head):
     )
     found = max_positions(read_head(exported_head), Target("phi3", config, None))
     assert found.status == "warn" and "--max-model-len 256" in found.message
+
+
+def test_engines_that_hand_out_no_hidden_states(exported_head):
+    head = read_head(exported_head)
+    for config, status, part in (
+        (MixtralConfig(), "warn", f"{SGLANG} and {VLLM} can't serve a head for mixtral"),
+        (Gemma3TextConfig(), "warn", f"{VLLM} can't serve a head for gemma3_text: .*; {SGLANG} does"),
+        (Olmo2Config(), "warn", f"^{SGLANG} can't serve .*; {VLLM} does"),
+        (Phi3Config(), "pass", "hand phi3's hidden states"),
+        (CohereConfig(), "pass", "not looked at"),
+    ):
+        found = engines(head, Target("target", config, None))
+        assert found.status == status and re.search(part, found.message), found

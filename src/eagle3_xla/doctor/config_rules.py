@@ -19,7 +19,7 @@ from eagle3_xla.draft.saved import (
     window_of,
 )
 from eagle3_xla.errors import UserError
-from eagle3_xla.target.families import MIN_LAYERS, aux_layers, context_length, is_longrope
+from eagle3_xla.target.families import FAMILIES, MIN_LAYERS, SGLANG, VLLM, aux_layers, context_length, is_longrope
 
 RULED = (
     *FLAGS,
@@ -47,6 +47,23 @@ def architecture(head: SavedHead, target: Target) -> Finding:
     ours = "midlayer.self_attn.q_proj.weight" in head.tensors
     fix = {"architectures": [wanted], "model_type": MODEL_TYPES[wanted]}
     return Finding("architecture", "fail", message, fix if ours else None)
+
+
+def engines(head: SavedHead, target: Target) -> Finding:
+    """Which engines hand the target's hidden states to a head.
+
+    A warning even where none does: the head may be right, and for another release or an engine of one's own; a failure
+    would keep `eval` and `push` from it.
+    """
+    kind = target.config.model_type
+    if kind not in FAMILIES:
+        return Finding("engines", "pass", f"not looked at: {kind} is no family that is trained here")
+    without = [engine for engine in (SGLANG, VLLM) if engine not in FAMILIES[kind].engines]
+    if not without:
+        return Finding("engines", "pass", f"{SGLANG} and {VLLM} hand {kind}'s hidden states to a head")
+    message = f"{' and '.join(without)} can't serve a head for {kind}: the model's class hands no hidden states out; "
+    message += f"{FAMILIES[kind].engines[0]} does" if FAMILIES[kind].engines else "an engine that does so is needed"
+    return Finding("engines", "warn", message)
 
 
 def one_layer(head: SavedHead, target: Target) -> Finding:
@@ -336,6 +353,7 @@ def aux_layer_ids(head: SavedHead, target: Target) -> Finding:
 
 
 RULES = (
+    engines,
     architecture,
     one_layer,
     vocabulary,

@@ -48,11 +48,18 @@ ONLY: dict[str, Any] = {
 BY_LAYER, ALL_LAYERS = "by layer", "all layers"
 
 
-class Family:
-    """fields: of its config.json, beside SHAPE; masks: BY_LAYER, ALL_LAYERS or None (no windows)."""
+# What serves a target's head as released; tests/engines/test_target_classes.py reads it in their sources.
+# SGLang calls `set_eagle3_layers_to_capture` of any target's class, vLLM asks for SupportsEagle3.
+SGLANG, VLLM = "SGLang 0.5.21", "vLLM 0.32"
 
-    def __init__(self, fields: str, masks: str | None = None):
-        self.fields, self.masks = fields.split(), masks
+
+class Family:
+    """fields: of its config.json, beside SHAPE; masks: BY_LAYER, ALL_LAYERS or None (no windows); engines: which of
+    SGLANG and VLLM hand its hidden states to a head.
+    """
+
+    def __init__(self, fields: str, masks: str | None = None, engines: tuple[str, ...] = (SGLANG, VLLM)):
+        self.fields, self.masks, self.engines = fields.split(), masks, engines
 
 
 WINDOWS = "use_sliding_window sliding_window max_window_layers"
@@ -67,22 +74,27 @@ FAMILIES = {
     ),
     "llama": Family("hidden_act attention_bias mlp_bias"),
     "mistral": Family("hidden_act sliding_window", ALL_LAYERS),
-    "mixtral": Family("hidden_act sliding_window num_experts_per_tok num_local_experts", ALL_LAYERS),
+    "mixtral": Family("hidden_act sliding_window num_experts_per_tok num_local_experts", ALL_LAYERS, ()),
     "phi3": Family("hidden_act sliding_window partial_rotary_factor original_max_position_embeddings", ALL_LAYERS),
-    "gemma2": Family(f"{GEMMA} attn_logit_softcapping", BY_LAYER),
-    "gemma3_text": Family(f"{GEMMA} rope_local_base_freq sliding_window_pattern _sliding_window_pattern", BY_LAYER),
+    "gemma2": Family(f"{GEMMA} attn_logit_softcapping", BY_LAYER, ()),
+    "gemma3_text": Family(
+        f"{GEMMA} rope_local_base_freq sliding_window_pattern _sliding_window_pattern", BY_LAYER, (SGLANG,)
+    ),
     "gpt_oss": Family(
         "hidden_act attention_bias sliding_window layer_types num_local_experts num_experts_per_tok experts_per_token "
         "initial_context_length",
         BY_LAYER,
     ),
     "smollm3": Family(
-        f"hidden_act attention_bias mlp_bias no_rope_layers no_rope_layer_interval layer_types {WINDOWS}", BY_LAYER
+        f"hidden_act attention_bias mlp_bias no_rope_layers no_rope_layer_interval layer_types {WINDOWS}",
+        BY_LAYER,
+        (VLLM,),
     ),
-    "olmo2": Family("hidden_act attention_bias"),
+    "olmo2": Family("hidden_act attention_bias", engines=(VLLM,)),
     "granite": Family(
         "hidden_act attention_bias mlp_bias embedding_multiplier logits_scaling residual_multiplier "
-        "attention_multiplier"
+        "attention_multiplier",
+        engines=(VLLM,),
     ),
 }
 
