@@ -58,10 +58,23 @@ def rope_alone(config, tensors):
     config.pop("rope_theta")
 
 
+def biased(*names):
+    """Biases of these projections, promised where all of the attention's are there."""
+
+    def change(config, tensors):
+        for name in names:
+            rows = len(tensors[f"midlayer.{name}_proj.weight"])
+            tensors[f"midlayer.{name}_proj.bias"] = torch.ones(rows)
+        config["attention_bias"] = "self_attn.o" in names
+
+    return change
+
+
 def absolute(d2t):
     return d2t + torch.arange(len(d2t))
 
 
+TWOFOLD = {"rope_type": "linear", "factor": 2.0}
 # what is broken, rule, status, mended by --fix
 BROKEN = {
     "shifted layer ids": (setting(eagle_config={IDS: [2, 4, 5]}), "aux_layers", "fail", True),
@@ -74,7 +87,7 @@ BROKEN = {
     "d2t of another head": (weights("d2t", torch.zeros_like), "d2t", "fail", False),
     "wrong theta": (setting(rope_theta=1e6), "rope_theta", "fail", True),
     "theta where old readers don't look": (rope_alone, "rope_theta", "fail", True),
-    "other RoPE scaling": (setting(rope_scaling={"rope_type": "linear", "factor": 2.0}), "rope_scaling", "fail", True),
+    "other RoPE scaling": (setting(rope_scaling=TWOFOLD), "rope_scaling", "fail", True),
     "2048 positions": (setting(max_position_embeddings=512), "max_position_embeddings", "fail", True),
     "no positions": (without("max_position_embeddings"), "max_position_embeddings", "fail", True),
     "normed output": (setting(norm_output=True), "norm_flags", "fail", True),
@@ -100,6 +113,9 @@ BROKEN = {
     "no head_dim": (setting(head_dim=None, num_attention_heads=16), "heads", "fail", True),
     "other eps": (setting(rms_norm_eps=1e-3), "activation", "fail", True),
     "biases": (setting(attention_bias=True), "biases", "fail", True),
+    "biases that SGLang drops": (biased(*(f"self_attn.{name}" for name in "qkv")), "biases", "fail", False),
+    "biases for vLLM": (biased(*(f"self_attn.{name}" for name in "qkvo")), "biases", "warn", False),
+    "scaled for new readers": (setting(rope_parameters=TWOFOLD), "rope_scaling", "fail", True),
     "renamed weights": (rename("norm.weight", "model.norm.weight"), "tensor_names", "fail", False),
     "fc_norm without its flag": (
         lambda config, tensors: tensors.update({f"fc_norm.{i}.weight": torch.ones(64) for i in range(3)}),
@@ -169,6 +185,19 @@ def test_a_doubt_about_a_foreign_head_is_not_mended(name, exported_head, small_t
     result = doctor(head, str(small_target), fix=True)
     assert status(result, rule) in ("warn", "fail") and not result["fixed"], result["screen"]
     assert (head / "config.json").read_text() == broken
+
+
+def test_what_no_engine_makes_of_a_foreign_head(exported_head, small_target, tmp_path):
+    """Its maker may have trained it so all the same."""
+    for change, rule, mended in (
+        (setting(hidden_act="gelu"), "activation", False),
+        (setting(rope_parameters=TWOFOLD), "rope_scaling", True),
+    ):
+        head = shutil.copytree(exported_head, tmp_path / rule)
+        edit(head, change, foreign=True)
+        assert status(doctor(head, str(small_target)), rule) == "fail"
+        result = doctor(head, str(small_target), fix=True)
+        assert (status(result, rule) != "fail") == mended, result["screen"]
 
 
 def test_foreign_layer_ids(exported_head, small_target, tmp_path):

@@ -16,6 +16,7 @@ from eagle3_xla.draft.saved import (
     UNKNOWN,
     SavedHead,
     layer_ids,
+    scaling_of,
     window_of,
 )
 from eagle3_xla.errors import UserError
@@ -196,13 +197,17 @@ def rope_theta(head: SavedHead, target: Target) -> Finding:
 def rope_scaling(head: SavedHead, target: Target) -> Finding:
     given = head.config.get("rope_scaling") or None
     wanted = head.record["rope_scaling"] if head.record else (getattr(target.config, "rope_scaling", None) or None)
-    if given == wanted:
+    of_new = scaling_of(head.config)  # also those under rope_parameters
+    if given == of_new == wanted:
         if given and given.get("type") not in ("linear", "dynamic"):
             message = f"{given}: SafeAILab's code knows `type` linear and dynamic only and stops; the engines load it"
             return Finding("rope_scaling", "warn", message)
         return Finding("rope_scaling", "pass", f"{given}")
+    if given != of_new and not head.record:
+        message = f"rope_scaling {of_new} is in rope_parameters alone: readers before transformers 5 scale nothing"
+        return Finding("rope_scaling", "fail", message, {"rope_scaling": of_new})
     whose = "trained with" if head.record else "the target's"
-    message = f"rope_scaling is {given}, {whose} {wanted}: positions are scaled otherwise than in training"
+    message = f"rope_scaling is {of_new}, {whose} {wanted}: positions are scaled otherwise than in training"
     if not head.record:
         return Finding("rope_scaling", "warn", message)
     nested = {"rope_theta": head.record["rope_theta"], **(wanted or {"rope_type": "default"})}
@@ -215,6 +220,9 @@ def activation(head: SavedHead, target: Target) -> Finding:
     given = {key: head.config.get(key, value) for key, value in assumed.items()}
     wanted = {key: (head.record or {}).get(key, getattr(target.config, key, given[key])) for key in assumed}
     wrong = {key: value for key, value in wanted.items() if given[key] != value}
+    if given["hidden_act"] != "silu" and not (head.record and wrong):
+        message = f"hidden_act is {given['hidden_act']}: SGLang and vLLM have silu alone for a head and refuse to start"
+        return Finding("activation", "fail", message)
     if not wrong:
         return Finding("activation", "pass", f"{given['hidden_act']}, eps {given['rms_norm_eps']}")
     text = ", ".join(f"{key} is {given[key]}, {value} was trained" for key, value in wrong.items())
@@ -283,11 +291,24 @@ def window(head: SavedHead, target: Target) -> Finding:
 
 
 def biases(head: SavedHead, target: Target) -> Finding:
+    """SGLang builds q, k, v and the MLP without biases whatever config.json says; vLLM goes by it."""
     wrong = [key for key in ("attention_bias", "mlp_bias", "bias") if head.config.get(key)]
-    if not wrong or any(name.endswith(".bias") for name in head.tensors):
-        return Finding("biases", "pass", "none promised that the weights lack" if not wrong else "as the weights")
-    message = f"{', '.join(wrong)} set, and the weights have no bias: engines add biases that no weight fills"
-    return Finding("biases", "fail", message, dict.fromkeys(wrong, False))
+    found = {name for name in head.tensors if name.endswith(".bias")}
+    if not wrong and not found:
+        return Finding("biases", "pass", "none")
+    if not found:
+        message = f"{', '.join(wrong)} set, and the weights have no bias: engines add biases that no weight fills"
+        return Finding("biases", "fail", message, dict.fromkeys(wrong, False))
+    parts = {"attention_bias": ("self_attn", "qkvo"), "mlp_bias": ("mlp", ("gate", "up", "down"))}
+    promised = {f"midlayer.{parts[key][0]}.{name}_proj.bias" for key in wrong if key in parts for name in parts[key][1]}
+    if found == promised and "bias" not in wrong:
+        message = f"{', '.join(wrong)}: vLLM 0.32 alone adds the biases, SGLang drops those of q, k, v and the MLP "
+        return Finding("biases", "warn", message + "without a word; `eval` and `gap` here refuse the head")
+    differ = ", ".join(sorted(found ^ promised)) or "bias"
+    message = f"the weights have biases, and not those that config.json promises ({differ}): SGLang drops those of "
+    return Finding(
+        "biases", "fail", message + "q, k, v and the MLP without a word, vLLM stops at one it doesn't expect"
+    )
 
 
 def tied(head: SavedHead, target: Target) -> Finding:

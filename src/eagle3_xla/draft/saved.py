@@ -271,16 +271,20 @@ def module_config(head: SavedHead, force: bool = False) -> LlamaConfig:
     )
 
 
+def scaling_of(config: dict) -> dict | None:
+    """The RoPE scaling as new readers take it: rope_scaling, else what rope_parameters says beside rope_theta."""
+    nested = {name: value for name, value in (config.get("rope_parameters") or {}).items() if name != "rope_theta"}
+    scaled = nested.get("rope_type", nested.get("type", "default")) != "default"
+    return config.get("rope_scaling") or (nested if scaled else None)
+
+
 def _rope(head: SavedHead) -> tuple[float, dict | None]:
     """(rope_theta, rope_scaling): at the top level for old readers, in rope_parameters for new ones."""
-    nested = dict(head.config.get("rope_parameters") or {})
-    theta, of_new = head.config.get("rope_theta"), nested.pop("rope_theta", None)
+    nested = head.config.get("rope_parameters") or {}
+    theta, of_new = head.config.get("rope_theta"), nested.get("rope_theta")
     if None not in (theta, of_new) and theta != of_new:
         raise UserError(f"{head.file}: rope_theta is {theta} at the top level and {of_new} in rope_parameters")
-    scaling = head.config.get("rope_scaling") or None
-    if scaling is None and nested.get("rope_type", "default") != "default":
-        scaling = nested
-    return float(theta or of_new or 10000.0), scaling
+    return float(theta or of_new or 10000.0), scaling_of(head.config)
 
 
 def _with_rotation(head: SavedHead, scaling: dict | None, **sizes: Any) -> LlamaConfig:
