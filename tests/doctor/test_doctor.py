@@ -8,9 +8,18 @@ import pytest
 import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
-from transformers import CohereConfig, Gemma3TextConfig, MixtralConfig, Olmo2Config, Phi3Config
+from transformers import (
+    CohereConfig,
+    Gemma3TextConfig,
+    MistralConfig,
+    MixtralConfig,
+    Olmo2Config,
+    Phi3Config,
+    Qwen2Config,
+    Qwen3MoeConfig,
+)
 
-from eagle3_xla.doctor.config_rules import engines, max_positions
+from eagle3_xla.doctor.config_rules import engines, max_positions, window
 from eagle3_xla.doctor.files import Target
 from eagle3_xla.doctor.run import doctor
 from eagle3_xla.draft.saved import read_head
@@ -74,6 +83,7 @@ def absolute(d2t):
     return d2t + torch.arange(len(d2t))
 
 
+WINDOWED = setting(sliding_window=12, layer_types=["sliding_attention"])
 TWOFOLD = {"rope_type": "linear", "factor": 2.0}
 # what is broken, rule, status, mended by --fix
 BROKEN = {
@@ -287,3 +297,22 @@ def test_engines_that_hand_out_no_hidden_states(exported_head):
     ):
         found = engines(head, Target("target", config, None))
         assert found.status == status and re.search(part, found.message), found
+
+
+def test_a_window_that_vllm_lends_to_the_head(exported_head, tmp_path):
+    head = read_head(exported_head)
+    for config, seen in (
+        (MistralConfig(sliding_window=4096), 4096),
+        (Qwen3MoeConfig(use_sliding_window=True, sliding_window=100), 100),
+        (Qwen2Config(use_sliding_window=True, sliding_window=100, max_window_layers=0), 100),
+        (MistralConfig(sliding_window=None), None),
+        (Phi3Config(sliding_window=2048, max_position_embeddings=2048), None),
+        (Qwen2Config(use_sliding_window=True, sliding_window=100, max_window_layers=2), None),
+        (Gemma3TextConfig(), None),
+    ):
+        found = window(head, Target("target", config, None))
+        assert found.status == ("warn" if seen else "pass"), (config, found)
+        assert not seen or f"train with draft.window={seen}" in found.message
+    edit(shutil.copytree(exported_head, tmp_path / "head"), WINDOWED, foreign=True)
+    found = window(read_head(tmp_path / "head"), Target("target", MistralConfig(), None))
+    assert "draft.window" not in found.message  # one of its own, which vLLM goes by

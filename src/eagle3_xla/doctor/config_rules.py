@@ -283,11 +283,27 @@ def window(head: SavedHead, target: Target) -> Finding:
         message = f"the head sees {given} positions: vLLM reads that here, SGLang is to be told by "
         message += f"--speculative-draft-window-size {given - 1} (without a row's own), sglang-jax sees all of them"
         return Finding("window", "warn", message)
+    if lent := _lent_window(target.config):
+        message = (
+            f"none, and vLLM 0.32 puts the target's on a head without one: it sees {lent} positions there, all of "
+        )
+        return Finding(
+            "window", "warn", message + f"them in training and in SGLang; for vLLM train with draft.window={lent}"
+        )
     size, types = head.config.get("sliding_window"), head.config.get("layer_types")
     if (size is None or head.config.get("use_sliding_window") is False) and types in UNKNOWN["layer_types"]:
         return Finding("window", "pass", "none")
     message = f"sliding_window is {size} and layer_types {types}: engines read a window where both say so; "
     return Finding("window", "warn", message + "`eval` and `gap` here refuse the head")
+
+
+def _lent_window(config: Any) -> int | None:
+    """The target's window where vLLM has it for every layer that names none: the head's too, whose cache_config is the
+    target's (engine/arg_utils.py, layers/attention/attention.py). None for one as long as the context.
+    """
+    size = getattr(config, "sliding_window", None)
+    windowed = {*(getattr(config, "layer_types", None) or ["sliding_attention"])} == {"sliding_attention"}
+    return size if windowed and size and size < context_length(config) else None
 
 
 def biases(head: SavedHead, target: Target) -> Finding:
