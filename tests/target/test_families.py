@@ -129,6 +129,11 @@ def test_a_shallow_model_has_every_kind_of_layer():
 QWEN2 = {"architectures": ["Qwen2ForCausalLM"], "model_type": "qwen2", "num_hidden_layers": 8, "vocab_size": 64}
 LLAMA_31 = {"rope_type": "llama3", **LLAMA3}
 EIGHTFOLD = {"rope_type": "linear", "factor": 8.0}
+GEMMA2 = {  # as Google writes it
+    "model_type": "gemma2",
+    "hidden_act": "gelu_pytorch_tanh",
+    "hidden_activation": "gelu_pytorch_tanh",
+}
 GEMMA3 = {  # as transformers 5 writes it, and at the top level too
     "model_type": "gemma3_text",
     "rope_theta": 1e6,
@@ -159,6 +164,8 @@ REFUSED = [
     ({"layer_types": ["full_attention"] * 7 + ["chunked_attention"]}, "layer_types has chunked_attention"),
     ({"model_type": "gemma3_text", "use_bidirectional_attention": True}, "use_bidirectional_attention is True"),
     ({"model_type": "gemma3_text", "attn_logit_softcapping": 30.0}, "transformers' Gemma-3 leaves out"),
+    (GEMMA2 | {"hidden_act": "gelu"}, "hidden_act is 'gelu' and hidden_activation, .*, 'gelu_pytorch_tanh'"),
+    ({"model_type": "gemma2", "hidden_act": "gelu"}, "hidden_act is 'gelu' and hidden_activation, .*, None"),
     ({"model_type": "gpt_oss", "swiglu_limit": 5.0}, "swiglu_limit is 5.0 in config.json; only 7.0"),
     ({"rope_scaling": {"rope_type": "dynamic", "factor": 2.0}}, "rope_scaling 'dynamic': transformers changes"),
     ({"rope_scaling": {"type": "longrope", "short_factor": [1.0]}}, "rope_scaling 'longrope' without long_factor"),
@@ -200,6 +207,10 @@ def test_rope_that_both_transformers_read_alike():
         GEMMA3,
     ):
         check(QWEN2 | both, "both")
+
+
+def test_an_activation_that_is_said_twice():
+    check(QWEN2 | GEMMA2, "gemma-2-2b-it")
 
 
 @pytest.mark.parametrize("verb", ["prepare", "plan", "train"])

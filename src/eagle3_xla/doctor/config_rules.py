@@ -218,7 +218,8 @@ def activation(head: SavedHead, target: Target) -> Finding:
     """hidden_act and rms_norm_eps: what they are when missing, and what they should be."""
     assumed = {"hidden_act": "silu", "rms_norm_eps": 1e-6}
     given = {key: head.config.get(key, value) for key, value in assumed.items()}
-    wanted = {key: (head.record or {}).get(key, getattr(target.config, key, given[key])) for key in assumed}
+    wanted = {"hidden_act": "silu", "rms_norm_eps": getattr(target.config, "rms_norm_eps", given["rms_norm_eps"])}
+    wanted |= {key: head.record[key] for key in assumed} if head.record else {}
     wrong = {key: value for key, value in wanted.items() if given[key] != value}
     if given["hidden_act"] != "silu" and not (head.record and wrong):
         message = f"hidden_act is {given['hidden_act']}: SGLang and vLLM have silu alone for a head and refuse to start"

@@ -76,7 +76,7 @@ FAMILIES = {
     "mistral": Family("hidden_act sliding_window", ALL_LAYERS),
     "mixtral": Family("hidden_act sliding_window num_experts_per_tok num_local_experts", ALL_LAYERS, ()),
     "phi3": Family("hidden_act sliding_window partial_rotary_factor original_max_position_embeddings", ALL_LAYERS),
-    "gemma2": Family(f"{GEMMA} attn_logit_softcapping", BY_LAYER, ()),
+    "gemma2": Family(f"{GEMMA} hidden_act attn_logit_softcapping", BY_LAYER, ()),
     "gemma3_text": Family(
         f"{GEMMA} rope_local_base_freq sliding_window_pattern _sliding_window_pattern", BY_LAYER, (SGLANG,)
     ),
@@ -260,6 +260,9 @@ def check(written: dict, path: str) -> None:
         raise refuse(f"not a causal LM: its config.json says architectures {architectures}")
     if kind == "gemma3_text" and written.get("attn_logit_softcapping"):
         raise refuse("attn_logit_softcapping is set, which transformers' Gemma-3 leaves out")
+    act, activation = written.get("hidden_act"), written.get("hidden_activation")
+    if kind == "gemma2" and act not in (None, activation):
+        raise refuse(f"hidden_act is {act!r} and hidden_activation, which transformers' Gemma-2 reads, {activation!r}")
     family = FAMILIES[kind]
     known = {*SHAPE, *WITHOUT_EFFECT, *family.fields}
     for field, value in written.items():
