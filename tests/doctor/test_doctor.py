@@ -22,7 +22,7 @@ from transformers import (
 from eagle3_xla.doctor.config_rules import engines, max_positions, window
 from eagle3_xla.doctor.files import Target
 from eagle3_xla.doctor.run import doctor
-from eagle3_xla.draft.saved import read_head
+from eagle3_xla.draft.saved import layers_of, read_head
 from eagle3_xla.errors import UserError
 from eagle3_xla.target.families import SGLANG, VLLM
 
@@ -225,6 +225,26 @@ def test_foreign_layer_ids(exported_head, small_target, tmp_path):
         edit(head, setting(**{"eagle_config": {IDS: inner}, IDS: top}), foreign=True)
         assert status(doctor(head, str(small_target)), "aux_layers") == expected, (inner, top)
         assert (status(doctor(head, str(small_target), fix=True), "aux_layers") == "pass") == mended, (inner, top)
+
+
+def test_foreign_layer_ids_that_a_runner_of_vllm_reads_alone(exported_head, small_target, tmp_path):
+    head = shutil.copytree(exported_head, tmp_path / "head")
+    for nested, says, layers in (
+        ({"layer_ids": [2, 4, 5]}, "the default ones", (1, 3, 4)),
+        (
+            {"layer_ids": [1, 3, 6]},
+            r"SGLang .* \[1, 3, 4\], vLLM \[1, 3, 4\] by its V1 .* \[0, 2, 5\] by its V2",
+            (0, 2, 5),
+        ),
+        ({IDS: [1, 3, 5]}, r"SGLang .* \[1, 3, 5\], vLLM \[0, 2, 4\] by its V1 .* \[1, 3, 4\] by its V2", (1, 3, 5)),
+        ({"layer_ids": [0, 2, 5]}, r"layer_ids of eagle_config is \[0, 2, 5\]; three distinct layers in 1..8", None),
+    ):
+        edit(head, setting(eagle_config=nested), foreign=True)
+        rules = doctor(head, str(small_target))["rules"]
+        found = next(rule for rule in rules if rule["rule"] == "aux_layers")
+        assert re.search(says, found["message"]) and (found["status"] == "pass") == (layers == (1, 3, 4)), found
+        if layers:
+            assert layers_of(read_head(head), 8) == layers
 
 
 def test_targets(exported_head, small_target, tmp_path):

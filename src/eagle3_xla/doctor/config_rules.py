@@ -12,6 +12,7 @@ from eagle3_xla.draft.saved import (
     FLAGS,
     LAYER_IDS,
     MODEL_TYPES,
+    NESTED_IDS,
     QK_NORM_ARCHITECTURE,
     UNKNOWN,
     SavedHead,
@@ -364,23 +365,24 @@ def aux_layer_ids(head: SavedHead, target: Target) -> Finding:
     default, config, key = list(aux_layers(number)), head.config, LAYER_IDS
     nested = config.get("eagle_config") or {}
     try:
-        ids = layer_ids(config, number)
+        read = {engine: ids or default for engine, ids in layer_ids(config, number).items()}
     except UserError as error:
         return Finding("aux_layers", "fail", str(error))
-    sglang, vllm = ids["sglang"] or default, ids["vllm"] or default
+    sglang, v1, v2 = read.values()
     trained = default if head.record else None
-    rest = {name: value for name, value in nested.items() if name != key}
+    rest = {name: value for name, value in nested.items() if name not in (key, NESTED_IDS)}
     fix = {name: value for name, value in ((key, None), ("eagle_config", rest or None)) if name in config}
     if nested.get("use_aux_hidden_state") is False:
         message = "eagle_config.use_aux_hidden_state is false: engines then hand the last hidden state to fc"
         return Finding("aux_layers", "fail", message, {"eagle_config": {**nested, "use_aux_hidden_state": True}})
-    says = f"SGLang would capture layers {sglang}, vLLM {vllm}"
-    if sglang == vllm == default:
+    says = f"SGLang would capture layers {sglang}, vLLM "
+    says += f"{v1}" if v1 == v2 else f"{v1} by its V1 runner, {v2} by its V2, which runs where Triton is"
+    if sglang == v1 == v2 == default:
         return Finding("aux_layers", "pass", f"{default}, the default ones")
     if trained:
         message = f"{says}; the head was trained on {trained}: acceptance falls (3.40 -> 2.01 for ids off by one)"
         return Finding("aux_layers", "fail", message, fix)
-    if sglang != vllm:
+    if not sglang == v1 == v2:
         message = f"{says}: one of them is wrong; vLLM counts Hugging Face's hidden_states, so its ids go to the top "
         message += "level, one higher than those under eagle_config"
         return Finding("aux_layers", "fail", message, fix if sglang == default else None)

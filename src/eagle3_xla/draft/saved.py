@@ -38,6 +38,7 @@ TRAINED = (
     "rope_scaling",
 )
 LAYER_IDS = "eagle_aux_hidden_state_layer_ids"
+NESTED_IDS = "layer_ids"  # under eagle_config
 MAPPINGS = ("eagle_config", "rope_parameters", "rope_scaling")
 SIZES = (
     "vocab_size",
@@ -344,27 +345,32 @@ def d2t_problem(offsets: torch.Tensor, vocab_size: int, rows: int) -> str | None
 def layer_ids(config: dict, number_of_layers: int) -> dict[str, list[int] | None]:
     """The target's 0-based decoder layers that config.json asks for, as each engine reads it; None: the default ones.
 
-    SGLang: ids under eagle_config are layers. vLLM: ids at the top level, else those under eagle_config, are indices of
-    Hugging Face's hidden_states, one more than the layer. Raises UserError unless they are three distinct layers.
+    SGLang: eagle_aux_hidden_state_layer_ids under eagle_config are layers. vLLM: those at the top level are indices of
+    Hugging Face's hidden_states, one more than the layer; without them its V1 runner (v1/worker/gpu_model_runner.py)
+    takes those under eagle_config, its V2 runner (v1/worker/gpu/spec_decode/eagle/eagle3_utils.py), which runs where
+    Triton is, `layer_ids` under eagle_config. Raises UserError unless they are three distinct layers.
     """
-    inner, top = (config.get("eagle_config") or {}).get(LAYER_IDS), config.get(LAYER_IDS)
-    for ids, first in ((inner, 0), (top, 1)):
+    nested, top = config.get("eagle_config") or {}, config.get(LAYER_IDS)
+    inner, of_v2 = nested.get(LAYER_IDS), nested.get(NESTED_IDS)
+    for name, ids, first in (
+        (f"{LAYER_IDS} of eagle_config", inner, 0),
+        (f"{NESTED_IDS} of eagle_config", of_v2, 1),
+        (LAYER_IDS, top, 1),
+    ):
         whole = isinstance(ids, list) and all(isinstance(i, int) and not isinstance(i, bool) for i in ids)
         if ids is not None and not (
             whole and len(set(ids)) == len(ids) == 3 and first <= min(ids) and max(ids) < number_of_layers + first
         ):
-            place = "" if first else " of eagle_config"
             span = f"{first}..{number_of_layers - 1 + first}"
-            raise UserError(f"{LAYER_IDS}{place} is {shown(ids)}; three distinct layers in {span} are expected")
-    of_vllm = top or inner
-    return {"sglang": inner, "vllm": of_vllm and [i - 1 for i in of_vllm]}
+            raise UserError(f"{name} is {shown(ids)}; three distinct layers in {span} are expected")
+    v1, v2 = ([i - 1 for i in ids] if ids else None for ids in (top or inner, top or of_v2))
+    return {"SGLang": inner, "vLLM V1": v1, "vLLM V2": v2}
 
 
 def layers_of(head: SavedHead, number_of_layers: int) -> tuple[int, ...] | None:
     """The layers that `eval` reads: SGLang's ids where there are any, else vLLM's; None: the default ones."""
     try:
-        ids = layer_ids(head.config, number_of_layers)
+        found = layer_ids(head.config, number_of_layers)
     except UserError as error:
         raise UserError(f"{head.file}: {error}") from None
-    layers = ids["sglang"] or ids["vllm"]
-    return tuple(layers) if layers else None
+    return next((tuple(layers) for layers in found.values() if layers), None)
