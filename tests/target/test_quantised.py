@@ -41,10 +41,12 @@ def compressed(strategy, **more):
     return {"quant_method": "compressed-tensors", "config_groups": {"group_0": {"weights": weights}}}
 
 
+ROTATED = {"type": "hadamard", "apply": [{"targets": ["Linear"], "location": "input"}]}
+HADAMARD = {"transform_config": {"config_groups": {"R1": ROTATED}}}
 FORMS = {
     "block": (by_block, "_scale_inv", {"quant_method": "fp8", "weight_block_size": BLOCK}),
     "compressed, channels": (by_channel, "_scale", compressed("channel")),
-    "compressed, tensors": (by_tensor, "_scale", compressed("tensor")),
+    "compressed, tensors": (by_tensor, "_scale", compressed("tensor") | {"transform_config": {}}),
     "compressed, blocks": (by_block, "_scale", compressed("block", block_structure=BLOCK)),
 }
 
@@ -111,10 +113,11 @@ def test_mxfp4_is_what_transformers_makes_of_it(tmp_path):
         ({"quant_method": "awq", "bits": 4}, "quantised by AWQ"),
         ({"quant_method": "bitsandbytes", "load_in_4bit": True}, "quantised by bitsandbytes"),
         (compressed("group", type="int", num_bits=4), "compressed-tensors with int4 weights in groups"),
+        (compressed("channel") | HADAMARD, r"with rotations in the forward pass \(transform_config\)"),
         ({"quant_method": "fp8"}, "model.layers.0.self_attn.q_proj.weight is FP8 without"),
         (None, "model.layers.0.self_attn.q_proj.weight is int8, of an unknown quantisation"),
     ],
-    ids=["GPTQ", "AWQ", "bitsandbytes", "int4", "no scales", "integers"],
+    ids=["GPTQ", "AWQ", "bitsandbytes", "int4", "rotations", "no scales", "integers"],
 )
 def test_refused(config, line, tmp_path):
     small_model("qwen2").save_pretrained(tmp_path)

@@ -16,6 +16,8 @@ def refusal(quantization: dict) -> str | None:
     if not quantization or method in ("fp8", "mxfp4"):
         return None
     if method == "compressed-tensors":
+        if (quantization.get("transform_config") or {}) not in ({}, {"config_groups": {}}):
+            return f"compressed-tensors with rotations in the forward pass (transform_config) is not read; {ORIGINAL}"
         for group in quantization.get("config_groups", {}).values():
             weights = group.get("weights") or {}
             kind = f"{weights.get('type')}{weights.get('num_bits')} weights in {weights.get('strategy')}s"
