@@ -168,6 +168,7 @@ REFUSED = [
     ({"model_type": "gemma2", "hidden_act": "gelu"}, "hidden_act is 'gelu' and hidden_activation, .*, None"),
     ({"model_type": "gpt_oss", "swiglu_limit": 5.0}, "swiglu_limit is 5.0 in config.json; only 7.0"),
     ({"rope_scaling": {"rope_type": "dynamic", "factor": 2.0}}, "rope_scaling 'dynamic': transformers changes"),
+    ({"rope_scaling": {"rope_type": ["yarn"]}}, r"rope_scaling \['yarn'\]: unknown here; known: default, linear"),
     ({"rope_scaling": {"type": "longrope", "short_factor": [1.0]}}, "rope_scaling 'longrope' without long_factor"),
     ({"rope_scaling": {"type": "longrope", "short_factor": [1], "long_factor": [1]}}, "of phi3 alone, not of qwen2"),
     ({"rope_scaling": {"rope_type": "yarn", "factor": 4.0}}, "without original_max_position_embeddings"),

@@ -184,8 +184,8 @@ def _rope_type(rope: dict) -> str:
 def _strange_rope(rope: dict) -> str | None:
     """Why this rope_scaling is not the same in transformers and in the engines."""
     kind = _rope_type(rope)
-    if kind not in ROPE:
-        return f"rope_scaling {kind!r}: " + ROPE_REFUSED.get(kind, f"unknown here; known: {', '.join(ROPE)}")
+    if not isinstance(kind, str) or kind not in ROPE:
+        return f"rope_scaling {kind!r}: " + ROPE_REFUSED.get(str(kind), f"unknown here; known: {', '.join(ROPE)}")
     given = {field for field, value in rope.items() if value is not None} - {"rope_type", "type"}
     if missing := [field for field in ROPE[kind] if field not in given]:
         return f"rope_scaling {kind!r} without {', '.join(missing)}, which vLLM needs"
