@@ -8,8 +8,9 @@
 #     --restarts=N      start again so often after a signal ended the training (3)
 #     --dry-run         print the commands, run none
 # Everything else goes to `eagle3-xla train`. SIGTERM, Ctrl-C and Google's preemption notice reach the training alone:
-# it saves and this script exits 0. A training that any other signal ended (out of memory, a crash of the runtime, a
-# lost peer) is started again and continues from its last checkpoint; one that explained its failure is not.
+# it saves and this script exits 0, after a preemption 75: to be started again. A training that any other signal ended
+# (out of memory, a crash of the runtime, a lost peer) is started again here and continues from its last checkpoint; one
+# that explained its failure is not.
 set -euo pipefail
 here="$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)"
 source "$here/common.sh"
@@ -79,6 +80,7 @@ watch_for_preemption() {
   until [ "$taken" = TRUE ]; do
     taken="$("${ask[@]}" "$preempted")" || sleep 10
   done
+  touch "$log/preempted"
   kill -TERM "$$"
 }
 
@@ -111,6 +113,10 @@ for ((attempt = 0; ; attempt++)); do
   wait_for "$torchrun"
   ended=$status
   wait_for "$tee" # every process of this attempt is gone
+  if [ -e "$log/preempted" ]; then
+    [ "$ended" = 0 ] || die "preempted before the training could save; start it again" 75
+    die "preempted; the training ended in time, start it again and it goes on" 75
+  fi
   [ "$ended" != 0 ] || exit 0
   code="$(grep -oE 'exitcode: -?[0-9]+' "$log/text" | tail -n 1 | grep -oE -- '-?[0-9]+$' || true)"
   if [ "${code:-0}" -lt 0 ]; then ended=$((128 - code)); elif [ -n "$code" ]; then ended=$code; fi

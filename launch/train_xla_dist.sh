@@ -111,10 +111,14 @@ trap stop_hosts TERM INT HUP
 for ((attempt = 0; ; attempt++)); do
   on_hosts "$start"
   ended=$status
-  [ "$ended" != 0 ] && [ -z "$stopping" ] || exit "$ended"
+  [ -z "$stopping" ] || exit "$ended"
+  [ "$ended" != 75 ] || sleep "$poll" # a host knows of its preemption before the slice's state tells
   state="$("${describe[@]}")" || state=""
-  # 75 is the lock's or tells that a host lost another, 255 a lost connection, 128 and above a signal; others are the command's own words.
+  # 75 is the lock's or tells that a host is preempted or lost another, 255 a lost connection, 128 and above a signal;
+  # others are the command's own words. 0 is the end only on a slice that is still there: a host that shuts down may
+  # have ended the command.
   if [ "$state" = READY ] && [ "$ended" -lt 128 ] && [ "$ended" != 75 ]; then
+    [ "$ended" != 0 ] || exit 0
     die "the command failed on a host (exit code $ended), see above" "$ended"
   fi
   [ "$attempt" -lt "$restarts" ] || die "exit code $ended, $tpu is ${state:-gone}, the last of $restarts restarts" 1

@@ -6,7 +6,9 @@ import shlex
 import signal
 import subprocess
 import sys
+import threading
 import time
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
@@ -18,14 +20,22 @@ ROOT = Path(__file__).parents[2]
 LAUNCH = ROOT / "launch"
 TORCHRUN, XLA_DIST, SETUP = (LAUNCH / f"{name}.sh" for name in ("train_torchrun", "train_xla_dist", "setup_tpu_vm"))
 
-# Stands for the Google Cloud CLI: `describe` says what the file `state` holds, `ssh` runs the command in $HOSTS.
+# Stands for the Google Cloud CLI: `describe` says what the file `state` holds, `ssh` runs the command in $HOSTS/home,
+# the disk, which a deleted slice takes with it.
 GCLOUD = """#!/usr/bin/env bash
-echo "$*" >>"$HOSTS/calls"
-case "$4" in
-  describe) cat "$HOSTS/state" ;;
-  delete) echo GONE >"$HOSTS/state" ;;
-  ssh) cd "$HOSTS" && for last; do :; done && HOME="$HOSTS" exec bash -c "${last#--command=}" ;;
+echo "$3 $4" >>"$HOSTS/calls"
+case "$3 $4" in
+  "tpu-vm describe") cat "$HOSTS/state" ;;
+  "tpu-vm delete") rm -r "$HOSTS/state" "$HOSTS/home" ;;
+  "tpu-vm ssh") cd "$HOSTS/home" && for last; do :; done && HOME="$HOSTS/home" exec bash -c "${last#--command=}" ;;
 esac
+"""
+# Stands for torchrun: in its first run the host is to be taken away, and it ends as told; the second comes to the end.
+TORCHRUN_STUB = """#!/usr/bin/env bash
+echo run >>"$HOSTS/runs"
+[ "$(wc -l <"$HOSTS/runs")" = 1 ] || exit 0
+touch "$HOSTS/home/preempted"
+sleep 60 || echo PREEMPTED >"$HOSTS/state"
 """
 
 
@@ -127,28 +137,71 @@ def hosts(tmp_path):
     (tmp_path / "bin").mkdir()
     (tmp_path / "bin" / "gcloud").write_text(GCLOUD)
     (tmp_path / "bin" / "gcloud").chmod(0o755)
-    (tmp_path / "hosts" / "eagle3-xla").mkdir(parents=True)
+    (tmp_path / "hosts" / "home" / "eagle3-xla").mkdir(parents=True)
     (tmp_path / "hosts" / "state").write_text("READY\n")
     folder = tmp_path / "hosts"
     return folder, {"PATH": f"{tmp_path / 'bin'}:{os.environ['PATH']}", "HOSTS": str(folder)}
 
 
-def test_xla_dist_goes_on_after_a_preemption(hosts):
+@pytest.fixture
+def metadata_server(hosts):
+    """Address of a stand-in for Google's: the host is preempted once it has a file of this name."""
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_GET(self):
+            waits = time.monotonic() + 60 if "wait_for_change" in self.path else 0
+            while not (preempted := (hosts[0] / "home" / "preempted").exists()) and time.monotonic() < waits:
+                time.sleep(0.02)
+            self.send_response(200)
+            self.end_headers()
+            self.wfile.write(b"TRUE" if preempted else b"FALSE")
+
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    server.daemon_threads = True
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    yield f"127.0.0.1:{server.server_port}"
+    server.shutdown()
+    server.server_close()
+
+
+# Killed, or told to stop by the host that shuts down.
+@pytest.mark.parametrize("end", ["kill -9 $$", "exit 0"])
+def test_xla_dist_goes_on_after_a_preemption(hosts, end):
     folder, environment = hosts
-    # The first run is killed and the slice is gone; --recreate brings it back, --setup runs, the second run is done.
-    command = 'echo run >>../runs; [ "$(wc -l <../runs)" -gt 1 ] || { echo PREEMPTED >../state; kill -9 $$; }'
-    recreate = f"echo READY >{folder / 'state'}"
-    arguments = ["--tpu=v", "--poll=0", f"--recreate={recreate}", "--setup=touch ready", "--", "bash", "-c", command]
+    # The first run ends and the slice is gone; --recreate brings it back, --setup runs, the second run is done.
+    command = f'echo run >>$HOSTS/runs; [ "$(wc -l <$HOSTS/runs)" -gt 1 ] || {{ echo PREEMPTED >$HOSTS/state; {end}; }}'
+    recreate = "mkdir $HOSTS/home && echo READY >$HOSTS/state"
+    setup = "mkdir eagle3-xla && touch ready"
+    arguments = ["--tpu=v", "--poll=0", f"--recreate={recreate}", f"--setup={setup}", "--", "bash", "-c", command]
     done = script(XLA_DIST, *arguments, **environment)
     assert done.returncode == 0, done.stderr
-    assert (folder / "runs").read_text() == "run\nrun\n" and (folder / "ready").exists()
+    assert (folder / "runs").read_text() == "run\nrun\n" and (folder / "home" / "ready").exists()
     assert "v is PREEMPTED; restart 1 of 10" in done.stderr
-    assert [line.split()[3] for line in (folder / "calls").read_text().splitlines()].count("delete") == 1
+    assert (folder / "calls").read_text().splitlines().count("tpu-vm delete") == 1
+
+
+def test_xla_dist_goes_on_after_a_preemption_notice(hosts, metadata_server):
+    """The training saves and ends well, on a slice that will be gone."""
+    folder, environment = hosts
+    setup = f"mkdir -p eagle3-xla/.venv/bin && cp -r {LAUNCH} eagle3-xla && cp {folder}/torchrun eagle3-xla/.venv/bin"
+    (folder / "torchrun").write_text(TORCHRUN_STUB)
+    (folder / "torchrun").chmod(0o755)
+    subprocess.run(["bash", "-c", setup], cwd=folder / "home", check=True)
+    recreate = "mkdir $HOSTS/home && echo READY >$HOSTS/state"
+    arguments = ["--tpu=v", "--poll=0", f"--recreate={recreate}", f"--setup={setup}", "--"]
+    command = ["bash", "launch/train_torchrun.sh", "--config", "r"]
+    done = script(XLA_DIST, *arguments, *command, **environment, GCE_METADATA_HOST=metadata_server)
+    assert done.returncode == 0, done.stderr
+    assert (folder / "runs").read_text() == "run\nrun\n"
+    assert "train_torchrun.sh: preempted; the training ended in time" in done.stderr
+    assert "exit code 75, v is PREEMPTED; restart 1 of 10" in done.stderr
+    assert (folder / "calls").read_text().splitlines().count("tpu-vm delete") == 1
 
 
 def test_xla_dist_does_not_repeat_an_explained_failure(hosts):
     folder, environment = hosts
-    done = script(XLA_DIST, "--tpu=v", "--poll=0", "--", "bash", "-c", "echo run >>../runs; exit 2", **environment)
+    command = ["bash", "-c", "echo run >>$HOSTS/runs; exit 2"]
+    done = script(XLA_DIST, "--tpu=v", "--poll=0", "--", *command, **environment)
     assert done.returncode == 2 and "the command failed on a host (exit code 2)" in done.stderr
     assert (folder / "runs").read_text() == "run\n"
 
