@@ -14,7 +14,7 @@
 #   bash launch/train_xla_dist.sh --tpu=my-v4-32 --zone=us-central2-b -- \
 #     bash launch/train_torchrun.sh --slice --config RECIPE
 # Without --recreate a preempted slice is waited for. Checkpoints must outlive the hosts: train.out in a bucket (gs://).
-# SIGTERM and Ctrl-C stop the command on all hosts, so that it saves, and wait for it.
+# SIGTERM and Ctrl-C stop the command on all hosts, so that it saves, and wait for it; while none runs, they end this.
 set -euo pipefail
 here="$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)"
 source "$here/common.sh"
@@ -83,17 +83,16 @@ say() {
   echo "$(basename "$0"): $1" >&2
 }
 
-# In a session of its own, so that Ctrl-C does not cut the connection over which the hosts tell how they saved.
 on_hosts() {
-  setsid "${ssh[@]}" --command="$1" &
-  wait_for $!
+  "${ssh[@]}" --command="$1"
 }
 
 stop_hosts() {
   trap '' TERM INT HUP
   stopping=1
   say "stopping the command on all hosts of $tpu"
-  "${ssh[@]}" --command="$stop" || true
+  on_hosts "$stop" || true
+  [ -n "$running" ] || die "stopped before the command ran again" 1
 }
 
 until_ready() {
@@ -107,10 +106,14 @@ until_ready() {
 state="$("${describe[@]}")" || die "gcloud can't describe $tpu, see above" 1
 [ "$state" = READY ] || say "$tpu is $state; waiting until it is READY"
 until_ready
+running=""
 trap stop_hosts TERM INT HUP
 for ((attempt = 0; ; attempt++)); do
-  on_hosts "$start"
-  ended=$status
+  running=1
+  # In a session of its own, so that Ctrl-C does not cut the connection over which the hosts tell how they saved.
+  setsid "${ssh[@]}" --command="$start" &
+  wait_for $!
+  running="" ended=$status
   [ -z "$stopping" ] || exit "$ended"
   [ "$ended" != 75 ] || sleep "$poll" # a host knows of its preemption before the slice's state tells
   state="$("${describe[@]}")" || state=""
@@ -130,10 +133,8 @@ for ((attempt = 0; ; attempt++)); do
     fi
     until_ready
     if [ -n "$recreate" ] && [ -n "$setup" ]; then
-      on_hosts "$setup"
-      [ "$status" = 0 ] || die "--setup failed on a host (exit code $status), see above" 1
+      on_hosts "$setup" || die "--setup failed on a host (exit code $?), see above" 1
     fi
   fi
-  on_hosts "$stop"
-  [ -z "$stopping" ] || exit 1
+  on_hosts "$stop" || true
 done

@@ -198,6 +198,23 @@ def test_xla_dist_goes_on_after_a_preemption_notice(hosts, metadata_server):
     assert (folder / "calls").read_text().splitlines().count("tpu-vm delete") == 1
 
 
+def test_xla_dist_can_be_stopped_while_it_waits(hosts):
+    folder, environment = hosts
+    command = ["bash", XLA_DIST, "--tpu=v", "--poll=1", "--", "bash", "-c", "echo PREEMPTED >$HOSTS/state; kill -9 $$"]
+    process = subprocess.Popen(command, env=os.environ | environment, stderr=subprocess.PIPE, text=True)
+    said = ""
+    while "restart 1 of 10" not in said:
+        said = process.stderr.readline()
+        assert said, "it ended by itself"
+    time.sleep(0.2)  # it looks again and waits
+    process.terminate()
+    try:
+        _, said = process.communicate(timeout=5)
+    finally:
+        process.kill()
+    assert process.returncode == 1 and "stopped before the command ran again" in said
+
+
 def test_xla_dist_does_not_repeat_an_explained_failure(hosts):
     folder, environment = hosts
     command = ["bash", "-c", "echo run >>$HOSTS/runs; exit 2"]
