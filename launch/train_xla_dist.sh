@@ -13,7 +13,8 @@
 # For example, from a machine with gcloud:
 #   bash launch/train_xla_dist.sh --tpu=my-v4-32 --zone=us-central2-b -- \
 #     bash launch/train_torchrun.sh --slice --config RECIPE
-# Without --recreate a preempted slice is waited for. Checkpoints must outlive the hosts: train.out in a bucket (gs://).
+# Without --recreate the slice is waited for; a spot slice that was taken away does not come back by itself. Checkpoints
+# must outlive the hosts: train.out in a bucket (gs://).
 # SIGTERM and Ctrl-C stop the command on all hosts, so that it saves, and wait for it; while none runs, they end this.
 set -euo pipefail
 here="$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)"

@@ -41,7 +41,6 @@ GCLOUD = {
     "compute tpus queued-resources create": "--node-id --zone --accelerator-type --runtime-version --spot",
     "compute tpus queued-resources describe": "--zone",
     "compute tpus queued-resources delete": "--zone --force --quiet",
-    "compute tpus tpu-vm scp": "--zone --worker --recurse",
     "compute tpus tpu-vm ssh": "--zone --worker --command",
     "compute tpus tpu-vm list": "--zone",
 }

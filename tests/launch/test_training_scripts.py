@@ -2,7 +2,9 @@
 
 import json
 import os
+import re
 import shlex
+import shutil
 import signal
 import subprocess
 import sys
@@ -28,6 +30,8 @@ case "$3 $4" in
   "tpu-vm describe") cat "$HOSTS/state" ;;
   "tpu-vm delete") rm -r "$HOSTS/state" "$HOSTS/home" ;;
   "tpu-vm ssh") cd "$HOSTS/home" && for last; do :; done && HOME="$HOSTS/home" exec bash -c "${last#--command=}" ;;
+  "queued-resources create") mkdir "$HOSTS/home" && echo READY >"$HOSTS/state" ;;
+  *"gs://"*) cp "${3/gs:\\/\\//$HOSTS/}" "${4/gs:\\/\\//$HOSTS/}" ;;
 esac
 """
 # Stands for torchrun: in its first run the host is to be taken away, and it ends as told; the second comes to the end.
@@ -39,9 +43,9 @@ sleep 60 || echo PREEMPTED >"$HOSTS/state"
 """
 
 
-def script(name: Path, *arguments, **environment) -> subprocess.CompletedProcess:
+def script(name: Path | str, *arguments, cwd: Path | None = None, **environment) -> subprocess.CompletedProcess:
     command = ["bash", name, *map(str, arguments)]
-    return subprocess.run(command, env=os.environ | environment, capture_output=True, text=True, timeout=120)
+    return subprocess.run(command, cwd=cwd, env=os.environ | environment, capture_output=True, text=True, timeout=120)
 
 
 def test_shellcheck():
@@ -145,7 +149,8 @@ def hosts(tmp_path):
 
 @pytest.fixture
 def metadata_server(hosts):
-    """Address of a stand-in for Google's: the host is preempted once it has a file of this name."""
+    """Address of a stand-in for Google's: a slice of one host, preempted once it has a file of this name."""
+    attributes = {"agent-worker-number": "0", "worker-network-endpoints": "host:1:127.0.0.1"}
 
     class Handler(BaseHTTPRequestHandler):
         def do_GET(self):
@@ -154,7 +159,7 @@ def metadata_server(hosts):
                 time.sleep(0.02)
             self.send_response(200)
             self.end_headers()
-            self.wfile.write(b"TRUE" if preempted else b"FALSE")
+            self.wfile.write(attributes.get(self.path.split("/")[-1], str(preempted).upper()).encode())
 
     server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
     server.daemon_threads = True
@@ -180,22 +185,32 @@ def test_xla_dist_goes_on_after_a_preemption(hosts, end):
     assert (folder / "calls").read_text().splitlines().count("tpu-vm delete") == 1
 
 
-def test_xla_dist_goes_on_after_a_preemption_notice(hosts, metadata_server):
-    """The training saves and ends well, on a slice that will be gone."""
+def test_the_guides_commands_go_on_after_a_preemption_notice(hosts, metadata_server, tmp_path):
+    """Steps 4 and 5 of docs/tpu.md as they stand. It ends well, on a slice that will be gone with its disk."""
     folder, environment = hosts
-    setup = f"mkdir -p eagle3-xla/.venv/bin && cp -r {LAUNCH} eagle3-xla && cp {folder}/torchrun eagle3-xla/.venv/bin"
-    (folder / "torchrun").write_text(TORCHRUN_STUB)
-    (folder / "torchrun").chmod(0o755)
-    subprocess.run(["bash", "-c", setup], cwd=folder / "home", check=True)
-    recreate = "mkdir $HOSTS/home && echo READY >$HOSTS/state"
-    arguments = ["--tpu=v", "--poll=0", f"--recreate={recreate}", f"--setup={setup}", "--"]
-    command = ["bash", "launch/train_torchrun.sh", "--config", "r"]
-    done = script(XLA_DIST, *arguments, *command, **environment, GCE_METADATA_HOST=metadata_server)
+    steps = re.split(r"^## \d", (ROOT / "docs" / "tpu.md").read_text(), flags=re.MULTILINE)[1:]
+    bash = [re.findall(r"^```bash\n(.*?)^```", step, re.DOTALL | re.MULTILINE) for step in steps]
+    software, (_, make_slice, train, _) = bash[4][0], bash[5]
+    clone = tmp_path / "eagle3-xla"
+    shutil.copytree(LAUNCH, clone / "launch")
+    (clone / "launch" / "torchrun").write_text(TORCHRUN_STUB)
+    (clone / "launch" / "torchrun").chmod(0o755)
+    set_up = 'cd "${BASH_SOURCE%/*}/.." && mkdir -p .venv/bin && cp launch/torchrun .venv/bin\n'
+    (clone / "launch" / "setup_tpu_vm.sh").write_text(set_up)
+    (clone / "make-slice.sh").write_text(make_slice)
+    (folder / "MY-BUCKET").mkdir()
+
+    archive, _, software = software.partition("\n")
+    assert archive == "git archive --prefix=eagle3-xla/ --output=eagle3-xla.tar.gz HEAD"
+    subprocess.run(["tar", "czf", clone / "eagle3-xla.tar.gz", "eagle3-xla/launch"], cwd=tmp_path, check=True)
+    commands = f"set -e\n{software}{train.replace('--tpu', '--poll=0 --tpu', 1)}"
+    done = script("-c", commands, cwd=clone, **environment, GCE_METADATA_HOST=metadata_server)
     assert done.returncode == 0, done.stderr
     assert (folder / "runs").read_text() == "run\nrun\n"
     assert "train_torchrun.sh: preempted; the training ended in time" in done.stderr
-    assert "exit code 75, v is PREEMPTED; restart 1 of 10" in done.stderr
-    assert (folder / "calls").read_text().splitlines().count("tpu-vm delete") == 1
+    assert "exit code 75, my-v4-32 is PREEMPTED; restart 1 of 10" in done.stderr
+    calls = (folder / "calls").read_text().splitlines()
+    assert calls.count("tpu-vm delete") == calls.count("queued-resources create") == 1
 
 
 def test_xla_dist_can_be_stopped_while_it_waits(hosts):
