@@ -129,7 +129,7 @@ for ((attempt = 0; ; attempt++)); do
   say "exit code $ended, $tpu is ${state:-gone}; restart $((attempt + 1)) of $restarts"
   if [ "$state" != READY ]; then
     if [ -n "$recreate" ]; then
-      [ -z "$state" ] || "${delete[@]}"
+      [ -z "$state" ] || "${delete[@]}" || say "$tpu is not deleted, see above; Google may be at it, --recreate tells"
       bash -c "$recreate" || die "--recreate failed, see above" 1
     fi
     until_ready

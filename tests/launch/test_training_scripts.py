@@ -28,7 +28,7 @@ GCLOUD = """#!/usr/bin/env bash
 echo "$3 $4" >>"$HOSTS/calls"
 case "$3 $4" in
   "tpu-vm describe") cat "$HOSTS/state" ;;
-  "tpu-vm delete") rm -r "$HOSTS/state" "$HOSTS/home" ;;
+  "tpu-vm delete") [ "$(cat "$HOSTS/state")" = PREEMPTED ] && rm -r "$HOSTS/state" "$HOSTS/home" ;;
   "tpu-vm ssh") cd "$HOSTS/home" && for last; do :; done && HOME="$HOSTS/home" exec bash -c "${last#--command=}" ;;
   "queued-resources create") mkdir "$HOSTS/home" && echo READY >"$HOSTS/state" ;;
   *"gs://"*) cp "${3/gs:\\/\\//$HOSTS/}" "${4/gs:\\/\\//$HOSTS/}" ;;
@@ -169,19 +169,19 @@ def metadata_server(hosts):
     server.server_close()
 
 
-# Killed, or told to stop by the host that shuts down.
-@pytest.mark.parametrize("end", ["kill -9 $$", "exit 0"])
-def test_xla_dist_goes_on_after_a_preemption(hosts, end):
+# Killed, or told to stop by the host that shuts down; DELETING is one that can't be deleted again.
+@pytest.mark.parametrize("end, state", [("kill -9 $$", "PREEMPTED"), ("exit 0", "PREEMPTED"), ("exit 0", "DELETING")])
+def test_xla_dist_goes_on_after_a_preemption(hosts, end, state):
     folder, environment = hosts
     # The first run ends and the slice is gone; --recreate brings it back, --setup runs, the second run is done.
-    command = f'echo run >>$HOSTS/runs; [ "$(wc -l <$HOSTS/runs)" -gt 1 ] || {{ echo PREEMPTED >$HOSTS/state; {end}; }}'
-    recreate = "mkdir $HOSTS/home && echo READY >$HOSTS/state"
+    command = f'echo run >>$HOSTS/runs; [ "$(wc -l <$HOSTS/runs)" -gt 1 ] || {{ echo {state} >$HOSTS/state; {end}; }}'
+    recreate = "rm -rf $HOSTS/home && mkdir $HOSTS/home && echo READY >$HOSTS/state"
     setup = "mkdir eagle3-xla && touch ready"
     arguments = ["--tpu=v", "--poll=0", f"--recreate={recreate}", f"--setup={setup}", "--", "bash", "-c", command]
     done = script(XLA_DIST, *arguments, **environment)
     assert done.returncode == 0, done.stderr
     assert (folder / "runs").read_text() == "run\nrun\n" and (folder / "home" / "ready").exists()
-    assert "v is PREEMPTED; restart 1 of 10" in done.stderr
+    assert f"v is {state}; restart 1 of 10" in done.stderr
     assert (folder / "calls").read_text().splitlines().count("tpu-vm delete") == 1
 
 
