@@ -32,6 +32,7 @@ LONG = "launch/quickstart.sh launch/test.sh tests/engines/environments.sh".split
 # Options of Google's commands, from their reference (cloud.google.com/sdk/gcloud/reference).
 GCLOUD = {
     "auth login": "",
+    "auth application-default login": "",
     "projects create": "",
     "config set": "",
     "billing projects link": "--billing-account",
