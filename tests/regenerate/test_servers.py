@@ -123,6 +123,30 @@ def test_a_server_that_is_gone_and_comes_back(misbehaving, questions, tmp_path):
     check_every_row_once(tmp_path / "out", 40)
 
 
+@pytest.mark.parametrize("status", [400, 402, 405])
+def test_a_server_that_refuses_everything_costs_no_row(status, misbehaving, questions, tmp_path):
+    """From one question on: no conversation is dropped or cut short for it."""
+    server = misbehaving(lambda messages, n: status if len(server.bodies) > 20 else None)
+    with pytest.raises(RunError, match=f"answered {status}: out of memory"):
+        run(tmp_path / "out", questions, [server])
+    assert not (tmp_path / "out" / "dropped.jsonl").read_text()
+    run(tmp_path / "out", questions, [misbehaving()])
+    check_every_row_once(tmp_path / "out", 40)
+
+
+def test_a_refusal_counts_once_its_server_answers_another_question(misbehaving, questions, tmp_path):
+    """Not while it answers neither."""
+
+    def fault(messages, n):
+        if messages == servers.PROBE:
+            return 503 if n < 2 else None
+        return 400 if messages[-1]["content"] == "question 4 0" else None
+
+    server = misbehaving(fault)
+    assert run(tmp_path / "out", questions, [server])["dropped"] == {"no_answer": 1}
+    assert server.asked[json.dumps(servers.PROBE)] == 3
+
+
 def test_cut_answers_are_marked_and_droppable(misbehaving, questions, tmp_path, small_target):
     server = misbehaving(lambda messages, n: "length" if messages[0]["content"].split()[1] in ("3", "5") else None)
     result = run(tmp_path / "out", questions, [server])
@@ -232,9 +256,15 @@ def test_answers_that_are_none_are_left_out(answer, message, misbehaving, tmp_pa
     assert result["dropped"] == {"no_answer": 1} and result["finish"] == {"stop": 2}
     assert message in json.loads((tmp_path / "out" / "dropped.jsonl").read_text())["message"]
     assert {row["id"]: len(row["messages"]) for row in rows_of(tmp_path / "out")} == {0: 4, 2: 2}
+    with pytest.raises(RunError, match=f"{message}.*; it refuses 'Hi' too"):
+        run(tmp_path / "all", questions, [misbehaving(lambda messages, n: answer)])
     monkeypatch.setattr(servers, "REFUSALS", 3)
     with pytest.raises(RunError, match=message):
-        run(tmp_path / "all", questions, [misbehaving(lambda messages, n: answer)])
+        run(
+            tmp_path / "each",
+            questions,
+            [misbehaving(lambda messages, n: answer if messages != servers.PROBE else None)],
+        )
 
 
 @pytest.mark.parametrize(

@@ -13,10 +13,11 @@ from eagle3_xla.regenerate.conversation import NEUTRAL, Refused, Reply, Sampling
 
 TRIES = 10  # of one question, before its conversation is left for the next start
 REFUSALS = 20  # or empty answers, before any other: then the fault is not in the questions
-PROBE = [{"role": "user", "content": "Hi"}]  # does a server that answered nothing for a while still live?
+PROBE = [{"role": "user", "content": "Hi"}]  # does a server that answers nothing, or refuses a question, still live?
 LONGEST_REST = 60.0  # seconds
 KNOWN = ("vllm", "sglang")  # `owned_by` of servers that take more fields than OpenAI's; others may refuse them
 PASSING = (408, 409, 425, 429)  # of the 4xx, those that a later try may not get
+NOT_OF_THE_QUESTION = (401, 402, 403, 404, 405, 407)  # of the 4xx, those that every question would get
 
 
 class GaveUp(RuntimeError):
@@ -68,8 +69,8 @@ class Servers:
         await self.http.aclose()
 
     async def ask(self, messages: list[dict], seed: int) -> Reply:
-        """Raises Refused for messages that the server never takes, GaveUp after TRIES failures, RunError when nothing
-        answers at all."""
+        """Raises Refused for messages that the server never takes while it takes others, GaveUp after TRIES failures,
+        RunError when nothing answers at all."""
         started, problem = time.monotonic(), ""
         for _ in range(TRIES):
             server = await self._free_server()
@@ -83,6 +84,10 @@ class Servers:
                 problem = f"{server.url}: {_reason(error)}"
             except _Failed as error:
                 problem = str(error)
+            except Refused as refusal:  # the caller drops what it asked about, for good
+                if await self._lives(server.url, str(refusal)):
+                    raise
+                problem = str(refusal)
             else:
                 server.failures, self.last_answer, self.answers = 0, time.monotonic(), self.answers + 1
                 return reply
@@ -91,17 +96,20 @@ class Servers:
             if time.monotonic() >= server.rests_until:  # otherwise it failed together with another question
                 server.rests_until = time.monotonic() + min(self.rest * 2**server.failures, LONGEST_REST)
                 server.failures += 1
-        if self.last_answer < started and not await self._lives(server.url):
+        if self.last_answer < started and not await self._lives(server.url, problem):
             raise RunError(f"no server answers any more ({problem}); start it, then start this again to continue")
         raise GaveUp(problem)
 
-    async def _lives(self, url: str) -> bool:
-        """Whether a server answers another question: then the fault is in this one."""
+    async def _lives(self, url: str, problem: str) -> bool:
+        """Whether a server answers another question: then the fault is in this one. Raises RunError with `problem` when
+        it refuses the other one too."""
         try:
             async with asyncio.timeout(self.timeout):
                 await self._post(url, PROBE, 0)
-        except Refused:  # in words
-            return True
+        except Refused:
+            raise RunError(
+                f"{problem}; it refuses {PROBE[0]['content']!r} too: see to it, then start this again"
+            ) from None
         except (TimeoutError, httpx.HTTPError, _Failed):
             return False
         return True
@@ -125,7 +133,7 @@ class Servers:
         """The one reader of an answer. Raises Refused, _Failed (another try may help) or RunError (none will)."""
         if 400 <= response.status_code < 500 and response.status_code not in PASSING:
             refusal = f"{where}: {_start(response, 300)}"
-            raise RunError(refusal) if response.status_code in (401, 403, 404) else self._refusal(refusal)
+            raise RunError(refusal) if response.status_code in NOT_OF_THE_QUESTION else self._refusal(refusal)
         if response.status_code != 200:
             raise _Failed(f"{where}: {_start(response, 300)}")
         try:
