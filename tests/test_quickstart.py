@@ -16,6 +16,7 @@ from eagle3_xla.evaluate.options import EvalOptions
 from eagle3_xla.evaluate.run import evaluate
 from eagle3_xla.live import Screen
 from eagle3_xla.machine import REFERENCE_GFLOPS, Machine, measure
+from eagle3_xla.outputs import WRITTEN_BY
 from eagle3_xla.quickstart import ALL_TOKENS, LEAST_TOKENS, USEFUL_TOKENS
 
 
@@ -68,8 +69,12 @@ def test_a_slow_machine_gets_less_and_is_told(tmp_path):
     heading = module._heading(slow, budget)
     assert "4.0 times slower" in heading and "no AVX-512" in heading and "with 3.5 GiB free it may be killed" in heading
     # Continued on the same machine, busier or not: the recipe stays; other minutes are another recipe.
+    (tmp_path / "run.yaml").write_text(f"{WRITTEN_BY}quickstart\n")
     (tmp_path / "budget.json").write_text(json.dumps(budget._asdict()))
     assert module._earlier(tmp_path, None) == budget and module._earlier(tmp_path, 5.0) is None
+    (tmp_path / "run" / "checkpoints" / "step-00000100").mkdir(parents=True)
+    with pytest.raises(UserError, match=r"holds a head of other --minutes; .* as before \(no --minutes\)"):
+        module.quickstart(tmp_path, 5.0)
     for damaged in ('{"tok', "[1]", json.dumps(budget._asdict() | {"tokens": "many"})):
         (tmp_path / "budget.json").write_text(damaged)
         assert module._earlier(tmp_path, None) is None

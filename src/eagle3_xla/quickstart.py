@@ -67,8 +67,8 @@ def quickstart(out: Path, asked: float | None) -> dict:
     if asked is not None and not LEAST_MINUTES <= asked <= MOST_MINUTES:
         raise UserError(f"--minutes {asked:g}: a number from {LEAST_MINUTES:g} to {MOST_MINUTES:g} is expected")
     claim_output(out, "quickstart")
-    machine = measure()
-    budget = _earlier(out, asked) or _budget(asked, machine)
+    earlier, machine = _earlier(out, asked), measure()
+    budget = earlier or _budget(asked, machine)
     target, head, untrained = out / "target", out / "head", out / "head-untrained"
     sizes, options = [f"data.max_tokens={budget.tokens}", f"train.epochs={budget.epochs}"], EVALUATION
     if asked is not None and asked < 1:  # a look at whether all of it runs
@@ -143,16 +143,24 @@ def _budget(asked: float | None, machine: Machine) -> Budget:
 
 
 def _earlier(out: Path, asked: float | None) -> Budget | None:
-    """The budget of the run that is continued: the machine may be busier now, the recipe must stay."""
-    file = out / "budget.json"
+    """The budget of the run that is continued: the machine may be busier now, the recipe must stay. Raises UserError
+    when it has a head of another `asked` already: preparing its data anew would be the end of that one too."""
+    file, checkpoints = out / "budget.json", out / "run" / "checkpoints"
     try:
         earlier = read_json(file) if file.is_file() else {}
-        if earlier.keys() != {*Budget._fields} or earlier["asked"] != asked:
+        if earlier.keys() != {*Budget._fields}:
             return None
         tokens, epochs = (number(earlier[name], name, 0, whole=True) for name in ("tokens", "epochs"))
-        return Budget(tokens, epochs, number(earlier["train_seconds"], "train_seconds", 0), asked)
+        budget = Budget(tokens, epochs, number(earlier["train_seconds"], "train_seconds", 0), earlier["asked"])
     except UserError:  # cut by a power loss, say: it is made again
         return None
+    if budget.asked != asked and checkpoints.is_dir() and any(checkpoints.iterdir()):
+        before = "no --minutes" if budget.asked is None else f"--minutes {budget.asked}"
+        raise UserError(
+            f"{out} holds a head of other --minutes; start it as before ({before}) to continue, or give --out DIR for "
+            "a new one"
+        )
+    return budget if budget.asked == asked else None
 
 
 def _heading(machine: Machine, budget: Budget) -> str:
@@ -269,4 +277,4 @@ or vLLM, a chain
   vllm serve {result["target"]} \\
     --speculative-config '{{"method": "eagle3", "model": "{result["head"]}", "num_speculative_tokens": 5}}'
 
-More: --minutes 60 trains on all of the chats; your own chats and target: docs/first-hour.md"""
+More: --minutes 60 --out quickstart-60 trains on more of the chats; your own chats and target: docs/first-hour.md"""
