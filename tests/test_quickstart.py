@@ -9,6 +9,7 @@ import pytest
 from safetensors.torch import load_file
 
 from eagle3_xla import quickstart as module
+from eagle3_xla.config import load_recipe
 from eagle3_xla.data.prompts import read_prompts
 from eagle3_xla.errors import UserError
 from eagle3_xla.evaluate.decode import Generation
@@ -56,6 +57,7 @@ def test_minutes_become_tokens_then_epochs():
     default, short, long = (module._budget(asked, REFERENCE) for asked in (None, 2, 300))
     assert LEAST_TOKENS < short.tokens < default.tokens < ALL_TOKENS and short.epochs == default.epochs
     assert long.tokens == 0 and long.epochs > short.epochs
+    assert load_recipe(module.RECIPE, []).data.max_tokens == 0  # somebody's own chats are not cut
     assert default.train_seconds + module.BEGIN_SECONDS == pytest.approx(8 * 60, rel=0.01)
     assert short.train_seconds == pytest.approx(120, rel=0.01)
 

@@ -3,7 +3,7 @@
 import shlex
 from argparse import Namespace
 
-OWN_DATA = "--data.prepared=work/data '--data.train=[my-chats.jsonl]'"
+OWN_DATA = "--data.prepared=work/data '--data.train=[my-chats.jsonl]' '--data.heldout=[my-heldout.jsonl]'"
 EXAMPLES = {
     "quickstart": """
   eagle3-xla quickstart                      what fits the default budget

@@ -97,6 +97,8 @@ def test_vocabulary_counts_answers_that_the_token_budget_leaves_out(small_run):
     ids = load_prepared(load_recipe(None, small_run).data.prepared)[2]
     part = prepare(load_recipe(None, [*small_run, "data.max_tokens=100"]))
     assert part["train"]["tokens"] < whole["train"]["tokens"]
+    chats, left = whole["train"]["chats"], part["train"]["chats"]
+    assert f"data.max_tokens 100 leaves out {chats - left} of {chats} conversations" in part["warnings"]
     assert torch.equal(ids, load_prepared(load_recipe(None, small_run).data.prepared)[2])
 
 

@@ -76,6 +76,7 @@ def prepare(recipe: Recipe, overwrite: bool = False) -> dict:
             raise UserError(f"no conversation of data.{setting} has a token to train on (the first: {first[0]})")
 
     draft_ids = draft_vocabulary(train.counts, data.draft_vocab_size, always)  # before max_tokens leaves answers out
+    tokenised = len(train)
     train = train.first_tokens(data.max_tokens)
     digest = hashlib.sha256(draft_ids.tobytes())
     pad_id = min(stop_ids) if tokenizer.pad_token_id not in range(vocab_size) else tokenizer.pad_token_id
@@ -97,7 +98,7 @@ def prepare(recipe: Recipe, overwrite: bool = False) -> dict:
         "heldout_sources": heldout.sources,
         "sources": _source_reports(chosen.sources, prints, train, heldout),
         "evaluations": chosen.evaluations,
-        "warnings": [*chosen.warnings, *_warnings(data, prints, chosen, reasoning, train)],
+        "warnings": [*chosen.warnings, *_warnings(data, prints, chosen, reasoning, train, tokenised)],
     }
     (out / MANIFEST).unlink(missing_ok=True)
     for split in SPLITS:
@@ -216,7 +217,10 @@ def _why_dropped(chosen: Mix) -> str:
     return f"{reasons} (duplicates of held-out conversations count too)" if reasons else "heldout_share takes all"
 
 
-def _warnings(data: DataConfig, prints: dict, chosen: Mix, reasoning_shown: bool, train: Documents) -> list[str]:
+def _warnings(
+    data: DataConfig, prints: dict, chosen: Mix, reasoning_shown: bool, train: Documents, tokenised: int
+) -> list[str]:
+    """tokenised: conversations before data.max_tokens."""
     both = set(prints["train"]) & set(prints["heldout"])
     warnings = [
         f"{source.path} is both trained on and held out: its held-out figures are of chats that the head has seen"
@@ -229,6 +233,10 @@ def _warnings(data: DataConfig, prints: dict, chosen: Mix, reasoning_shown: bool
                 f"{report['name']}: {report['with_reasoning']} conversations have reasoning_content, which the "
                 "target's chat template does not show: they are trained on without it"
             )
+    if len(train) < tokenised:
+        warnings.append(
+            f"data.max_tokens {data.max_tokens} leaves out {tokenised - len(train)} of {tokenised} conversations"
+        )
     if train.cut.mean() > MANY_CUT:
         warnings.append(
             f"{int(train.cut.sum())} of {len(train)} training conversations are longer than data.row_length "
