@@ -1,13 +1,15 @@
 """Bad input: one line on stderr, exit code 2, no traceback. What every verb prints."""
 
 import json
+import shlex
 import subprocess
 
 import pytest
 
-from eagle3_xla.cli import VERBS, main
+from eagle3_xla.arguments import parser
+from eagle3_xla.cli import VERBS, _overrides, main
 from eagle3_xla.config import load_recipe
-from eagle3_xla.guide import EXAMPLES
+from eagle3_xla.guide import EXAMPLES, next_step
 
 
 def refused(done, *parts):
@@ -106,6 +108,23 @@ def test_quiet_and_the_next_step(small_run, capsys):
     assert capsys.readouterr() == (loud.out, "")
     assert main(["prepare", "--quiet", *settings, "--data.train=[none.jsonl]"]) == 2
     assert capsys.readouterr().err == "eagle3-xla prepare: none.jsonl: no such file\n"
+
+
+@pytest.mark.parametrize(
+    "arguments, target, prepared",
+    [
+        (["--config", "qwen2.5-7b-v4-32", "--server", "http://a"], "Qwen/Qwen2.5-7B-Instruct", "DATA"),
+        (["--config", "smollm2-cpu", "--target", "my t", "--data.prepared=work/data"], "my t", "work/data"),
+        (["--target", "t", "--chats", "c.jsonl"], "t", "DATA"),
+    ],
+)
+def test_what_follows_on_regenerate_can_be_prepared(arguments, target, prepared):
+    options, rest = parser().parse_known_args(["regenerate", *arguments, "--out", "work/chats"])
+    following = shlex.split(next_step(options, _overrides(rest, options), {}))
+    options, rest = parser().parse_known_args(following[1:])
+    recipe = load_recipe(options.config, _overrides(rest, options))
+    assert [source.path for source in recipe.data.train] == ["work/chats/chats.jsonl"]
+    assert (recipe.target.path, recipe.data.prepared) == (target, prepared)
 
 
 def test_every_verb_teaches(capsys):

@@ -67,8 +67,10 @@ def next_step(options: Namespace, overrides: list[str], result: dict) -> str:
             return f"eagle3-xla train{recipe}{_unless(overrides, 'train.out', 'RUN')}"
         case "regenerate":
             chats = f"{options.out.rstrip('/')}/chats.jsonl"
-            given = f"{recipe}{_unless(overrides, 'data.prepared', 'DATA')} "
-            return f"eagle3-xla prepare{given}" + shlex.quote(f"--data.train=[{chats}]")
+            given = f"{recipe}{_unless(overrides, 'data.prepared', 'DATA')}"
+            given += _unless(overrides, "target.path", shlex.quote(options.target)) if options.target else ""
+            given += " --data.conversations=0" if recipe else ""  # its mix is in these chats already
+            return f"eagle3-xla prepare{given} " + shlex.quote(f"--data.train=[{chats}]")
         case "plan" if options.search or result.get("fits"):
             return f"bash launch/train_torchrun.sh --slice{recipe}{_unless(overrides, 'train.out', 'gs://BUCKET/run')}"
         case "plan":

@@ -76,8 +76,13 @@ class DataConfig:
             raise UserError(
                 f"setting data.train: {missing} has no share, but other sources have; give each of them one"
             )
-        if any(shares) != bool(self.conversations):
-            raise UserError("settings data.conversations and the sources' shares belong together; give both or neither")
+        if self.conversations and not any(shares):
+            raise UserError(
+                f"data.conversations is {self.conversations} (perhaps the recipe's), but no source has a share: give "
+                "each a share, or --data.conversations=0"
+            )
+        if any(shares) and not self.conversations:
+            raise UserError("setting data.train: its sources have shares; of how many, say in data.conversations")
         for code in self.languages:
             if not re.fullmatch("[a-z]{2,3}", code):
                 raise UserError(f"setting data.languages has {code!r}; codes such as en are expected (in YAML: 'no')")
