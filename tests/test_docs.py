@@ -11,6 +11,7 @@ import re
 import shlex
 import subprocess
 import sys
+from itertools import repeat
 from pathlib import Path
 
 import pytest
@@ -47,6 +48,13 @@ GCLOUD = {
 }
 SGLANG = """--model-path --speculative-algorithm --speculative-draft-model-path --speculative-num-steps
 --speculative-eagle-topk --speculative-num-draft-tokens""".split()
+
+
+NEEDED = {
+    "prepare": ("target.path", "data.train", "data.prepared"),
+    "train": ("target.path", "data.prepared", "train.out"),
+    "plan": ("target.path",),
+}
 
 
 def blocks(page: Path, language: str) -> list[str]:
@@ -95,9 +103,10 @@ def check(words: list[str], line: str) -> None:
             getattr(options, "show", None),
             *(getattr(options, "diff", None) or []),
         ]
-        for recipe in filter(lambda name: isinstance(name, str), named):
-            if recipe != "my-recipe.yaml":
-                load_recipe(recipe, overrides)
+        for recipe in map(load_recipe, filter(lambda name: isinstance(name, str), named), repeat(overrides)):
+            for setting in NEEDED.get(options.verb, ()):
+                section, key = setting.split(".")
+                assert getattr(getattr(recipe, section), key), f"{setting} is empty"
     elif program == "gcloud":
         command = next(name for name in GCLOUD if rest[: len(name.split())] == name.split())
         used = {word.partition("=")[0] for word in rest if word.startswith("--")}
@@ -120,7 +129,10 @@ def check(words: list[str], line: str) -> None:
         raise AssertionError(f"{program} is not known here")
 
 
-def test_every_command():
+def test_every_command(tmp_path, monkeypatch):
+    [recipe] = blocks(ROOT / "docs/data.md", "yaml")
+    (tmp_path / "my-recipe.yaml").write_text(recipe)
+    monkeypatch.chdir(tmp_path)
     found, wrong = commands(), []
     assert len(found) > 60
     for page, line in found:

@@ -4,22 +4,24 @@ import shlex
 from argparse import Namespace
 
 OWN_DATA = "--data.prepared=work/data '--data.train=[my-chats.jsonl]' '--data.heldout=[my-heldout.jsonl]'"
+SMALL = "--config smollm2-cpu --target.path=quickstart/target"
+LARGE = "--config qwen2.5-7b-v4-32 --data.prepared=gs://my-bucket/data"
 EXAMPLES = {
     "quickstart": """
   eagle3-xla quickstart                      what fits the default budget
-  eagle3-xla quickstart --minutes 5          a smaller head, sooner
+  eagle3-xla quickstart --minutes 2          a smaller head, sooner
   eagle3-xla quickstart --out /tmp/try       everything in another folder""",
     "prepare": f"""
-  eagle3-xla prepare --config smollm2-cpu --target.path=quickstart/target {OWN_DATA}
-  eagle3-xla prepare --config qwen2.5-7b-v4-32 --data.prepared=gs://my-bucket/data
-  eagle3-xla prepare --config smollm2-cpu --data.prepared=work/data --show 3    and look at three rows""",
+  eagle3-xla prepare {SMALL} {OWN_DATA}
+  eagle3-xla prepare {LARGE}
+  eagle3-xla prepare {SMALL} --data.prepared=work/data --show 3""",
     "regenerate": """
   eagle3-xla regenerate --server http://127.0.0.1:30000 --config qwen2.5-7b-v4-32 --out work/chats
   eagle3-xla regenerate --target quickstart/target --chats my-chats.jsonl --out work/chats""",
-    "train": """
-  eagle3-xla train --config smollm2-cpu --target.path=quickstart/target --data.prepared=work/data --train.out=work/run
-  eagle3-xla train --config smollm2-cpu --data.prepared=work/data --train.out=work/run --max-steps 20
-  torchrun --nproc-per-node=1 -m eagle3_xla train --config qwen2.5-7b-v4-32 --train.out=gs://my-bucket/run""",
+    "train": f"""
+  eagle3-xla train {SMALL} --data.prepared=work/data --train.out=work/run
+  eagle3-xla train {SMALL} --data.prepared=work/data --train.out=work/run --max-steps 20
+  torchrun --nproc-per-node=1 -m eagle3_xla train {LARGE} --train.out=gs://my-bucket/run""",
     "plan": """
   eagle3-xla plan --config qwen2.5-7b-v4-32
   eagle3-xla plan --config qwen2.5-7b-v4-32 --topology v5e-16
