@@ -85,8 +85,16 @@ def test_the_mix_of_a_recipe(misbehaving, questions, tmp_path):
     rows = rows_of(tmp_path / "out")
     assert result["conversations"] == 16 and Counter(row["source"] for row in rows) == {"a": 12, "b": 4}
     assert "conversations: 16" in (tmp_path / "out" / "run.yaml").read_text()
-    with pytest.raises(UserError, match="was begun with chats"):
+    with pytest.raises(UserError, match="was begun with other chats; choose another folder"):
         run(tmp_path / "out", questions, [server])
+    assert "conversations: 16" in (tmp_path / "out" / "run.yaml").read_text()  # of what is there, still
+
+
+def test_the_same_chats_under_another_path_are_the_same(misbehaving, questions, tmp_path, monkeypatch):
+    server = misbehaving()
+    run(tmp_path / "out", questions, [server])
+    monkeypatch.chdir(tmp_path)
+    assert run(tmp_path / "out", questions.name, [server])["finished"] == 40 and len(server.bodies) == 80
 
 
 def test_faults_cost_no_row(misbehaving, questions, tmp_path):

@@ -31,7 +31,7 @@ from eagle3_xla.data.config import DataConfig, Source
 from eagle3_xla.data.mix import mix
 from eagle3_xla.data.spool import read_chat
 from eagle3_xla.errors import RunError, UserError
-from eagle3_xla.outputs import claim_output, write_run_file
+from eagle3_xla.outputs import RUN_FILE, claim_output, write_run_file
 from eagle3_xla.regenerate.conversation import Sampling, rewrite
 from eagle3_xla.regenerate.journal import Journal
 from eagle3_xla.regenerate.servers import GaveUp, Servers
@@ -73,10 +73,11 @@ def regenerate(recipe: Recipe, out: Location, options: Options) -> dict:
     place = storage.LocalFolder(claim_output(out, "regenerate"))
     for name in ("chats.jsonl", "dropped.jsonl", "regenerate.json"):
         place.restore(name)
-    write_run_file(recipe, out, "regenerate")
+    if not storage.exists(storage.join(out, RUN_FILE)):
+        write_run_file(recipe, out, "regenerate")
     journal = Journal(place.path)
     try:
-        counts = asyncio.run(_uploading(place, _regenerate(recipe.data, place.path, options, journal)))
+        counts = asyncio.run(_uploading(place, _regenerate(recipe, out, place.path, options, journal)))
     finally:
         journal.close()
         place.upload()
@@ -103,7 +104,9 @@ async def _uploading(place: storage.LocalFolder, work: Awaitable[dict]) -> dict:
         await asyncio.gather(uploading, return_exceptions=True)  # what failed fails again at the end, and is told then
 
 
-async def _regenerate(data: DataConfig, out: Path, options: Options, journal: Journal) -> dict:
+async def _regenerate(recipe: Recipe, place: Location, out: Path, options: Options, journal: Journal) -> dict:
+    """out: `place`, or the folder of this machine that is copied there."""
+    data = recipe.data
     async with _asked(options) as backend:
         settings: dict[str, Any] = {
             "model": backend.model,
@@ -111,6 +114,7 @@ async def _regenerate(data: DataConfig, out: Path, options: Options, journal: Jo
             "chats": _fingerprint(data),
         }
         _check_settings(out / "regenerate.json", settings)
+        write_run_file(recipe, place, "regenerate")
         work = out / ".work" / settings["chats"][:16]
         chats = mix(data, work, questions=True).train
         if not (out / "regenerate.json").exists():  # not before it is known that there is something to ask
@@ -198,8 +202,10 @@ def _fingerprint(data: DataConfig) -> str:
     """Of the chats and their order: the number of a conversation means the same as long as this is the same."""
     resolved = [sources.resolve(source) for source in [*data.train, *data.heldout]]
     prints = [sources.fingerprint(source) for source in [*resolved, *(Source(path=p) for p in data.decontaminate)]]
-    names = "conversations deduplicate languages truncated_answers seed train heldout".split()
+    names = "conversations deduplicate languages truncated_answers seed".split()
     settings = {name: asdict(data)[name] for name in names}
+    for name in ("train", "heldout"):  # where they lie is no matter
+        settings[name] = [asdict(source) | {"path": sources.label(source)} for source in getattr(data, name)]
     return hashlib.sha256(json.dumps([prints, settings], sort_keys=True).encode()).hexdigest()
 
 
@@ -212,9 +218,8 @@ def _check_settings(path: Path, settings: dict) -> None:
             raise UserError(f"{error}; remove that file to go on with the settings of now") from None
         for name, value in settings.items():
             if begun.get(name) != value:
-                raise UserError(
-                    f"{path.parent} was begun with {name} {begun.get(name)}, now it is {value}; choose another folder"
-                )
+                begun_with = "other chats" if name == "chats" else f"{name} {begun.get(name)}, now it is {value}"
+                raise UserError(f"{path.parent} was begun with {begun_with}; choose another folder")
 
 
 def _write_json(path: Path, content: dict) -> None:
