@@ -1,8 +1,10 @@
 """Bad input: one line on stderr, exit code 2, no traceback. What every verb prints."""
 
 import json
+import os
 import shlex
 import subprocess
+import sys
 
 import pytest
 
@@ -49,6 +51,34 @@ def refused_here(capsys, arguments: list[str], *parts: str) -> None:
     assert main(arguments) == 2
     said = [line for line in capsys.readouterr().err.splitlines() if line.startswith("eagle3-xla")]
     assert len(said) == 1 and all(part in said[0] for part in parts), said
+
+
+@pytest.mark.parametrize(
+    "arguments, line",
+    [
+        (["--json", "config"], "eagle3-xla config: --json comes after the verb"),
+        (["--config", "base", "plan"], "eagle3-xla: --config comes after the verb"),
+        (
+            ["regenerate", "--out", "o", "--api-key", "KEY"],
+            "eagle3-xla regenerate: unknown argument --api-key; did you mean --api-key-env?",
+        ),
+    ],
+)
+def test_refused_in_words(capsys, arguments, line):
+    assert main(arguments) == 2 and capsys.readouterr().err.splitlines()[-1] == line
+
+
+def test_a_reader_that_has_seen_enough_and_a_full_disk():
+    command = [sys.executable, "-m", "eagle3_xla", "config", "--quiet"]
+    reading, writing = os.pipe()
+    os.close(reading)
+    done = subprocess.run(command, stdout=writing, stderr=subprocess.PIPE, text=True)
+    os.close(writing)
+    assert (done.returncode, done.stderr) == (0, "")
+    with open("/dev/full", "w") as full:
+        done = subprocess.run([*command, "--json"], stdout=full, stderr=subprocess.PIPE, text=True)
+    assert done.returncode == 1
+    assert done.stderr == "eagle3-xla config: the result could not be written: [Errno 28] No space left on device\n"
 
 
 def test_refused_data_and_folders(small_run, tmp_path, chat_file, capsys):

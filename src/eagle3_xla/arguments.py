@@ -25,13 +25,18 @@ class Parser(argparse.ArgumentParser):
 
     given: list[str] = []
 
+    def __init__(self, *arguments: Any, **settings: Any):
+        super().__init__(*arguments, **settings | {"allow_abbrev": False})
+
     def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
         self.given = list(args or [])
         return super().parse_known_args(args, namespace)
 
     def error(self, message: str) -> NoReturn:
         words = re.sub(r"^argument (\S+): ", r"\1 ", message)
-        if match := re.match(r"VERB invalid choice: '(.*)' \(choose from (.*)\)", words, re.DOTALL):
+        if words.startswith("VERB invalid") and self.given[0].startswith("-"):
+            words = f"{self.given[0]} comes after the verb"
+        elif match := re.match(r"VERB invalid choice: '(.*)' \(choose from (.*)\)", words, re.DOTALL):
             near = difflib.get_close_matches(match[1], match[2].replace("'", "").split(", "), n=1)
             words = f"no verb {match[1]!r}; " + (f"did you mean {near[0]}?" if near else f"one of {match[2]}")
         elif "required" in words:  # perhaps it is there, but misspelt

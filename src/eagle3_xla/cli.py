@@ -41,6 +41,10 @@ def main(arguments: list[str] | None = None) -> int:
         overrides = _overrides(rest, options)
         with _streams(options):
             result = VERBS[options.verb](options, overrides)
+        _print(_shown(result, options.json), sys.stdout)
+        if not options.quiet:
+            step = printable(without_credentials(next_step(options, overrides, result)))
+            _print(f"{_bold('next:', sys.stderr)} {step}", sys.stderr)
     except Usage as error:
         return _fail(str(error), 2)
     except UserError as error:
@@ -53,13 +57,6 @@ def main(arguments: list[str] | None = None) -> int:
         if os.environ.get(RAISE):
             raise
         return _fail(f"{program}: {_unexpected(error, arguments)}", 1)
-    if options.json:
-        print(json.dumps({key: value for key, value in result.items() if key not in ("screen", "coloured")}))
-    else:  # `coloured` comes with colours of ours, and without anything else that a terminal obeys
-        print(result.get("coloured") or printable(result["screen"] if "screen" in result else _table(result)))
-    if not options.quiet:
-        step = printable(without_credentials(next_step(options, overrides, result)))
-        print(f"{_bold('next:', sys.stderr)} {step}", file=sys.stderr)
     return 1 if result.get("ok") is False else 0
 
 
@@ -79,6 +76,24 @@ def _streams(options: Namespace) -> Iterator[None]:
             if options.verbose:
                 print(without_credentials(traceback.format_exc()), file=sys.stderr)
             raise
+
+
+def _shown(result: dict, as_json: bool) -> str:
+    if as_json:
+        return json.dumps({key: value for key, value in result.items() if key not in ("screen", "coloured")})
+    # `coloured` comes with colours of ours, and without anything else that a terminal obeys
+    return result.get("coloured") or printable(result["screen"] if "screen" in result else _table(result))
+
+
+def _print(words: str, stream: TextIO) -> None:
+    """A reader that has seen enough (`| head`) is no failure. Raises RunError when the stream takes no more."""
+    try:
+        print(words, file=stream, flush=True)
+    except OSError as error:
+        with contextlib.suppress(OSError):  # what it still holds would fail again at the end
+            os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+        if not isinstance(error, BrokenPipeError):
+            raise RunError(f"the result could not be written: {error}") from None
 
 
 def _bold(words: str, stream: TextIO) -> str:
@@ -126,7 +141,10 @@ def _overrides(rest: list[str], options: Namespace) -> list[str]:
     for argument in rest:
         name, equals, value = argument.removeprefix("--").partition("=")
         if not (takes_recipe and argument.startswith("--") and "." in name and equals):
-            near = difflib.get_close_matches(argument.partition("=")[0], option_names(options.verb), n=1)
+            option, known = argument.partition("=")[0], option_names(options.verb)
+            if option in known:  # otherwise it would not be left
+                raise UserError(f"{option} comes after the verb")
+            near = difflib.get_close_matches(option, known, n=1)
             form = "; settings are given as --section.key=value" if takes_recipe else ""
             raise UserError(f"unknown argument {argument}" + (f"; did you mean {near[0]}?" if near else form))
         overrides.append(f"{name}={value}")

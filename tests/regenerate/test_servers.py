@@ -3,6 +3,7 @@
 import json
 import os
 import random
+import re
 import signal
 import subprocess
 import sys
@@ -188,6 +189,12 @@ def test_refused_questions_are_counted_and_wrong_servers_end_it(misbehaving, que
     for options in (Options(chats=["x"]), Options(["http://a"], target="b")):
         with pytest.raises(UserError, match="either --server"):
             regenerate(Recipe(), tmp_path / "d", options)
+
+
+@pytest.mark.parametrize("url", ["127.0.0.1:30000", "http://127.0.0.1:abc", "http://127.0.0.1:99999", "http://[::1"])
+def test_what_is_no_url(url):
+    with pytest.raises(UserError, match=f"--server '{re.escape(url)}' is not a URL "):
+        servers.Servers([url], Sampling(), 1, 1)
 
 
 def test_killed_twice_every_row_once(misbehaving, tmp_path):

@@ -4,6 +4,7 @@ import asyncio
 import re
 import time
 from dataclasses import dataclass
+from urllib.parse import urlsplit
 
 import httpx
 
@@ -45,8 +46,12 @@ class Servers:
         self, urls: list[str], sampling: Sampling, concurrency: int, timeout: float, key: str = "", rest: float = 1.0
     ):
         for url in urls:
-            if not re.match(r"https?://[^/]+", url):
-                raise UserError(f"--server {url!r} is not a URL; one looks like http://127.0.0.1:30000")
+            try:
+                if not re.match(r"https?://[^/]+", url) or urlsplit(url).port == 0:
+                    raise ValueError("one looks like http://127.0.0.1:30000")
+                httpx.URL(url)
+            except (ValueError, httpx.InvalidURL) as error:
+                raise UserError(f"--server {url!r} is not a URL ({_reason(error)})") from None
         self.servers = [_Server(url.rstrip("/").removesuffix("/v1")) for url in urls]
         self.sampling, self.timeout, self.rest = sampling, timeout, rest
         self.model, self.last_answer, self.answers, self.refusals = "", -1.0, 0, 0
