@@ -130,8 +130,9 @@ def _check_keys(given: DictConfig, schema: DictConfig, prefix: str) -> None:
             if not isinstance(given[key], DictConfig):
                 raise UserError(f"setting {full} is a section; give one of {', '.join(map(str, schema[key]))} in it")
             _check_keys(given[key], schema[key], f"{full}.")
-        elif isinstance(schema[key], ListConfig) and isinstance(given[key], DictConfig):
-            raise UserError(f"setting {full} is a list; give it as [..., ...]")
+        elif isinstance(schema[key], ListConfig) and not isinstance(given[key], ListConfig):
+            item = "..., ..." if isinstance(given[key], DictConfig) else _one_line(given[key] or "...")
+            raise UserError(f"setting {full} is a list; give it as [{item}]")
 
 
 def _sources_from_strings(given: DictConfig) -> None:
