@@ -2,7 +2,7 @@
 
     nice -n 19 python benchmarks/recipes_plan.py [RECIPE ...] [--out DIR] [--section.key=value ...]
 
-Resumable: a recipe is compiled again when its lowered step, its slice or the compiler is another one than the file has.
+Resumable: a recipe is compiled again when its lowered step, slice, compiler or flags are not those that the file has.
 Each is planned from 8 of its target's layers (`plan.layers`), which benchmarks/README.md compares with all. With --out,
 the files go to DIR, and the table is only printed.
 """
@@ -53,10 +53,11 @@ def plan_one(name: str, overrides: list[str], file: Path) -> None:
     recipe = planned(name, overrides)
     os.environ.update(PJRT_DEVICE="CPU", CPU_NUM_DEVICES=str(recipe.xla.dp * recipe.xla.tp))
     from eagle3_xla.plan.compiled import lowered_steps
-    from eagle3_xla.xla.tpu import find_topology
+    from eagle3_xla.xla.tpu import find_topology, libtpu_flags
 
-    coordinates = find_topology(recipe.plan.topology).coordinates()
-    key = hashlib.sha256(" ".join([recipe.plan.topology, recipe.plan.xla_flags]).encode())
+    topology = find_topology(recipe.plan.topology)
+    coordinates = topology.coordinates()
+    key = hashlib.sha256(" ".join([topology.name, recipe.plan.xla_flags, libtpu_flags(topology)]).encode())
     key.update(" ".join(f"{package} {metadata.version(package)}" for package in COMPILER).encode())
     for lowered in lowered_steps(recipe, plan_config(recipe.target.path), coordinates):
         key.update(lowered.hlo)

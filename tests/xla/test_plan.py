@@ -8,9 +8,11 @@ from importlib import resources
 from pathlib import Path
 
 import pytest
+import torch_xla
 
 from eagle3_xla.config import load_recipe
 from eagle3_xla.data.prepare import prepare
+from eagle3_xla.xla.tpu import find_topology, libtpu_flags
 
 RECIPE = "qwen2.5-7b-v4-32"
 
@@ -79,12 +81,29 @@ def test_refused(forks, arguments, line):
 
 
 def test_a_held_compiler_lock_is_no_obstacle(forks):
-    code = "from eagle3_xla.xla.tpu import *; print(len(topology_devices(find_topology('v4-32'))))"
+    code = "import os; from eagle3_xla.xla.tpu import *; print(len(topology_devices(find_topology('v4-32'))))\n"
+    code += "print(os.environ['LIBTPU_INIT_ARGS'])"
     with open("/tmp/libtpu_lockfile", "a") as lock:
         with contextlib.suppress(BlockingIOError):  # another test's compiler holds it
             fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # as libtpu takes it
         done = forks.run_code(code)
-    assert done.stdout == "16\n", done.stderr
+    assert done.stdout == f"16\n{libtpu_flags(find_topology('v4-32'))}\n", done.stderr
+
+
+@pytest.mark.parametrize("topology", ["v4-32", "v5e-16", "v5p-16", "v6e-8"])
+def test_the_compiler_has_the_flags_of_a_run(monkeypatch, topology):
+    """Those that torch_xla gives libtpu on a host with such chips; the user's own stay."""
+    monkeypatch.setattr("torch_xla._internal.tpu.version", lambda: int(topology[1]))
+    monkeypatch.setenv("LIBTPU_INIT_ARGS", "--xla_latency_hiding_scheduler_rerun=2")
+    torch_xla._setup_libtpu_flags()
+    as_run = os.environ["LIBTPU_INIT_ARGS"]
+    monkeypatch.undo()
+    monkeypatch.setenv("LIBTPU_INIT_ARGS", "--xla_latency_hiding_scheduler_rerun=2")
+    before = dict(os.environ)
+    assert libtpu_flags(find_topology(topology)) == as_run
+    assert before == dict(os.environ)
+    assert as_run.startswith("--xla_latency_hiding_scheduler_rerun=2 --xla")
+    assert ("xla_enable_async_all_gather" in as_run) == (topology[1] == "5")
 
 
 def test_a_missing_compiler_is_named(cli, shallow, tmp_path):

@@ -46,7 +46,8 @@ def search(recipe: Recipe) -> dict:
     A batch that doesn't fit is tried again with xla.remat, as are the larger ones of its mesh; one that still doesn't
     fit ends the mesh's list.
 
-    Verdicts are kept in the user's cache folder, by recipe, topology, and versions of this package and the compiler.
+    Verdicts are kept in the user's cache folder, by recipe, topology, versions of this package and the compiler, and
+    LIBTPU_INIT_ARGS.
     """
     topology = find_topology(recipe.plan.topology)
     meshes = candidates(recipe, topology.chips, plan_config(recipe.target.path).num_key_value_heads)
@@ -106,6 +107,7 @@ def _key(recipe: Recipe) -> str:
     digest = hashlib.sha256(json.dumps(dataclasses.asdict(recipe), sort_keys=True).encode())
     digest.update(plan_config(recipe.target.path).to_json_string().encode())
     digest.update(" ".join(metadata.version(name) for name in COMPILER).encode())
+    digest.update(os.environ.get("LIBTPU_INIT_ARGS", "").encode())  # torch_xla's defaults add to it (xla/tpu.py)
     for file in sorted(Path(eagle3_xla.__file__).parent.rglob("*.py")):
         digest.update(file.read_bytes())
     return digest.hexdigest()[:32]

@@ -180,6 +180,7 @@ def topology_devices(topology: Topology) -> list:
         ALLOW_MULTIPLE_LIBTPU_LOAD="1",
         TPU_STDERR_LOG_LEVEL="3",
         TPU_MIN_LOG_LEVEL="3",
+        LIBTPU_INIT_ARGS=libtpu_flags(topology),
     )
     try:
         import libtpu  # noqa: F401
@@ -193,6 +194,26 @@ def topology_devices(topology: Topology) -> list:
     except RuntimeError as error:  # jaxlib's own error is one
         raise UserError(f"the TPU compiler does not start: {str(error).splitlines()[0]}") from None
     return sorted(description.devices, key=lambda device: device.id)
+
+
+def libtpu_flags(topology: Topology) -> str:
+    """LIBTPU_INIT_ARGS of a run on such chips: what it holds now, and torch_xla's defaults, which `import torch_xla`
+    adds where it finds chips.
+    """
+    import torch_xla
+
+    # Not for longer than that: libtpu, which reads them too, aborts on a v4 whose type it was told.
+    asked = {"TPU_SKIP_MDS_QUERY": "1", "TPU_ACCELERATOR_TYPE": topology.name}
+    before = {name: os.environ.get(name) for name in (*asked, "LIBTPU_INIT_ARGS")}
+    os.environ.update(asked)
+    try:
+        torch_xla._setup_libtpu_flags()
+        return os.environ["LIBTPU_INIT_ARGS"].strip()
+    finally:
+        for name, value in before.items():
+            os.environ.pop(name, None)
+            if value is not None:
+                os.environ[name] = value
 
 
 def _with_shardings(text: bytes | str, donated: list[int]) -> bytes:
