@@ -11,12 +11,14 @@ import torch
 from eagle3_xla import checkpoint
 from eagle3_xla.config import load_recipe
 from eagle3_xla.draft.model import Eagle3Head, draft_config
+from eagle3_xla.plan.compiled import extended_memory
 from eagle3_xla.plan.depth import layer_period, with_layers
 from eagle3_xla.plan.disk import checkpoint_bytes, disk_bytes
 from eagle3_xla.target.known import plan_config
 from eagle3_xla.train.optimizer import AdamW
 from eagle3_xla.xla.backend import make_backend
 from eagle3_xla.xla.config import XlaConfig
+from eagle3_xla.xla.tpu import Memory
 
 # Verdicts of a recipe with the settings after the first argument and, one after the other, each of the first's.
 PLANS = """
@@ -60,6 +62,13 @@ def test_few_layers_extended_are_all_layers(forks, tmp_path, draft):
         assert few["hbm"][part] == pytest.approx(every["hbm"][part], rel=0.01), part
     assert few["collectives"] == every["collectives"] and few["state_donated"]
     assert every["host_is_the_limit"] and 0.005 < every["host_step_seconds"] < 0.02
+
+
+def test_memory_never_shrinks_with_depth():
+    """The compiler found less code and fewer temporaries for 12 layers than for 8: 20 more have no less than 8."""
+    step, low, high = Memory(70, 20, 10, 400, 40), Memory(60, 2, 0, 300, 40), Memory(80, 2, 0, 200, 20)
+    assert extended_memory(step, low, high, 5) == Memory(170, 20, 10, 400, 40)
+    assert extended_memory(step, low, high._replace(temporaries=310, code=42), 5) == Memory(170, 20, 10, 450, 50)
 
 
 def test_a_flag_that_the_compiler_lacks(forks, tmp_path):

@@ -75,15 +75,29 @@ def compile_step(recipe: Recipe, target: Any, topology: Topology) -> CompiledSte
     step, high = (_compile(recipe, each, topology) for each in (lowered, pair[1]))
     low = copy.deepcopy(step) if pair[0] is lowered else _compile(recipe, pair[0], topology)
 
-    def extended(here: Any, few: Any, more: Any) -> Any:
-        return here + round(times * (more - few))
-
-    memory = Memory(*map(extended, step.memory, low.memory, high.memory))
+    memory = extended_memory(step.memory, low.memory, high.memory, times)
     _refuse_too_large(memory.total, lowered, topology, at_rest=False)
     step.time.add(high.time, times)
     step.time.add(low.time, -times)
-    flops = extended(step.flops, low.flops, high.flops)
-    return step._replace(memory=memory, flops=flops, arguments=extended(step.arguments, low.arguments, high.arguments))
+    flops = _extended(step.flops, low.flops, high.flops, times)
+    arguments = _extended(step.arguments, low.arguments, high.arguments, times)
+    return step._replace(memory=memory, flops=flops, arguments=arguments)
+
+
+def extended_memory(step: Memory, low: Memory, high: Memory, times: float) -> Memory:
+    """The memory of `step` with `times` times what `high` takes more than `low`.
+
+    Temporaries and code are the compiler's choice at each depth: where it finds a way to less of them at the larger
+    one, that is not repeated for the layers that follow.
+    """
+    return Memory(*map(_extended, step, low, high, [times] * len(step)))._replace(
+        temporaries=_extended(step.temporaries, low.temporaries, max(low.temporaries, high.temporaries), times),
+        code=_extended(step.code, low.code, max(low.code, high.code), times),
+    )
+
+
+def _extended(here: Any, few: Any, more: Any, times: float) -> Any:
+    return here + round(times * (more - few))
 
 
 def _compile(recipe: Recipe, lowered: LoweredStep, topology: Topology) -> CompiledStep:
