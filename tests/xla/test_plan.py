@@ -11,7 +11,8 @@ import pytest
 import torch_xla
 
 from eagle3_xla.config import load_recipe
-from eagle3_xla.data.prepare import prepare
+from eagle3_xla.data.prepare import load_prepared, prepare
+from eagle3_xla.plan.verdict import planned_tokens
 from eagle3_xla.xla.tpu import find_topology, libtpu_flags
 
 RECIPE = "qwen2.5-7b-v4-32"
@@ -112,6 +113,20 @@ def test_a_missing_compiler_is_named(cli, shallow, tmp_path):
     done = cli("plan", "--config", RECIPE, f"--target.path={shallow}", environment={"PYTHONPATH": path})
     assert done.returncode == 2
     assert "the TPU compiler is not installed" in done.stderr and "eagle3-xla[plan]" in done.stderr
+
+
+def test_prepared_data_says_how_long_a_run_is(small_run, tmp_path):
+    """And the recipe's own assumption only while there is none."""
+    assumed = load_recipe(RECIPE, []).plan.tokens
+    for packing in ("packed", "bucketed"):
+        own = ["data.conversations=0", f"data.packing={packing}", "data.buckets=[40, 48, 56]", "train.batch_size=4"]
+        recipe = load_recipe(RECIPE, [*small_run, *own, f"data.prepared={tmp_path / packing}"])
+        assert planned_tokens(recipe) == (assumed, "plan.tokens") and assumed > 1e8
+        prepare(recipe)
+        rows = load_prepared(recipe.data.prepared)[0]
+        lengths = [len(row["input_ids"]) for row in rows]
+        assert (len(set(lengths)) == 1) == (packing == "packed")
+        assert planned_tokens(recipe) == (sum(lengths) * 2, "data.prepared")  # two epochs
 
 
 @pytest.mark.slow

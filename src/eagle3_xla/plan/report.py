@@ -1,6 +1,10 @@
 """A verdict as text."""
 
 GIB = 1024**3
+TOKENS_OF = {
+    "data.prepared": "the {:.1f}M tokens of all epochs of the prepared data",
+    "plan.tokens": "{:.1f}M tokens, which plan.tokens assumes: no data is prepared",
+}
 
 
 def verdict_screen(verdict: dict) -> str:
@@ -42,8 +46,8 @@ def verdict_screen(verdict: dict) -> str:
     else:
         price = f", ${verdict['dollars']:,.0f}" if verdict["dollars"] else ""
         lines.append(
-            f"  modelled run     {verdict['tokens'] / 1e6:.0f}M tokens: {verdict['modelled_hours'] * 60:.0f} minutes, "
-            f"{verdict['chip_hours']:.1f} chip-hours{price}"
+            f"  modelled run     {verdict['modelled_hours'] * 60:.0f} minutes, {verdict['chip_hours']:.1f} chip-hours"
+            f"{price} for {TOKENS_OF[verdict['tokens_of']].format(verdict['tokens'] / 1e6)}"
         )
     parts = {kind.replace("_", " "): size for kind, size in verdict["disk_bytes"].items() if size != 0}
     total = parts.pop("total")

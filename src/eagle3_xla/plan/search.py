@@ -13,9 +13,10 @@ from pathlib import Path
 from tqdm import tqdm
 
 import eagle3_xla
+from eagle3_xla import storage
 from eagle3_xla.config import Recipe
 from eagle3_xla.errors import UserError
-from eagle3_xla.plan.verdict import plan
+from eagle3_xla.plan.verdict import plan, prepared_manifest
 from eagle3_xla.target.known import plan_config
 from eagle3_xla.xla.tpu import find_topology
 
@@ -46,8 +47,8 @@ def search(recipe: Recipe) -> dict:
     A batch that doesn't fit is tried again with xla.remat, as are the larger ones of its mesh; one that still doesn't
     fit ends the mesh's list.
 
-    Verdicts are kept in the user's cache folder, by recipe, topology, versions of this package and the compiler, and
-    LIBTPU_INIT_ARGS.
+    Verdicts are kept in the user's cache folder, by recipe, prepared data, topology, LIBTPU_INIT_ARGS, and versions of
+    this package and the compiler.
     """
     topology = find_topology(recipe.plan.topology)
     meshes = candidates(recipe, topology.chips, plan_config(recipe.target.path).num_key_value_heads)
@@ -108,6 +109,8 @@ def _key(recipe: Recipe) -> str:
     digest.update(plan_config(recipe.target.path).to_json_string().encode())
     digest.update(" ".join(metadata.version(name) for name in COMPILER).encode())
     digest.update(os.environ.get("LIBTPU_INIT_ARGS", "").encode())  # torch_xla's defaults add to it (xla/tpu.py)
+    if manifest := prepared_manifest(recipe):
+        digest.update(storage.read(manifest))
     for file in sorted(Path(eagle3_xla.__file__).parent.rglob("*.py")):
         digest.update(file.read_bytes())
     return digest.hexdigest()[:32]

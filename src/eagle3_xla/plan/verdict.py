@@ -1,14 +1,16 @@
 """`plan`: does a recipe fit a slice, how long does it take, what does it cost."""
 
-import json
 import os
 import time
 from typing import Any
 
 from eagle3_xla import storage
 from eagle3_xla.config import Recipe
+from eagle3_xla.data.manifest import MANIFEST
+from eagle3_xla.data.prepare import load_prepared
 from eagle3_xla.errors import UserError
 from eagle3_xla.plan.report import verdict_screen
+from eagle3_xla.storage import Location
 from eagle3_xla.target.known import plan_config
 from eagle3_xla.train.flops import flops_per_token
 
@@ -49,7 +51,7 @@ def compile_verdict(recipe: Recipe) -> dict:
     mesh = {"dp": recipe.xla.dp, "tp": recipe.xla.tp, "draft_data_parallel": recipe.xla.draft_data_parallel}
     layers: dict[str, int] = {"extrapolated": recipe.plan.layers not in (0, target.num_hidden_layers)}
     layers |= {"layers": target.num_hidden_layers, "compiled_layers": recipe.plan.layers or target.num_hidden_layers}
-    total = recipe.plan.tokens or _prepared_tokens(recipe)
+    total, of = planned_tokens(recipe)
     disk = disk_bytes(recipe, target, total)
     verdict = {"topology": topology.name, "chips": topology.chips, "mesh": mesh, **layers, "disk_bytes": disk}
     try:
@@ -89,6 +91,7 @@ def compile_verdict(recipe: Recipe) -> dict:
         "tokens_per_step": tokens,
         "tokens_per_second": rate,
         "tokens": total,
+        "tokens_of": of,
         "modelled_hours": hours,
         "chip_hours": hours and hours * topology.chips,
         "dollars": hours * topology.chips * price if hours and price else None,
@@ -104,13 +107,25 @@ def _refuse_indivisible(recipe: Recipe, target: Any) -> None:
             )
 
 
-def _prepared_tokens(recipe: Recipe) -> int | None:
-    """Positions of the whole run, from the prepared data."""
-    manifest = storage.join(recipe.data.prepared, "manifest.json")
-    if not recipe.data.prepared or not storage.exists(manifest):
-        return None
-    prepared = json.loads(storage.read(manifest))
-    return prepared["train"]["rows"] * prepared["row_length"] * recipe.train.epochs
+def planned_tokens(recipe: Recipe) -> tuple[int | None, str | None]:
+    """Positions of the whole run, padding included, and where the number is from: the prepared data in all epochs, or
+    what `plan.tokens` assumes while nothing is prepared.
+
+    Raises UserError for prepared data that is damaged.
+    """
+    if not prepared_manifest(recipe):
+        return (recipe.plan.tokens, "plan.tokens") if recipe.plan.tokens else (None, None)
+    from eagle3_xla.train.loader import buckets_of
+
+    rows, _, _, manifest = load_prepared(recipe.data.prepared)
+    positions = sum(length * count for length, _, count in buckets_of(manifest, "train", len(rows)))
+    return positions * recipe.train.epochs, "data.prepared"
+
+
+def prepared_manifest(recipe: Recipe) -> Location | None:
+    """The manifest of the prepared data, None while there is none."""
+    manifest = storage.join(recipe.data.prepared, MANIFEST)
+    return manifest if recipe.data.prepared and storage.exists(manifest) else None
 
 
 def _advice(recipe: Recipe, at_rest: bool) -> str:
