@@ -6,18 +6,14 @@ import sys
 from pathlib import Path
 
 import pytest
-import torch
 
-from eagle3_xla import checkpoint
 from eagle3_xla.config import load_recipe
-from eagle3_xla.draft.model import Eagle3Head, draft_config
+from eagle3_xla.data.prepare import prepare
 from eagle3_xla.plan.compiled import extended_memory
 from eagle3_xla.plan.depth import layer_period, with_layers
 from eagle3_xla.plan.disk import checkpoint_bytes, disk_bytes
 from eagle3_xla.target.known import plan_config
-from eagle3_xla.train.optimizer import AdamW
-from eagle3_xla.xla.backend import make_backend
-from eagle3_xla.xla.config import XlaConfig
+from eagle3_xla.train.loop import train
 from eagle3_xla.xla.tpu import Memory
 
 # Verdicts of a recipe with the settings after the first argument and, one after the other, each of the first's.
@@ -107,19 +103,21 @@ def test_a_target_is_as_large_as_its_checkpoint(target, size):
     assert checkpoint_bytes(plan_config(target)) == pytest.approx(size, rel=1e-6)
 
 
-def test_checkpoints_are_as_large_as_planned(tmp_path):
-    recipe = load_recipe("qwen2.5-7b-v4-32", [small_config(tmp_path), "data.draft_vocab_size=256"])
-    target = plan_config(recipe.target.path)
-    head = Eagle3Head(draft_config(target, 256))
-    backend = make_backend(XlaConfig(device="cpu"))
-    optimizer = AdamW(dict(head.named_parameters()), recipe.train, 10, backend, {})
-    maps = {"d2t": torch.zeros(256, dtype=torch.int64), "t2d": torch.zeros(1024, dtype=torch.bool)}
-    rest = {"recipe": {}, "data_key": "", "draft_config": {}, "micro_step": 1}
-    written = checkpoint.save(
-        tmp_path / "run", checkpoint.Checkpoint(head=head.state_dict(), optimizer=optimizer.state(), **maps, **rest), 2
-    )
-    size = sum(file.stat().st_size for file in written.iterdir())
-    planned = disk_bytes(recipe, target, 3 * 1000)
-    assert planned["checkpoints"] == pytest.approx((recipe.train.keep + 2) * size, rel=0.01)
-    assert planned["target_download"] == 0 and planned["prepared_rows"] == 10_125
-    assert planned["total"] == planned["checkpoints"] + 10_125
+def test_a_run_needs_the_disk_that_is_planned(small_run):
+    settings = [*small_run, "train.keep=2", "train.save_every=1"]
+    recipe = load_recipe(None, settings)
+    target, rows = plan_config(recipe.target.path), prepare(recipe)["train"]["rows"]
+    train(recipe, max_steps=3)
+    held = Path(recipe.train.out).glob("*/step-*")  # the untrained head's and the last two
+    sizes = [sum(file.stat().st_size for file in folder.iterdir()) for folder in held]
+    assert len(sizes) == 3
+    planned = disk_bytes(recipe, target, recipe.train.epochs * rows * 64)
+    # Beside them the best one, where it is none of these, and the one that is being written.
+    assert planned["checkpoints"] == pytest.approx(sum(sizes) + 2 * max(sizes), rel=0.05)
+    assert planned["target_download"] == 0 and planned["prepared_rows"] == rows * 648
+    assert planned["total"] == planned["checkpoints"] + planned["prepared_rows"]
+
+    in_bucket = load_recipe(None, [*settings, "target.path=gs://bucket/target", "train.out=gs://bucket/run"])
+    planned = disk_bytes(in_bucket, target, None)
+    assert planned["target_download"] == 0
+    assert planned["checkpoints"] == pytest.approx(max(sizes), rel=0.05)  # on its way

@@ -5,6 +5,7 @@ from typing import Any
 
 import torch
 
+from eagle3_xla import storage
 from eagle3_xla.config import Recipe
 from eagle3_xla.draft.model import Eagle3Head, draft_config
 from eagle3_xla.plan.depth import layer_period, with_layers
@@ -17,16 +18,19 @@ MXFP4 = 0.5 + 1 / 32  # of an element: 4 bits, and a byte for 32 of them
 def disk_bytes(recipe: Recipe, target: Any, tokens: int | None) -> dict[str, int | None]:
     """Kind -> bytes. target: its Hugging Face config; tokens: positions of the whole run, None when unknown.
 
-    target_download: 0 for a folder; checkpoints: those that `train.keep` leaves, the best one, and the one that is
-    being written; prepared_rows: the training rows (`prepare` holds them twice for a moment); target_states: with
+    target_download: 0 for a folder, and for a URL, which is read in parts; checkpoints: those that `train.keep` leaves,
+    the best one, the untrained head's, and the one that is being written, which is all that is here when train.out is
+    a URL; prepared_rows: the training rows (`prepare` holds them twice for a moment); target_states: with
     train.reuse_states.
     """
+    path = recipe.target.path
+    checkpoints = 1 if storage.is_url(recipe.train.out) else recipe.train.keep + 3
     rows = tokens / recipe.train.epochs if tokens else None
     states = 2 * 4 * target.hidden_size + 4 + 4  # aux and hidden in bfloat16, argmax, logsumexp (target/states.py)
     needed: dict[str, int | None] = {
-        "target_download": 0 if Path(recipe.target.path).exists() else checkpoint_bytes(target),
+        "target_download": 0 if storage.is_url(path) or Path(path).exists() else checkpoint_bytes(target),
         "prepared_rows": round(rows * POSITION) if rows else None,
-        "checkpoints": (recipe.train.keep + 2) * _training_state_bytes(recipe, target),
+        "checkpoints": checkpoints * _training_state_bytes(recipe, target),
         "target_states": (round(rows * states) if rows else None) if recipe.train.reuse_states else 0,
     }
     known = [size for size in needed.values() if size is not None]
