@@ -109,8 +109,8 @@ def test_a_target_with_few_layers_is_refused(small_run, small_target, tmp_path, 
     refused_here(capsys, ["train", *settings, f"--target.path={folder}"], "6 decoder layers", "at least 8")
 
 
-def test_json_is_one_object(cli, small_run):
-    done = cli("prepare", "--json", *[f"--{setting}" for setting in small_run])
+def test_json_is_one_object(forks, small_run):
+    done = forks.run("prepare", "--json", *[f"--{setting}" for setting in small_run])
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout)["train"]["chats"] == 32
 

@@ -32,7 +32,7 @@ def test_quickstart(quickstart_run, installed_wheel):
     assert "1/5 target" in done.stderr and "this machine: " in done.stderr and "\033" not in done.stdout + done.stderr
     result = json.loads((out / "result.json").read_text())
     assert any(words.strip() for words, _ in result["answer"]["pieces"]) and result["answer"]["prompt"] in done.stdout
-    assert result["eval"]["identical"] and result["tree"]["tau"] >= 1.0
+    assert result["eval"]["identical"] and result["tree"]["tau"] > 1.0
     assert "as a tree of 7" in done.stdout and "--speculative-num-draft-tokens 8" in done.stdout
     assert result["training"]["tau"] > 1.05  # held-out rows; a few steps on 2,000 tokens
     assert load_file(out / "head" / "model.safetensors")["lm_head.weight"].shape == (8192, 576)

@@ -72,7 +72,7 @@ def quickstart(out: Path, asked: float | None) -> dict:
     target, head, untrained = out / "target", out / "head", out / "head-untrained"
     sizes, options = [f"data.max_tokens={budget.tokens}", f"train.epochs={budget.epochs}"], EVALUATION
     if asked is not None and asked < 1:  # a look at whether all of it runs
-        sizes, options = [*sizes, "train.heldout_rows=4"], replace(options, limit=2, max_new_tokens=24)
+        sizes, options = [*sizes, "train.heldout_rows=4"], replace(options, limit=2, max_new_tokens=16)
     elif asked is not None and asked < 3:
         options = replace(options, limit=3)
     places = [f"target.path={target}", f"data.prepared={out / 'data'}", f"train.out={out / 'run'}"]

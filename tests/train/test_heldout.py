@@ -65,17 +65,15 @@ def test_it_stops_when_tau_no_longer_grows(small_run, capfd, monkeypatch):
 
 
 @pytest.mark.slow
-def test_warm_start_keeps_the_heads_vocabulary(small_run, tmp_path, forks):
-    recipe, _ = run(small_run, "train.epochs=6", "train.lr=3e-3")
-    export(Path(recipe.train.out), tmp_path / "head", "float32")
-    more = [f"train.warm_start={tmp_path / 'head'}", "data.draft_vocab_size=96", f"train.out={tmp_path / 'warm'}"]
+def test_warm_start_keeps_the_heads_vocabulary(trained, small_run, tmp_path, forks):
+    more = [f"train.warm_start={trained}", "data.draft_vocab_size=96", f"train.out={tmp_path / 'warm'}"]
     more += [f"data.prepared={tmp_path / 'data-96'}"]
     warm, summary = run(small_run, *more, "train.epochs=1")
     cold, _ = run(small_run, f"train.out={tmp_path / 'cold'}", "train.epochs=1")
     assert summary["micro_steps"] == summary["of"]  # not a continuation: it starts at step 0
-    before = checkpoints.load_latest(Path(recipe.train.out) / "checkpoints", pytest.fail)
+    before = checkpoints.load_latest(trained.parent / "run" / "checkpoints", pytest.fail)
     after = checkpoints.load_latest(tmp_path / "warm" / "checkpoints", pytest.fail)
-    assert torch.equal(before.d2t, after.d2t) and len(after.d2t) == 128
+    assert torch.equal(before.d2t, after.d2t) and len(after.d2t) == 256
     taus = [rows_of(tmp_path / out)[0]["heldout_tau"] for out in ("warm", "cold")]
     assert taus[0] > taus[1] + 0.2
 
@@ -85,7 +83,7 @@ def test_warm_start_keeps_the_heads_vocabulary(small_run, tmp_path, forks):
     measured = [rows_of(tmp_path / out)[0]["heldout_acceptance"] for out in ("warm", "xla")]
     assert measured[0] == pytest.approx(measured[1]) and measured[0][1] > 0
 
-    shutil.copytree(tmp_path / "head", tmp_path / "other")
+    shutil.copytree(trained, tmp_path / "other")
     config = json.loads((tmp_path / "other" / "config.json").read_text())
     config |= {"rope_theta": 5.0, "rope_parameters": {"rope_theta": 5.0, "rope_type": "default"}}
     (tmp_path / "other" / "config.json").write_text(json.dumps(config))

@@ -107,10 +107,10 @@ def test_the_compiler_has_the_flags_of_a_run(monkeypatch, topology):
     assert ("xla_enable_async_all_gather" in as_run) == (topology[1] == "5")
 
 
-def test_a_missing_compiler_is_named(cli, shallow, tmp_path):
-    (tmp_path / "libtpu.py").write_text("raise ImportError('not installed here')")
-    path = os.pathsep.join([str(tmp_path), os.environ.get("PYTHONPATH", "")])
-    done = cli("plan", "--config", RECIPE, f"--target.path={shallow}", environment={"PYTHONPATH": path})
+def test_a_missing_compiler_is_named(forks, shallow):
+    without = "import runpy, sys; sys.modules['libtpu'] = None\n"
+    without += "runpy.run_module('eagle3_xla', run_name='__main__', alter_sys=True)"
+    done = forks.run_code(without, "plan", "--config", RECIPE, f"--target.path={shallow}")
     assert done.returncode == 2
     assert "the TPU compiler is not installed" in done.stderr and "eagle3-xla[plan]" in done.stderr
 
