@@ -12,7 +12,7 @@ from pathlib import Path
 from eagle3_xla.arguments import parser
 from eagle3_xla.config import load_recipe
 from eagle3_xla.explain import Setting, recipes, settings, source_settings
-from eagle3_xla.target.families import FAMILIES, SGLANG, VLLM
+from eagle3_xla.target.families import FAMILIES, IN_SGLANG_JAX, SGLANG, VLLM
 
 FOLDER = Path(__file__).parent
 NOTE = "<!-- written by `python docs/generate.py`; change the code instead -->"
@@ -86,11 +86,11 @@ def recipes_table() -> str:
 
 
 def families_table() -> str:
-    lines = [f"| `model_type` | its head in {SGLANG} | in {VLLM} |", "|---|---|---|"]
+    lines = [f"| `model_type` | its head in {SGLANG} | in {VLLM} | in sglang-jax at `cddbf6f1` |", "|---|---|---|---|"]
     for name, family in FAMILIES.items():
-        lines.append(
-            f"| `{name}` | " + " | ".join("yes" if e in family.engines else "no" for e in (SGLANG, VLLM)) + " |"
-        )
+        served = ["yes" if engine in family.engines else "no" for engine in (SGLANG, VLLM)]
+        jax = "no" if name not in IN_SGLANG_JAX else "with its patch" if name == "qwen2" else "unless tied"
+        lines.append(f"| `{name}` | {' | '.join([*served, jax])} |")
     return "\n".join(lines)
 
 

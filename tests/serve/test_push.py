@@ -284,6 +284,27 @@ def test_commands_for_the_engines_that_serve_it(config, tensors, engines, export
     assert re.findall(r"parameters.*", with_embedding) == re.findall(r"parameters.*", written)
 
 
+@pytest.mark.parametrize(
+    "kind, tied, engines",
+    [
+        ("qwen2", True, "SGLang sglang-jax vLLM Python"),
+        ("llama", False, "SGLang sglang-jax vLLM Python"),
+        ("llama", True, "SGLang vLLM Python"),
+        ("gemma3_text", True, "SGLang Python"),
+        ("olmo2", False, "vLLM"),
+        ("gemma2", True, ""),
+    ],
+)
+def test_commands_for_the_engines_that_serve_its_target(kind, tied, engines, exported_head, small_target):
+    target = read_target(str(small_target))
+    target.config.model_type, target.config.tie_word_embeddings = kind, tied
+    nothing = RunFacts("", [], []), Licences("", "", ())
+    written = card(read_head(exported_head), target, None, "me/head", [], *nothing)
+    assert re.findall(r"^(\S+?),?(?: .*)?:\n\n```", written, re.MULTILINE) == engines.split()
+    assert ("No released engine" in written) == (not engines)
+    assert ("patch apply" in written) == (kind == "qwen2")
+
+
 def test_a_card_of_the_run(small_run, small_target, chat_file, tmp_path, exported_head):
     recipe = load_recipe(None, small_run)
     prepare(recipe)

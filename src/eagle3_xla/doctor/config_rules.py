@@ -21,7 +21,17 @@ from eagle3_xla.draft.saved import (
     window_of,
 )
 from eagle3_xla.errors import UserError
-from eagle3_xla.target.families import FAMILIES, MIN_LAYERS, SGLANG, VLLM, aux_layers, context_length, is_longrope
+from eagle3_xla.target.families import (
+    FAMILIES,
+    IN_SGLANG_JAX,
+    MIN_LAYERS,
+    SGLANG,
+    VLLM,
+    aux_layers,
+    context_length,
+    is_longrope,
+    sglang_jax_serves,
+)
 
 RULED = (
     *FLAGS,
@@ -62,7 +72,10 @@ def engines(head: SavedHead, target: Target) -> Finding:
         return Finding("engines", "pass", f"not looked at: {kind} is no family that is trained here")
     without = [engine for engine in (SGLANG, VLLM) if engine not in FAMILIES[kind].engines]
     if not without:
-        return Finding("engines", "pass", f"{SGLANG} and {VLLM} hand {kind}'s hidden states to a head")
+        served = sglang_jax_serves(target.config)
+        tied = " with tied embeddings" if kind in IN_SGLANG_JAX else ""
+        jax = "" if served else f"; sglang-jax, for TPUs, does not{tied}"
+        return Finding("engines", "pass", f"{SGLANG} and {VLLM} hand {kind}'s hidden states to a head{jax}")
     message = f"{' and '.join(without)} can't serve a head for {kind}: the model's class hands no hidden states out; "
     message += f"{FAMILIES[kind].engines[0]} does" if FAMILIES[kind].engines else "an engine that does so is needed"
     return Finding("engines", "warn", message)

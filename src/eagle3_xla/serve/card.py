@@ -8,7 +8,7 @@ from eagle3_xla.doctor.weight_rules import EMBEDDING
 from eagle3_xla.draft.saved import ARCHITECTURE, FLAGS, NORM_FLAGS, SavedHead, layers_of, window_of
 from eagle3_xla.evaluate.results import Figures
 from eagle3_xla.serve.run_facts import RunFacts
-from eagle3_xla.target.families import aux_layers
+from eagle3_xla.target.families import FAMILIES, SGLANG, VLLM, aux_layers, sglang_jax_serves
 
 ALL_POSITIONS = """Others report `acc_k`: how often the head's first choice at TTT step k is the target's, on given
 text and over all positions, the user's turns included. That is no acceptance. For comparison, k = 0, 1, ...:"""
@@ -73,7 +73,7 @@ head; "-" where there is none, or where the answers were not the same.
 {f"Figures by category and drafted answers: [{report}]({report})." + chr(10) if report else ""}{all_positions}
 ## Serve
 
-{_commands(head, layers == default, served, repo)}
+{_commands(head, target.config, layers == default, served, repo)}
 ## Method
 
 EAGLE-3 (training-time test): the head reads hidden states of three of the target's layers at its first step and its own
@@ -113,8 +113,11 @@ named above and on no others.{"".join(f" {limit}" for limit in facts.limits)}
 """
 
 
-def _commands(head: SavedHead, default_layers: bool, served: str, repo: str) -> str:
-    """For the engines that compute the head as it was trained, which `doctor` says. served: the target's name there."""
+def _commands(head: SavedHead, target: Any, default_layers: bool, served: str, repo: str) -> str:
+    """For the engines that serve such a target and compute the head as it was trained, which `doctor` says.
+
+    target: its config; served: its name there.
+    """
     flag = argument = ""
     if window := window_of(head.config):  # SGLang counts the positions before a row's own
         flag = f" \\\n  --speculative-draft-window-size {window - 1}"
@@ -127,7 +130,8 @@ python -m sglang.launch_server --model-path {served} --speculative-algorithm EAG
   --speculative-num-draft-tokens 8{flag}
 ```
 """
-    sglang_jax = f"""sglang-jax, on a TPU:
+    patched = ", with the patch of `eagle3-xla patch apply --engine sglang-jax`" if target.model_type == "qwen2" else ""
+    sglang_jax = f"""sglang-jax, on a TPU{patched}:
 
 ```bash
 python -m sgl_jax.launch_server --model-path {served} --speculative-algorithm EAGLE3 \\
@@ -159,11 +163,14 @@ if __name__ == "__main__":
     print(engine.generate("The capital of France is", {{"temperature": 0, "max_new_tokens": 32}})["text"])
 ```
 """
-    if head.config.get("architectures") != [ARCHITECTURE]:
-        return vllm
+    family, plain = FAMILIES.get(target.model_type), head.config.get("architectures") == [ARCHITECTURE]
+    engines = family.engines if family else (SGLANG, VLLM)
+    in_sglang = plain and SGLANG in engines
     normed = any(head.config.get(name) for name in (*FLAGS, *NORM_FLAGS))
-    jax = [] if window or normed or not default_layers else [sglang_jax]
-    return "\n".join([sglang, *jax, vllm, python])
+    in_jax = plain and default_layers and not (window or normed) and sglang_jax_serves(target)
+    blocks = [(sglang, in_sglang), (sglang_jax, in_jax), (vllm, VLLM in engines), (python, in_sglang)]
+    none = f"No released engine is known to hand the hidden states of {target.model_type} to a head.\n"
+    return "\n".join(block for block, shown in blocks if shown) or none
 
 
 def _licences(licences: Licences) -> str:

@@ -51,6 +51,7 @@ BY_LAYER, ALL_LAYERS = "by layer", "all layers"
 # What serves a target's head as released; tests/engines/test_target_classes.py reads it in their sources.
 # SGLang calls `set_eagle3_layers_to_capture` of any target's class, vLLM asks for SupportsEagle3.
 SGLANG, VLLM = "SGLang 0.5.21", "vLLM 0.32"
+IN_SGLANG_JAX = ("qwen2", "llama", "qwen3")  # at cddbf6f1: Qwen2 by patches/sglang-jax-qwen2.patch
 
 
 class Family:
@@ -222,6 +223,14 @@ def _unread_rope(written: dict) -> str | None:
                 "say all of it there too"
             )
     return None
+
+
+def sglang_jax_serves(config: Any) -> bool:
+    """Whether sglang-jax hands this target's hidden states to a head. Its Llama and Qwen3 share an lm_head with it
+    (get_embed_and_head), which they lack where it is tied; the patched Qwen2 has the embedding in its place.
+    """
+    tied = config.tie_word_embeddings and config.model_type != "qwen2"
+    return config.model_type in IN_SGLANG_JAX and not tied
 
 
 def aux_layers(num_layers: int) -> tuple[int, int, int]:
