@@ -57,7 +57,7 @@ VERDICT = Path(__file__).parents[2] / "benchmarks/plans/qwen2.5-1.5b-v5e-8.json"
 
 
 class Hub(BaseHTTPRequestHandler):
-    """The four calls that an upload makes; `received` holds the files of commits."""
+    """The five calls that an upload makes; `received` holds the files of commits."""
 
     received: dict = {}
     refuses = exists = False
@@ -79,12 +79,15 @@ class Hub(BaseHTTPRequestHandler):
             for line in map(json.loads, body.splitlines()):
                 if line["key"] == "file":
                     self.received[line["value"]["path"]] = base64.b64decode(line["value"]["content"])
+                elif line["key"] == "deletedFile":
+                    del self.received[line["value"]["path"]]
             commit = {"commitUrl": f"http://{self.headers['Host']}/me/head/commit/1", "commitOid": "1"}
             return self.answer(commit | {"success": True})
         return self.answer({})
 
     def do_GET(self):
-        self.answer({"sha": "0", "siblings": [], "id": "me/head"})
+        files = [{"type": "file", "oid": "0", "size": 1, "path": path} for path in self.received]
+        self.answer(files if "/tree/" in self.path else {"sha": "0", "siblings": [], "id": "me/head"})
 
     def answer(self, content, status=200):
         body = json.dumps(content).encode()
@@ -195,7 +198,10 @@ def test_weights_of_any_name_arrive(shards, pushed, online, small_target):
         save_file({name: tensors[name] for name in part}, head / name)
     if len(shards) > 1:
         (head / "model.safetensors.index.json").write_text("{}")
+    earlier = {"model.safetensors", "report.html", ".eval_results/acceptance_length.yaml"}
+    Hub.received |= dict.fromkeys((*earlier, "notes.md"), b"")  # another head's, and someone's own
     push(head, str(small_target), "me/head", PushOptions([str(evaluated)]))
+    assert not earlier & Hub.received.keys() and "notes.md" in Hub.received
     for file in [*head.glob("*.safetensors"), *head.glob("*.json")]:
         assert Hub.received[file.name] == file.read_bytes()
     assert {*shards, "config.json"} < Hub.received.keys()

@@ -18,6 +18,7 @@ from eagle3_xla.train import heldout, reporting
 from eagle3_xla.train.flops import flops_per_token
 from eagle3_xla.train.loop import train
 from eagle3_xla.train.step import TrainStep, unpack_metrics
+from eagle3_xla.xla.plain import PlainBackend
 
 
 def rows_of(out) -> list[dict]:
@@ -122,14 +123,17 @@ def test_figures_of_a_run_and_its_trace(small_run, small_target, forks, tmp_path
     assert json.loads(done.stdout)["ended"] == "done"
 
 
-@pytest.mark.parametrize("log_every, eval_every", [(1, 6), (4, 6)])
-def test_speed_on_a_device_that_runs_behind_the_host(small_run, monkeypatch, log_every, eval_every):
-    """Each call takes it a second, during which the host dispatches the next; reading a result waits for it."""
+@pytest.mark.parametrize("log_every, eval_every, behind", [(1, 6, True), (4, 6, True), (1, 6, False), (4, 6, False)])
+def test_speed_on_a_device_that_runs_behind_the_host(small_run, monkeypatch, log_every, eval_every, behind):
+    """Each call takes it a second, during which the host dispatches the next; reading a result waits for it. And on one
+    that the host waits for."""
     clock, free, ready, tokens = 0.0, 0.0, {}, []
+    monkeypatch.setattr(PlainBackend, "runs_behind", behind)
 
     def run_step(step, micro_step, batch, call):
-        nonlocal free
+        nonlocal free, clock
         free = max(free, clock) + 1
+        clock = clock if behind else free
         result = torch.ones(1 + 6 * 3)
         ready[id(result)] = free, result
         tokens.extend([int((batch["document_ids"] > 0).sum())] * (micro_step is not None))

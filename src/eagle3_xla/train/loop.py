@@ -130,6 +130,8 @@ class Loop:
                 self._log()
                 if self.done % settings.log_every == 0 or self.done == last_step:
                     self.unlogged, window = (self.done, window, reporter.counted()), []
+                    if not run.backend.runs_behind:
+                        self._log()
 
                 self.saver.check()
                 if self.done % settings.gradient_accumulation == 0:

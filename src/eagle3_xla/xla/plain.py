@@ -41,6 +41,10 @@ class PlainBackend:
             return f"{processor()}, eager torch"
         return f"{torch.cuda.get_device_name()}, CUDA graphs"
 
+    @property
+    def runs_behind(self) -> bool:
+        return self.device.type != "cpu"
+
     def place_target(self, target: Target) -> Target:
         return target.place(lambda tensor: tensor.to(self.device))
 

@@ -80,6 +80,10 @@ class SpmdBackend:
     def description(self) -> str:
         return f"{_hardware()}, torch_xla {torch_xla.__version__}, mesh {self._shape}"
 
+    @property
+    def runs_behind(self) -> bool:
+        return True
+
     # What xla/aot.py does with placeholders instead of data: move a module, move a tensor, give a tensor its sharding.
     def _move(self, module: torch.nn.Module) -> torch.nn.Module:
         return module.to(self.device)
