@@ -3,6 +3,8 @@
 import os
 import re
 import signal
+import subprocess
+import sys
 import threading
 import time
 from pathlib import Path
@@ -26,6 +28,12 @@ def cells(skipped: str = "") -> nbformat.NotebookNode:
         assert len(kept) == len(notebook.cells) - 1
         notebook.cells = kept
     return notebook
+
+
+def sources(*ids: str) -> str:
+    """The code of the cells of these ids, of all without one."""
+    notebook = nbformat.read(NOTEBOOK, as_version=4)
+    return "\n".join(c.source for c in notebook.cells if c.cell_type == "code" and (not ids or c.id in ids))
 
 
 def run(notebook: nbformat.NotebookNode) -> str:
@@ -54,6 +62,67 @@ def lose_the_runtime(notebook: nbformat.NotebookNode, checkpoint: Path) -> None:
         lost.set()
         killer.join()
     assert checkpoint.exists()
+
+
+def test_all_cells_again_use_the_same_device(monkeypatch):
+    devices = []
+
+    class Recorded:
+        stdout = ()
+
+        def __init__(self, command, env=os.environ, **_):
+            devices.append((command[3], env.get("PJRT_DEVICE")))
+
+        def wait(self):
+            return 0
+
+    monkeypatch.delenv("PJRT_DEVICE")
+    monkeypatch.setattr(subprocess, "Popen", Recorded)
+    namespace = {}
+    for _ in range(2):
+        exec(sources(), namespace)
+    first, second = devices[: len(devices) // 2], devices[len(devices) // 2 :]
+    assert first == second and ("train", "TPU") in first and ("eval", "CPU") in first
+
+
+# A verb that saves for half a second after a signal, and like training not after a second Ctrl-C.
+SAVING = """
+import signal, sys, time
+stopping = []
+def note(number, frame):
+    stopping.append(number)
+    if number == signal.SIGINT:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+signal.signal(signal.SIGINT, note)
+signal.signal(signal.SIGTERM, note)
+print("training", flush=True)
+while not stopping:
+    time.sleep(0.01)
+time.sleep(0.5)
+print("saved", flush=True)
+open("saved", "w").close()
+"""
+INTERRUPTED = """
+try:
+    eagle3("train")
+except KeyboardInterrupt:
+    print("the cell ended", os.path.exists("saved"))
+"""
+
+
+@pytest.mark.parametrize("interrupt", [os.kill, os.killpg], ids=["the kernel", "its group, as Jupyter does"])
+def test_an_interrupted_cell_ends_when_its_verb_has_saved(interrupt, tmp_path):
+    (tmp_path / "eagle3_xla").mkdir()
+    (tmp_path / "eagle3_xla" / "__init__.py").touch()
+    (tmp_path / "eagle3_xla" / "__main__.py").write_text(SAVING)
+    command = [sys.executable, "-u", "-c", sources("c2", "c4") + INTERRUPTED]
+    environment = os.environ | {"PYTHONPATH": str(tmp_path)}
+    with subprocess.Popen(
+        command, cwd=tmp_path, env=environment, stdout=subprocess.PIPE, text=True, start_new_session=True
+    ) as kernel:
+        assert [kernel.stdout.readline() for _ in range(2)] == ["$ eagle3-xla train\n", "training\n"]
+        interrupt(kernel.pid, signal.SIGINT)
+        assert kernel.stdout.read() == "saved\nthe cell ended True\n"
 
 
 @pytest.mark.slow
