@@ -3,8 +3,9 @@
     python benchmarks/recipes.py --set NAME [--target DIR] [--work DIR] [--device DEVICE] [--jobs N] [--seeds 0,1,2]
 
 Each run is the product's own: prepare, train, export, eval, in a folder of its own below --work; a run that is done is
-not done again, one that was interrupted goes on. The figures go to benchmarks/recipes/NAME.json (with --out: there),
-their plot beside it, their table to stdout. A set's first recipe is what the others are compared with.
+not done again while its recipe, chats, target and code are the same, one that was interrupted goes on. The figures go
+to benchmarks/recipes/NAME.json (with --out: there), to those of other recipes and seeds that it has, their plot beside
+it, their table to stdout. A set's first recipe is what the others are compared with.
 
 Variants that the product does not have are patches of it, in variants.py: what helps moves into the product.
 """
@@ -17,6 +18,7 @@ import json
 import multiprocessing
 import os
 import platform
+import shlex
 import sys
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor, as_completed
@@ -26,10 +28,15 @@ from statistics import mean, stdev
 from typing import NamedTuple
 
 import torch
+import variants
 from variants import PATCHES, write_averages
 
+import eagle3_xla
 from eagle3_xla.config import load_recipe
+from eagle3_xla.data import prompts, sources
+from eagle3_xla.data.config import Source
 from eagle3_xla.data.prepare import prepare
+from eagle3_xla.evaluate.fingerprint import target_fingerprint
 from eagle3_xla.evaluate.options import EvalOptions
 from eagle3_xla.evaluate.run import evaluate
 from eagle3_xla.export import export
@@ -37,7 +44,7 @@ from eagle3_xla.target.embedded import write_embedded_target
 from eagle3_xla.train.loop import train
 
 FOLDER = Path(__file__).parent / "recipes"
-HELDOUT = "package:heldout.jsonl"
+RECIPE, HELDOUT = "smollm2-cpu", "package:heldout.jsonl"
 PROMPTS, TOKENS, SAMPLED_TOKENS = 40, 128, 64  # of an evaluation, and new tokens of an answer
 PACKAGES = ("torch", "transformers")
 
@@ -145,13 +152,15 @@ SETS: dict[str, dict[str, dict[str, str]]] = {
 
 
 class Where(NamedTuple):
-    """What all runs of a call share. train: a file of chats in place of the shipped ones; tokens: of the chats."""
+    """What all runs of a call share. train: a file of chats in place of the shipped ones; tokens: of the chats; code:
+    `code_key` at its start."""
 
     device: str
     target: Path
     work: Path
     train: str
     tokens: int
+    code: str
 
 
 def overrides(settings: dict[str, str], seed: int, where: Where) -> list[str]:
@@ -167,6 +176,32 @@ def overrides(settings: dict[str, str], seed: int, where: Where) -> list[str]:
     return [f"{key}={value}" for key, value in values.items()]
 
 
+def versions() -> dict[str, str]:
+    return {package: metadata.version(package) for package in PACKAGES}
+
+
+def code_key() -> str:
+    """Fingerprint of the code that trains and measures."""
+    digest = hashlib.sha256(json.dumps(versions()).encode())
+    for file in (*sorted(Path(eagle3_xla.__file__).parent.rglob("*.py")), Path(variants.__file__)):
+        digest.update(file.read_bytes())
+    return digest.hexdigest()
+
+
+def run_key(settings: dict[str, str], seed: int, where: Where) -> str:
+    """Fingerprint of all that a run's figures depend on; where its files lie is no part of it."""
+    recipe = load_recipe(RECIPE, overrides(settings, seed, where))
+    chats = [sources.resolve(source) for source in [*recipe.data.train, *recipe.data.heldout]]
+    chats += [Source(path=name) for name in recipe.data.decontaminate]
+    contents = [target_fingerprint(recipe.target.path), *map(sources.fingerprint, chats), prompts.fingerprint(HELDOUT)]
+    recipe.target.path = recipe.data.prepared = ""
+    for source in (*recipe.data.train, *recipe.data.heldout):
+        source.path = ""
+    evaluation = [PROMPTS, TOKENS, SAMPLED_TOKENS]
+    what = [dataclasses.asdict(recipe), contents, settings.get("patch"), evaluation, where.code]
+    return hashlib.sha256(json.dumps(what, sort_keys=True).encode()).hexdigest()[:16]
+
+
 @contextlib.contextmanager
 def _quiet(log: Path) -> Iterator[None]:
     log.parent.mkdir(parents=True, exist_ok=True)
@@ -176,18 +211,16 @@ def _quiet(log: Path) -> Iterator[None]:
 
 def _prepare(given: list[str], log: Path) -> dict:
     with _quiet(log):
-        return prepare(load_recipe("smollm2-cpu", given))
+        return prepare(load_recipe(RECIPE, given))
 
 
-def _run(name: str, settings: dict[str, str], seed: int, where: Where) -> dict:
-    """One run; its result is kept in its folder."""
-    given, target = overrides(settings, seed, where), str(where.target)
-    what = [*given, f"patch={settings.get('patch', '')}", f"evaluation={PROMPTS, TOKENS, SAMPLED_TOKENS}"]
-    out = where.work / f"run-{hashlib.sha256(json.dumps(what).encode()).hexdigest()[:16]}"
+def _run(name: str, settings: dict[str, str], seed: int, where: Where, key: str) -> dict:
+    """One run; its result is kept in its folder. key: `run_key`."""
+    out, target = where.work / f"run-{key}", str(where.target)
     file = out / "result.json"
     if file.exists():
         return json.loads(file.read_text())
-    recipe = load_recipe("smollm2-cpu", [*given, f"train.out={out / 'train'}"])
+    recipe = load_recipe(RECIPE, [*overrides(settings, seed, where), f"train.out={out / 'train'}"])
     with _quiet(out / "log.txt"), PATCHES[settings["patch"]]() if "patch" in settings else contextlib.nullcontext():
         training = train(recipe)
         if training["ended"] != "done":
@@ -202,6 +235,7 @@ def _run(name: str, settings: dict[str, str], seed: int, where: Where) -> dict:
     result = {
         "recipe": name,
         "seed": seed,
+        "key": key,
         "settings": settings,
         "tau": round(greedy["tau"], 4),
         "tau_at_temperature_1": round(at_1["tau"], 4),
@@ -286,7 +320,11 @@ def main() -> None:
         for name, settings in SETS[of].items()
         if not only or name in only
     ]
-    where = Where(arguments.device, arguments.target, arguments.work, arguments.train, arguments.tokens)
+    where = Where(arguments.device, arguments.target, arguments.work, arguments.train, arguments.tokens, code_key())
+    results = {
+        of: kept_runs(arguments.out / f"{of}.json", of, {(run[1], run[3]) for run in wanted if run[0] == of}, where)
+        for of in arguments.sets
+    }
     processes = ProcessPoolExecutor(arguments.jobs, multiprocessing.get_context("spawn"))
     with processes as pool:
         # The data first: runs share it.
@@ -299,9 +337,8 @@ def main() -> None:
         # A recipe that several sets have runs once for each seed.
         runs: dict[str, list[tuple]] = {}
         for run in wanted:
-            runs.setdefault(json.dumps([run[2], run[3]], sort_keys=True), []).append(run)
-        futures = {pool.submit(_run, *of_it[0][1:], where): of_it for of_it in runs.values()}
-        results: dict[str, list[dict]] = {}
+            runs.setdefault(run_key(*run[2:], where), []).append(run)
+        futures = {pool.submit(_run, *of_it[0][1:], where, key): of_it for key, of_it in runs.items()}
         failed = []
         for future in as_completed(futures):
             if error := future.exception():  # the other runs go on
@@ -311,27 +348,52 @@ def main() -> None:
             result = future.result()
             for of, name, _, seed in futures[future]:
                 order = [*SETS[of]]
-                results.setdefault(of, []).append(result | {"recipe": name})
+                results[of] = [run for run in results[of] if (run["recipe"], run["seed"]) != (name, seed)]
+                results[of].append(result | {"recipe": name})
                 results[of].sort(key=lambda result: (order.index(result["recipe"]), result["seed"]))
-                _write(arguments, of, results[of])
+                write(arguments, of, results[of])
                 print(f"{of}: {name}, seed {seed}: tau {result['tau']}", file=sys.stderr, flush=True)
     for of in arguments.sets:
-        if of in results:
+        if results[of]:
             plot(results[of], arguments.out / f"{of}.svg")
             print(f"\n{of}\n\n{table(results[of])}")
     if failed:
         sys.exit(f"{len(failed)} runs failed, the first: {failed[0]}")
 
 
-def _write(arguments: argparse.Namespace, of: str, results: list[dict]) -> None:
+def kept_runs(file: Path, of: str, wanted: set[tuple[str, int]], where: Where) -> list[dict]:
+    """The runs of `file`, but for those that would be other ones today: of these the wanted ones are replaced.
+
+    wanted: (recipe, seed) of set `of` that this call runs. Exits when others than these would be other ones today.
+    """
+    runs = json.loads(file.read_text())["runs"] if file.exists() else []
+    settings = SETS[of]
+    kept = [
+        run
+        for run in runs
+        if run["recipe"] in settings and run.get("key") == run_key(settings[run["recipe"]], run["seed"], where)
+    ]
+    for run in runs:
+        if run not in kept and (run["recipe"], run["seed"]) not in wanted:
+            sys.exit(
+                f"{file}: {run['recipe']!r}, seed {run['seed']}, is of another recipe, target, code or other chats "
+                "than this call's, and not one of its runs; remove the file, or name another folder with --out"
+            )
+    return kept
+
+
+def write(arguments: argparse.Namespace, of: str, results: list[dict]) -> None:
     device = torch.cuda.get_device_name() if arguments.device == "cuda" else platform.processor() or platform.machine()
-    command = f"python benchmarks/recipes.py --set {of} --device {arguments.device} --seeds {arguments.seeds}"
+    seeds = ",".join(str(seed) for seed in sorted({result["seed"] for result in results}))
+    command = f"python benchmarks/recipes.py --set {of} --device {arguments.device} --seeds {seeds}"
+    names = [*dict.fromkeys(result["recipe"] for result in results)]
+    command += f" --only {shlex.quote(';'.join(names))}" if names != [*SETS[of]] else ""
     command += f" --tokens {arguments.tokens}" if arguments.tokens else ""
     command += f" --train {Path(arguments.train).name}" if arguments.train else ""
     about = {
         "command": command,
         "device": f"{device}, {os.cpu_count()} cores",
-        "versions": {package: metadata.version(package) for package in PACKAGES},
+        "versions": versions(),
         "evaluation": f"first {PROMPTS} of {HELDOUT}, chain of 5, {TOKENS} new tokens ({SAMPLED_TOKENS} sampled)",
         "common": COMMON | DEVICE[arguments.device],
     }

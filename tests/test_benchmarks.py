@@ -1,0 +1,67 @@
+"""benchmarks/: which of its results a benchmark takes for those of today."""
+
+import json
+from argparse import Namespace
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+
+@pytest.fixture
+def recipes(monkeypatch):
+    monkeypatch.syspath_prepend(str(Path(__file__).parents[1] / "benchmarks"))
+    import recipes
+
+    return recipes
+
+
+@pytest.fixture
+def where(recipes, tmp_path, chat_file):
+    target = tmp_path / "target"
+    target.mkdir()
+    (target / "config.json").write_text("{}")
+    save_file({"weight": torch.zeros(2, 2)}, target / "model.safetensors")
+    return recipes.Where("cpu", target, tmp_path / "work", str(chat_file), 0, "code")
+
+
+def test_the_key_of_a_run_is_of_all_that_shapes_it(recipes, where, chat_file, tmp_path, monkeypatch):
+    def with_lr(lr):
+        recipe = tmp_path / f"{lr}.yaml"
+        recipe.write_text(f"base: smollm2-cpu\ntrain:\n  lr: {lr}\n")
+        with monkeypatch.context() as patches:
+            patches.setattr(recipes, "RECIPE", str(recipe))
+            return recipes.run_key({}, 0, where)
+
+    plain = recipes.run_key({}, 0, where)
+    keys = [plain, recipes.run_key({}, 1, where), recipes.run_key({"patch": "ema"}, 0, where), with_lr("2.0e-4")]
+    keys.append(recipes.run_key({}, 0, where._replace(code="changed")))
+    moved, chats = tmp_path / "moved", tmp_path / "moved.jsonl"
+    chats.write_text(chat_file.read_text())
+    where.target.rename(moved)
+    elsewhere = where._replace(target=moved, work=tmp_path / "other", train=str(chats))
+    assert plain == recipes.run_key({}, 0, elsewhere)
+    chats.write_text(chat_file.read_text() * 2)
+    keys.append(recipes.run_key({}, 0, elsewhere))
+    save_file({"weight": torch.ones(2, 2)}, moved / "model.safetensors")
+    keys.append(recipes.run_key({}, 0, elsewhere))
+    assert len({*keys}) == len(keys) == 7
+
+
+def test_a_further_call_keeps_the_other_runs(recipes, where, tmp_path, capsys):
+    arguments = Namespace(device="cpu", tokens=0, train="", out=tmp_path)
+    file, reference = tmp_path / "default.json", recipes.SETS["default"]["reference"]
+    of_reference = {"recipe": "reference", "seed": 0, "key": recipes.run_key(reference, 0, where)}
+    of_default = {"recipe": "default", "seed": 1, "key": recipes.run_key({}, 1, where)}
+    recipes.write(arguments, "default", [of_reference])
+    kept = recipes.kept_runs(file, "default", {("default", 1)}, where)
+    recipes.write(arguments, "default", [*kept, of_default])
+    written = json.loads(file.read_text())
+    assert written["runs"] == [of_reference, of_default]
+    assert written["command"].endswith("--set default --device cpu --seeds 0,1 --only 'reference;default'")
+
+    today = where._replace(code="changed")
+    with pytest.raises(SystemExit, match="'reference', seed 0, is of another recipe, target, code or other chats"):
+        recipes.kept_runs(file, "default", {("default", 1)}, today)
+    assert not recipes.kept_runs(file, "default", {("reference", 0), ("default", 1)}, today)
