@@ -15,7 +15,7 @@ from eagle3_xla.errors import UserError
 from eagle3_xla.evaluate.decode import Generation
 from eagle3_xla.evaluate.options import EvalOptions
 from eagle3_xla.evaluate.run import evaluate
-from eagle3_xla.live import Screen
+from eagle3_xla.live import Screen, Stage
 from eagle3_xla.machine import REFERENCE_GFLOPS, Machine, measure
 from eagle3_xla.outputs import WRITTEN_BY
 from eagle3_xla.quickstart import ALL_TOKENS, LEAST_TOKENS, USEFUL_TOKENS
@@ -111,6 +111,27 @@ def test_the_first_answer_is_shown_while_it_is_measured(small_target, exported_h
     assert len(answers) == 2 and shown[0] and len(set(shown)) > 3 and shown == sorted(shown, key=len)
     assert shown[-1] == tokenizer.decode(answers[0].tokens, skip_special_tokens=True)  # the first one's, to the end
     assert first.result()["prompt"] == read_prompts(module.HELDOUT, 1)[0].messages[-1]["content"]
+
+
+def test_the_time_left_of_a_continued_stage_is_of_what_this_start_does(tmp_path, capsys):
+    fresh = Stage("train", 100.0, started=0.0)
+    assert fresh.left(30.0) == 70.0 and fresh.left(130.0) == 0.0
+    fresh.share = 0.25
+    assert fresh.left(30.0) == 90.0
+    continued = Stage("train", 100.0, started=0.0, share=0.5, at_start=0.5)
+    assert continued.left(0.0) == 50.0 and continued.left(10.0) == 40.0
+    continued.share = 0.75
+    assert continued.left(20.0) == 20.0
+
+    metrics = tmp_path / "metrics.jsonl"
+    metrics.write_text('{"step": 6, "loss": 1.0}\n')
+    screen = Screen([("train", 100.0), ("export", 10.0)], metrics, "", tmp_path / "log.txt")
+    screen.steps, stage = 8, screen.stages[0]
+    with screen.stage(0):
+        assert capsys.readouterr().out == "1/2 train (all that is left: 35 s)\n" and stage.at_start == 0.75
+        metrics.write_text('{"step": 4, "loss": 1.0, "tokens_per_second": 9}\n')  # from a checkpoint before it
+        screen._picture()
+        assert stage.share == stage.at_start == 0.5
 
 
 def test_the_screen_on_a_terminal(tmp_path):

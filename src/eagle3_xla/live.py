@@ -26,22 +26,25 @@ ACCEPTED, OWN, WAITING = "bold green", "default", "dim"
 
 @dataclass
 class Stage:
-    """expected: seconds; started, ended: of time.perf_counter(), None before; share: done, where it can be known."""
+    """expected: seconds; started, ended: of time.perf_counter(), None before; share: done, where it can be known;
+    at_start: the share that an earlier start had done."""
 
     name: str
     expected: float
     started: float | None = None
     ended: float | None = None
     share: float = 0.0
+    at_start: float = 0.0
 
     def left(self, now: float) -> float:
-        """Seconds until its end; by what is done, once enough of it is."""
+        """Seconds until its end; by what this start has done, once that is enough."""
         if self.ended is not None:
             return 0.0
         spent = now - self.started if self.started is not None else 0.0
-        if self.share > 0.1:
-            return spent * (1 / self.share - 1)
-        return max(self.expected - spent, 0.0)
+        done, to_do = self.share - self.at_start, 1 - self.at_start
+        if done > 0.1 * to_do:
+            return spent * (1 - self.share) / done
+        return max(self.expected * to_do - spent, 0.0)
 
 
 class Screen:
@@ -89,10 +92,11 @@ class Screen:
     @contextlib.contextmanager
     def stage(self, number: int) -> Iterator[None]:
         stage = self.stages[number]
-        stage.started = time.perf_counter()
+        self._note_share(self._rows())
+        stage.started, stage.at_start = time.perf_counter(), stage.share
         if not self.live:
-            about = f", about {minutes(stage.expected)}" if stage.expected >= 30 else ""
-            left = sum(other.expected for other in self.stages[number:])
+            expected, *later = (other.left(stage.started) for other in self.stages[number:])
+            about, left = f", about {minutes(expected)}" if expected >= 30 else "", expected + sum(later)
             print(f"{number + 1}/{len(self.stages)} {stage.name}{about} (all that is left: {minutes(left)})")
         yield
         stage.ended = time.perf_counter()
@@ -108,16 +112,21 @@ class Screen:
                 rows.append(json.loads(line))
         return rows
 
+    def _note_share(self, rows: list[dict]) -> None:
+        """How much of the training is done; a checkpoint that it goes on from may be older than the last row."""
+        steps = [0, *(row["step"] for row in rows if "loss" in row)]
+        for stage in self.stages:
+            if stage.name.startswith("train") and self.steps:
+                stage.share = min(steps[-1] / self.steps, 1.0)
+                stage.at_start = min(stage.at_start, stage.share)
+
     def _picture(self) -> "Group":
         from rich.console import Group, RenderableType
         from rich.table import Table
         from rich.text import Text
 
         now, rows = time.perf_counter(), self._rows()
-        steps = [row["step"] for row in rows if "loss" in row]
-        for stage in self.stages:
-            if stage.name.startswith("train") and steps and self.steps:
-                stage.share = min(steps[-1] / self.steps, 1.0)
+        self._note_share(rows)
         table = Table.grid(padding=(0, 2))
         for stage in self.stages:
             state = "  " if stage.started is None else "ok" if stage.ended is not None else ">>"
