@@ -5,6 +5,7 @@ other programs the options are compared with those that the program is known to 
 """
 
 import ast
+import html
 import json
 import os
 import re
@@ -179,6 +180,19 @@ def test_pages_are_those_of_the_code(docs_on_path, monkeypatch):
     monkeypatch.setenv("COLUMNS", "100")
     for name, content in generate.pages().items():
         assert (ROOT / "docs" / name).read_text() == content, f"docs/{name} is old: run python docs/generate.py"
+
+
+def test_the_quickstart_has_the_same_figures_everywhere(docs_on_path):
+    import figures
+
+    screen = html.unescape(re.sub("<[^>]+>", "", (ROOT / "docs/quickstart.svg").read_text())).replace("\xa0", " ")
+    tau, shares = re.search(r"trained head +([\d.]+) +((?:[\d.]+% *)+)", screen).groups()
+    assert [f"{share:.1%}" for share in figures.SMALL] == shares.split()
+    assert f"quickstart head: tau {tau}<" in (ROOT / "docs/figures/acceptance.svg").read_text()
+    before = re.search(r"before training +([\d.]+)", screen)[1]
+    tree = re.search(r"deep: acceptance length tau ([\d.]+)", screen)[1]
+    caption = f"acceptance length {before} before training, {tau} after it, {tree} as a tree"
+    assert caption in (ROOT / "README.md").read_text()
 
 
 def test_it_builds_without_warnings_and_its_figures_are_drawn(docs_on_path, tmp_path):
