@@ -381,7 +381,9 @@ def test_a_card_of_the_run(small_run, small_target, chat_file, tmp_path, exporte
         push(tmp_path / "head", str(target), "me/head", options)
     plan.unlink()
     (tmp_path / "run" / "metrics.jsonl").unlink()
-    manifest = tmp_path / "data" / "manifest.json"
+    manifest, settings = tmp_path / "data" / "manifest.json", tmp_path / "run" / "run.yaml"
+    settings.write_text(settings.read_text().replace("row_length: 64", "row_length: 128"))  # the rows are as they were
+    assert "Trained on rows of 64 tokens" in run_facts(tmp_path / "run", read_head(tmp_path / "head")).limits[0]
     manifest.write_text(json.dumps(json.loads(manifest.read_text()) | {"key": "of other data"}))
     left_out = push(tmp_path / "head", str(target), "me/head", options)["left_out"]
     assert "the data mix (data.prepared holds other data than the head was trained on)" in left_out

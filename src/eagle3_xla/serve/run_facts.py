@@ -35,6 +35,8 @@ def run_facts(run: Path, head: SavedHead) -> RunFacts:
     recipe = load_recipe(str(run / RUN_FILE), [])
     saved = _checkpoint_of(run, head)
     step, manifest, other_data = saved.micro_step, *_manifest(recipe, saved.data_key)
+    if "row_length" in manifest:  # training takes the rows as they were prepared, whatever the setting is
+        recipe.data.row_length = number(manifest["row_length"], "manifest.json: row_length", 1, whole=True)
     rows, left_out = _rows(recipe, step, manifest), []
     metrics = _metrics(run / "metrics.jsonl")
     taus = [row["heldout_tau"] for row in metrics if row.get("step") == step and "heldout_tau" in row]
