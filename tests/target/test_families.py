@@ -102,6 +102,41 @@ def saved_models(tmp_path_factory) -> dict[str, Path]:
     return folders
 
 
+SPLIT = """
+import os, sys
+import torch, torch_xla
+from transformers import AutoModelForCausalLM
+from target.family_models import CONFIGS, SHALLOW, SHALLOW_AUX
+from eagle3_xla.plan.depth import with_layers
+from eagle3_xla.target.experts import PARTED, RoutedExperts
+from eagle3_xla.target.model import Target
+from eagle3_xla.xla.aot import AotBackend
+from eagle3_xla.xla.config import XlaConfig
+
+backend = AotBackend(XlaConfig(tp=2))
+for name, config in CONFIGS.items():
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(with_layers(config, SHALLOW))
+        backend.place_target(Target(model, torch.zeros(8, dtype=torch.int64), SHALLOW_AUX))
+    for path, module in model.model.layers.named_modules():
+        wanted = PARTED if isinstance(module, RoutedExperts) else ("weight",) if path.endswith("_proj") else ()
+        for leaf, weight in module.named_parameters(recurse=False):
+            if leaf in wanted:
+                print(name, "|", path, leaf, torch_xla._XLAC._get_xla_sharding_spec(weight))
+sys.stdout.flush()
+os._exit(0)
+"""
+
+
+def test_every_matrix_of_a_layer_is_split(forks):
+    """Over tp=2: attention's and the MLP's, experts included."""
+    done = forks.run_code(SPLIT, environment={"CPU_NUM_DEVICES": "2"})
+    assert done.returncode == 0, done.stderr[-3000:]
+    placed = done.stdout.splitlines()
+    assert {line.partition(" | ")[0] for line in placed} == {*CONFIGS} and len(placed) >= 4 * SHALLOW * len(CONFIGS)
+    assert [line for line in placed if "replicated" in line] == []
+
+
 @pytest.mark.slow
 def test_through_spmd_they_are_the_same(forks, saved_models):
     """On 2x2 and on 1x4; three training steps are compiled once."""
