@@ -27,19 +27,22 @@ os.environ.setdefault("XLA_FLAGS", FAST_COMPILE)
 
 import pytest
 
-PARALLEL = any(word.startswith(("-n", "--numprocesses")) for word in sys.argv)
-if "PYTEST_XDIST_WORKER" in os.environ or not PARALLEL:  # what starts the workers runs no test itself
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection(session):
+    """What tests import, once and first. The process that starts xdist's others runs none, and needs nothing."""
+    if session.config.pluginmanager.hasplugin("dsession"):
+        return
     gc.disable()  # until all is imported, none of it garbage: looking through it takes seconds, again and again
-    import torch
     import torch_xla
 
     torch_xla.device()  # before the first backward: autograd sizes its queues then
-
-    from eagle3_xla.data.tokenizer import load_tokenizer
-    from eagle3_xla.target.embedded import write_embedded_target
+    import eagle3_xla.data.tokenizer
+    import eagle3_xla.target.embedded  # noqa: F401
 
     gc.freeze()
     gc.enable()
+
 
 CHATS = [
     ("What is the capital of France?", "The capital of France is Paris."),
@@ -58,6 +61,8 @@ def torch_xla_is_seen(monkeypatch):
 @pytest.fixture(scope="session")
 def embedded_target(tmp_path_factory) -> Path:
     """The embedded target's folder, made once for all processes of a session."""
+    from eagle3_xla.target.embedded import write_embedded_target
+
     base = tmp_path_factory.getbasetemp()
     out = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "embedded-target"
     with open(f"{out}.lock", "w") as lock:
@@ -68,12 +73,15 @@ def embedded_target(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="session")
 def tokenizer(embedded_target):
+    from eagle3_xla.data.tokenizer import load_tokenizer
+
     return load_tokenizer(str(embedded_target))
 
 
 @pytest.fixture(scope="session")
 def small_target(embedded_target, tokenizer, tmp_path_factory) -> Path:
     """A real Qwen2 of 8 layers with random weights and the embedded target's tokenizer: seconds instead of minutes."""
+    import torch
     from transformers import Qwen2Config, Qwen2ForCausalLM
 
     config = Qwen2Config(
@@ -103,6 +111,8 @@ def small_target(embedded_target, tokenizer, tmp_path_factory) -> Path:
 @pytest.fixture(scope="session")
 def exported_head(small_target, tmp_path_factory) -> Path:
     """A head with the small target's sizes, 128 draft tokens and random weights, exported from a checkpoint."""
+    import torch
+
     from eagle3_xla import checkpoint
     from eagle3_xla.data.tokenizer import load_config
     from eagle3_xla.data.vocab import d2t_t2d

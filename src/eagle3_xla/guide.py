@@ -9,12 +9,12 @@ LARGE = "--config qwen2.5-7b-v4-32 --data.prepared=gs://my-bucket/data"
 EXAMPLES = {
     "quickstart": """
   eagle3-xla quickstart                      what fits the default budget
-  eagle3-xla quickstart --minutes 2          a smaller head, sooner
+  eagle3-xla quickstart --minutes 2 --out quickstart-2          a smaller head, sooner
   eagle3-xla quickstart --out /tmp/try       everything in another folder""",
     "prepare": f"""
   eagle3-xla prepare {SMALL} {OWN_DATA}
   eagle3-xla prepare {LARGE}
-  eagle3-xla prepare {SMALL} --data.prepared=work/data --show 3""",
+  eagle3-xla prepare {SMALL} {OWN_DATA} --show 3""",
     "regenerate": """
   eagle3-xla regenerate --server http://127.0.0.1:30000 --config qwen2.5-7b-v4-32 --out work/chats
   eagle3-xla regenerate --target quickstart/target --chats my-chats.jsonl --out work/chats""",

@@ -49,12 +49,14 @@ def test_prompts_are_read_as_training_reads_them(tmp_path):
             {"role": "system", "content": "s"},
             *[{"role": "user", "content": "a"}, {"role": "assistant", "content": "x"}] * 2
         ]},
+        {"messages": [{"role": "user", "content": "a"}, {"role": "tool", "content": {"x": 1}}]},
+        {"messages": [{"role": "user", "content": "a"}, {"role": "ipython", "content": "x"}]},
         {"messages": [{"role": "user", "content": "a"}, {"role": "user", "content": "b"}]},
     ]  # fmt: skip
     found = read_prompts(written(tmp_path / "prompts.jsonl", rows))
-    assert [prompt.messages[-1]["content"] for prompt in found] == ["a"] * 6 + ["a\n\nb"]
-    assert [len(prompt.messages) for prompt in found] == [1] * 5 + [2, 1]
-    assert [prompt.later for prompt in found] == [*[[]] * 5, ["a"], []]
+    assert [prompt.messages[-1]["content"] for prompt in found] == ["a"] * 8 + ["a\n\nb"]
+    assert [len(prompt.messages) for prompt in found] == [1] * 5 + [2, 1, 1, 1]
+    assert [prompt.later for prompt in found] == [*[[]] * 5, ["a"], [], [], []]
     with pytest.raises(UserError, match="prompts.jsonl:1: no user turn to ask"):
         read_prompts(written(tmp_path / "prompts.jsonl", [{"prompt": " "}]))
 

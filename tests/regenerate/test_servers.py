@@ -271,6 +271,14 @@ def test_answers_that_are_none_are_left_out(answer, message, misbehaving, tmp_pa
     assert result["dropped"] == {"no_answer": 1} and result["finish"] == {"stop": 2}
     assert message in json.loads((tmp_path / "out" / "dropped.jsonl").read_text())["message"]
     assert {row["id"]: len(row["messages"]) for row in rows_of(tmp_path / "out")} == {0: 4, 2: 2}
+    # One that has no words for "Hi" answered others, so the fault is in this question.
+    speechless = run(
+        tmp_path / "speechless",
+        questions,
+        [misbehaving(lambda messages, n: answer if messages == servers.PROBE else fault(messages, n))],
+        concurrency=1,
+    )
+    assert speechless["dropped"] == {"no_answer": 1} and speechless["finish"] == {"stop": 2}
     with pytest.raises(RunError, match=f"{message}.*; it refuses 'Hi' too"):
         run(tmp_path / "all", questions, [misbehaving(lambda messages, n: answer)])
     monkeypatch.setattr(servers, "REFUSALS", 3)

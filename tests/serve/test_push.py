@@ -198,10 +198,11 @@ def test_weights_of_any_name_arrive(shards, pushed, online, small_target):
         save_file({name: tensors[name] for name in part}, head / name)
     if len(shards) > 1:
         (head / "model.safetensors.index.json").write_text("{}")
-    earlier = {"model.safetensors", "report.html", ".eval_results/acceptance_length.yaml"}
-    Hub.received |= dict.fromkeys((*earlier, "notes.md"), b"")  # another head's, and someone's own
+    earlier = {"model.safetensors", "old.safetensors", "report.html", ".eval_results/acceptance_length.yaml"}
+    own = {"notes.md", "other/model.safetensors"}
+    Hub.received |= dict.fromkeys(earlier | own, b"")  # another head's, and someone's own
     push(head, str(small_target), "me/head", PushOptions([str(evaluated)]))
-    assert not earlier & Hub.received.keys() and "notes.md" in Hub.received
+    assert not earlier & Hub.received.keys() and own < Hub.received.keys()
     for file in [*head.glob("*.safetensors"), *head.glob("*.json")]:
         assert Hub.received[file.name] == file.read_bytes()
     assert {*shards, "config.json"} < Hub.received.keys()

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from eagle3_xla.data import sources
-from eagle3_xla.data.clean import Unusable, messages_of
+from eagle3_xla.data.clean import ROLES, Unusable, messages_of
 from eagle3_xla.data.config import DataConfig, Source
 from eagle3_xla.data.files import data_file, read_rows
 from eagle3_xla.errors import UserError
@@ -63,7 +63,7 @@ def _rows(name: str) -> Iterator[tuple[str, dict[str, Any]]]:
 def _prompt(where: str, row: dict[str, Any]) -> Prompt:
     """Read as training reads it (clean.py): an empty system turn is none, questions in a row are one."""
     try:
-        messages = messages_of(_turns(where, row), DataConfig(tool_turns="keep"), questions=True)
+        messages = messages_of(_of_people(_turns(where, row)), DataConfig(tool_turns="keep"), questions=True)
     except Unusable as reason:
         raise UserError(f"{where}: {reason}") from None
     system: list[dict[str, str]] = []
@@ -84,6 +84,17 @@ def _prompt(where: str, row: dict[str, Any]) -> Prompt:
         raise UserError(f"{where}: no user turn to ask")
     first = {"role": "user", "content": questions[0]}
     return Prompt([*system, first], questions[1:], str(row.get("category") or ""), str(row.get("source") or ""))
+
+
+def _of_people(turns: Any) -> Any:
+    """Without the turns that are never asked: of tools, and of unknown roles once there is a question."""
+    kept, asked = [], False
+    for turn in turns if isinstance(turns, list) else ():
+        role = turn.get("role", turn.get("from")) if isinstance(turn, dict) else None
+        ours = ROLES.get(role.lower(), "" if asked else "unknown") if isinstance(role, str) else "unknown"
+        asked |= ours == "user"
+        kept += [turn] if ours not in ("tool", "") else []
+    return kept if isinstance(turns, list) else turns
 
 
 def _turns(where: str, row: dict[str, Any]) -> Any:

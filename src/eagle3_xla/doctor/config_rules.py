@@ -217,7 +217,7 @@ def rope_scaling(head: SavedHead, target: Target) -> Finding:
             message = f"{given}: SafeAILab's code knows `type` linear and dynamic only and stops; the engines load it"
             return Finding("rope_scaling", "warn", message)
         return Finding("rope_scaling", "pass", f"{given}")
-    if given != of_new and not head.record:
+    if given != of_new and (of_new == wanted or not head.record):
         message = f"rope_scaling {of_new} is in rope_parameters alone: readers before transformers 5 scale nothing"
         return Finding("rope_scaling", "fail", message, {"rope_scaling": of_new})
     whose = "trained with" if head.record else "the target's"
@@ -332,6 +332,9 @@ def biases(head: SavedHead, target: Target) -> Finding:
         return Finding("biases", "fail", message, dict.fromkeys(wrong, False))
     parts = {"attention_bias": ("self_attn", "qkvo"), "mlp_bias": ("mlp", ("gate", "up", "down"))}
     promised = {f"midlayer.{parts[key][0]}.{name}_proj.bias" for key in wrong if key in parts for name in parts[key][1]}
+    if found == {"fc.bias"} and wrong == ["bias"]:
+        message = "bias: SGLang 0.5.21 alone adds fc.bias, vLLM stops at it; `eval` and `gap` here refuse the head"
+        return Finding("biases", "warn", message)
     if found == promised and "bias" not in wrong:
         message = f"{', '.join(wrong)}: vLLM 0.32 alone adds the biases, SGLang drops those of q, k, v and the MLP "
         return Finding("biases", "warn", message + "without a word; `eval` and `gap` here refuse the head")

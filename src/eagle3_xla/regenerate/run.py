@@ -218,7 +218,11 @@ def _check_settings(path: Path, settings: dict) -> None:
             raise UserError(f"{error}; remove that file to go on with the settings of now") from None
         for name, value in settings.items():
             if begun.get(name) != value:
-                begun_with = "other chats" if name == "chats" else f"{name} {begun.get(name)}, now it is {value}"
+                begun_with = (
+                    "other chats (or by an earlier version)"
+                    if name == "chats"
+                    else f"{name} {begun.get(name)}, now it is {value}"
+                )
                 raise UserError(f"{path.parent} was begun with {begun_with}; choose another folder")
 
 

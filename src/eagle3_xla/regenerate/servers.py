@@ -14,7 +14,7 @@ from eagle3_xla.regenerate.conversation import NEUTRAL, Refused, Reply, Sampling
 
 TRIES = 10  # of one question, before its conversation is left for the next start
 REFUSALS = 20  # or empty answers, before any other: then the fault is not in the questions
-PROBE = [{"role": "user", "content": "Hi"}]  # does a server that answers nothing, or refuses a question, still live?
+PROBE = [{"role": "user", "content": "Hi"}]  # what is asked again when nothing was answered yet
 LONGEST_REST = 60.0  # seconds
 KNOWN = ("vllm", "sglang")  # `owned_by` of servers that take more fields than OpenAI's; others may refuse them
 PASSING = (408, 409, 425, 429)  # of the 4xx, those that a later try may not get
@@ -56,6 +56,7 @@ class Servers:
         self.sampling, self.timeout, self.rest = sampling, timeout, rest
         self.model, self.last_answer, self.answers, self.refusals = "", -1.0, 0, 0
         self.known: set[str] = set()  # URLs
+        self.answered = PROBE  # of the questions, the last
         self.http = httpx.AsyncClient(
             timeout=httpx.Timeout(None, connect=10),
             limits=httpx.Limits(max_connections=None, max_keepalive_connections=concurrency),
@@ -95,6 +96,7 @@ class Servers:
                 problem = str(refusal)
             else:
                 server.failures, self.last_answer, self.answers = 0, time.monotonic(), self.answers + 1
+                self.answered = [*messages]
                 return reply
             finally:
                 server.in_flight -= 1
@@ -106,15 +108,14 @@ class Servers:
         raise GaveUp(problem)
 
     async def _lives(self, url: str, problem: str) -> bool:
-        """Whether a server answers another question: then the fault is in this one. Raises RunError with `problem` when
-        it refuses the other one too."""
+        """Whether a server answers the question that was answered last: then the fault is in this one. Raises RunError
+        with `problem` when it refuses that one too."""
         try:
             async with asyncio.timeout(self.timeout):
-                await self._post(url, PROBE, 0)
+                await self._post(url, self.answered, 0)
         except Refused:
-            raise RunError(
-                f"{problem}; it refuses {PROBE[0]['content']!r} too: see to it, then start this again"
-            ) from None
+            asked = self.answered[-1]["content"][:60]
+            raise RunError(f"{problem}; it refuses {asked!r} too: see to it, then start this again") from None
         except (TimeoutError, httpx.HTTPError, _Failed):
             return False
         return True

@@ -16,7 +16,7 @@ from eagle3_xla import storage
 from eagle3_xla.checks import of_this_machine
 from eagle3_xla.doctor.files import read_target
 from eagle3_xla.doctor.run import first_failure
-from eagle3_xla.draft.saved import EXPORTED, INDEX, read_head, weight_files
+from eagle3_xla.draft.saved import INDEX, read_head, weight_files
 from eagle3_xla.errors import RunError, UserError
 from eagle3_xla.evaluate.fingerprint import head_fingerprint, target_fingerprint
 from eagle3_xla.evaluate.page import NAME as REPORT
@@ -26,8 +26,6 @@ from eagle3_xla.serve.card import Licences, card
 from eagle3_xla.serve.eval_results import PLACE, eval_results
 from eagle3_xla.serve.run_facts import RunFacts, run_facts
 
-# Of an earlier head's upload these would go on as the new one's weights and figures.
-OF_A_HEAD = [EXPORTED, INDEX, REPORT, PLACE]
 IDENTIFIER = r"[a-zA-Z0-9.+-]*"  # of a licence
 MARK = "<!-- written by eagle3-xla push, sha256 {} -->\n"
 
@@ -188,11 +186,14 @@ def _upload(head: Path, files: list[str], repo: str, private: bool) -> str:
     api, patterns = HfApi(), [glob.escape(file) for file in files]
     try:
         url = api.create_repo(repo, private=private, exist_ok=True)
+        # Of an earlier upload these would go on as this head's weights and figures.
+        of_a_head = [name for name in api.list_repo_files(repo) if re.fullmatch(r"[^/]*\.safetensors", name)]
+        removed = [name for name in (*of_a_head, INDEX, REPORT, PLACE) if name not in files]
         api.upload_folder(
             repo_id=repo,
             folder_path=head,
             allow_patterns=patterns,
-            delete_patterns=OF_A_HEAD,
+            delete_patterns=[glob.escape(name) for name in removed],
             commit_message="Upload EAGLE3 head",
         )
     except HFValidationError as error:
