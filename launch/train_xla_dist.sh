@@ -117,12 +117,19 @@ for ((attempt = 0; ; attempt++)); do
   running="" ended=$status
   [ -z "$stopping" ] || exit "$ended"
   [ "$ended" != 75 ] || sleep "$poll" # a host knows of its preemption before the slice's state tells
-  state="$("${describe[@]}")" || state=""
+  for _ in 1 2 3; do # what can't be described may be the network's fault
+    ! state="$("${describe[@]}")" || break
+    state=""
+    sleep "$poll"
+  done
   # 75 is the lock's or tells that a host is preempted or lost another, 255 a lost connection, 128 and above a signal;
-  # others are the command's own words. 0 is the end only on a slice that is still there: a host that shuts down may
-  # have ended the command.
+  # others are the command's own words. 0 is not the end on a slice that is known to be going: a host that shuts down
+  # may have ended the command.
+  if [ "$ended" = 0 ] && [[ "$state" =~ ^(READY)?$ ]]; then
+    [ -n "$state" ] || say "the command ended well; gcloud can't describe $tpu, see above"
+    exit 0
+  fi
   if [ "$state" = READY ] && [ "$ended" -lt 128 ] && [ "$ended" != 75 ]; then
-    [ "$ended" != 0 ] || exit 0
     die "the command failed on a host (exit code $ended), see above" "$ended"
   fi
   [ "$attempt" -lt "$restarts" ] || die "exit code $ended, $tpu is ${state:-gone}, the last of $restarts restarts" 1

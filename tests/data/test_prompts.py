@@ -42,6 +42,7 @@ def test_prompts_are_read_as_training_reads_them(tmp_path):
     rows = [
         {"messages": [{"role": "User", "content": parts}]},
         {"conversations": [{"role": "user", "content": "a"}], "messages": None},
+        {"prompt": "a", "messages": []},
         {"messages": [{"from": "Human", "value": "a"}]},
         {"messages": [{"role": "system", "content": None}, {"role": "user", "content": "a"}]},
         {"messages": [{"role": "assistant", "content": "x"}, {"role": "user", "content": "a"}]},
@@ -54,9 +55,9 @@ def test_prompts_are_read_as_training_reads_them(tmp_path):
         {"messages": [{"role": "user", "content": "a"}, {"role": "user", "content": "b"}]},
     ]  # fmt: skip
     found = read_prompts(written(tmp_path / "prompts.jsonl", rows))
-    assert [prompt.messages[-1]["content"] for prompt in found] == ["a"] * 8 + ["a\n\nb"]
-    assert [len(prompt.messages) for prompt in found] == [1] * 5 + [2, 1, 1, 1]
-    assert [prompt.later for prompt in found] == [*[[]] * 5, ["a"], [], [], []]
+    assert [prompt.messages[-1]["content"] for prompt in found] == ["a"] * 9 + ["a\n\nb"]
+    assert [len(prompt.messages) for prompt in found] == [1] * 6 + [2, 1, 1, 1]
+    assert [prompt.later for prompt in found] == [*[[]] * 6, ["a"], [], [], []]
     with pytest.raises(UserError, match="prompts.jsonl:1: no user turn to ask"):
         read_prompts(written(tmp_path / "prompts.jsonl", [{"prompt": " "}]))
 

@@ -44,6 +44,9 @@ def test_gpt_oss_channels(template_targets):
         for messages in ([question, answer], [question, answer, question, answer]):
             chat = clean({"messages": messages}, "here:1", "test", DataConfig(), Repairs())
             assert masked(coder, *chat.messages)[1] == [thought]
+    call = {"type": "function", "function": {"name": "add", "arguments": {"a": 1}}}
+    answer = {"role": "assistant", "content": "I add.", "reasoning_content": "hm", "tool_calls": [call]}
+    assert "hm" not in masked(coder, question, answer)[0]  # the template takes one of the two
 
 
 def test_gemma_folds_the_system_turn(template_targets):

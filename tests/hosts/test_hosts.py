@@ -74,7 +74,7 @@ class Story:
 def story(forks, small_run_in, tmp_path_factory) -> Story:
     folder = tmp_path_factory.mktemp("hosts")
     settings = [*small_run_in(folder), "train.batch_size=1", "train.epochs=4", "train.init=least_squares"]
-    settings.append("loss.ttt_length=1")
+    settings.append("loss.ttt_length=2")
     settings += [
         "train.reuse_states=true",
         "train.init_rows=32",

@@ -185,6 +185,16 @@ def test_xla_dist_goes_on_after_a_preemption(hosts, end, state):
     assert (folder / "calls").read_text().splitlines().count("tpu-vm delete") == 1
 
 
+def test_xla_dist_believes_a_run_that_ended_well_where_the_slice_can_not_be_described(hosts):
+    folder, environment = hosts
+    command = "echo run >>$HOSTS/runs; rm $HOSTS/state"
+    arguments = ["--tpu=v", "--poll=0", "--recreate=touch $HOSTS/made", "--", "bash", "-c", command]
+    done = script(XLA_DIST, *arguments, **environment)
+    assert done.returncode == 0, done.stderr
+    assert "the command ended well; gcloud can't describe v" in done.stderr
+    assert (folder / "runs").read_text() == "run\n" and not (folder / "made").exists()
+
+
 def test_the_guides_commands_go_on_after_a_preemption_notice(hosts, metadata_server, tmp_path):
     """Steps 4 and 5 of docs/tpu.md as they stand. It ends well, on a slice that will be gone with its disk."""
     folder, environment = hosts

@@ -108,7 +108,7 @@ def _turns(where: str, row: dict[str, Any]) -> Any:
         return [turn for of_text in turns for turn in of_text]
 
     for key in ("messages", "conversations"):
-        if row.get(key) is not None:
+        if row.get(key):
             return row[key]
     if "prompt" in row:
         return of_user(row["prompt"] if isinstance(row["prompt"], list) else [row["prompt"]])

@@ -138,13 +138,15 @@ def render_chat(tokenizer: Any, messages: list, **options: Any) -> str | list[st
 
 
 def _with_thinking(messages: list) -> list:
-    """A conversation, or each of several, with `reasoning_content` named `thinking`."""
-    return [
-        _with_thinking(message)
-        if isinstance(message, list)
-        else {"thinking" if key == "reasoning_content" else key: value for key, value in message.items()}
-        for message in messages
-    ]
+    """A conversation, or each of several, with `reasoning_content` named `thinking`, but beside a tool call that has a
+    text too, where gpt-oss's template refuses it."""
+
+    def named(message: dict) -> dict:
+        if message.get("tool_calls") and message.get("content"):
+            return message
+        return {"thinking" if key == "reasoning_content" else key: value for key, value in message.items()}
+
+    return [_with_thinking(each) if isinstance(each, list) else named(each) for each in messages]
 
 
 def shows_reasoning(tokenizer: Any) -> bool:
