@@ -75,7 +75,9 @@ CONFIG = {"vocab_size": 64, "hidden_size": 16, "intermediate_size": 24, "num_att
 CONFIG |= {"num_key_value_heads": 2, "rms_norm_eps": 1e-6, "max_position_embeddings": 128, "bos_token_id": 0}
 CONFIG |= {"eos_token_id": 1, "rope_theta": 10000.0, "rope_scaling": None}
 OTHERS = [*UNKNOWN, LAYER_IDS, "eagle_config", "rope_parameters", "target_hidden_size", "fc_norm", "dtype"]
-TARGET = SimpleNamespace(**CONFIG | {"model_type": "qwen2", "num_hidden_layers": 8, "hidden_act": "silu"})
+TARGET = SimpleNamespace(
+    **CONFIG | {"model_type": "qwen2", "num_hidden_layers": 8, "hidden_act": "silu", "tie_word_embeddings": False}
+)
 
 
 @pytest.fixture(scope="module")

@@ -115,7 +115,8 @@ def test_an_interrupted_cell_ends_when_its_verb_has_saved(interrupt, tmp_path):
     (tmp_path / "eagle3_xla").mkdir()
     (tmp_path / "eagle3_xla" / "__init__.py").touch()
     (tmp_path / "eagle3_xla" / "__main__.py").write_text(SAVING)
-    command = [sys.executable, "-u", "-c", sources("c2", "c4") + INTERRUPTED]
+    listening = "import signal; signal.signal(signal.SIGINT, signal.default_int_handler)\n"  # not so in the background
+    command = [sys.executable, "-u", "-c", listening + sources("c2", "c4") + INTERRUPTED]
     environment = os.environ | {"PYTHONPATH": str(tmp_path)}
     with subprocess.Popen(
         command, cwd=tmp_path, env=environment, stdout=subprocess.PIPE, text=True, start_new_session=True
