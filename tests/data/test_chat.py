@@ -1,5 +1,6 @@
 """Chats to tokens: the mask holds what the assistant wrote and its end of turn, and nothing else."""
 
+import functools
 import random
 import unicodedata
 
@@ -44,8 +45,11 @@ def spans(ids, mask):
     return out
 
 
+tokenizer_of = functools.cache(load_tokenizer)  # seconds for each
+
+
 def encoder(folder, **settings) -> ChatEncoder:
-    tokenizer = load_tokenizer(str(folder))
+    tokenizer = tokenizer_of(str(folder))
     return ChatEncoder(tokenizer, stop_token_ids(str(folder), tokenizer), DataConfig(row_length=2048, **settings))
 
 
