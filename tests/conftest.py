@@ -2,6 +2,7 @@
 
 import fcntl
 import gc
+import importlib
 import json
 import os
 import shutil
@@ -37,9 +38,8 @@ def pytest_collection(session):
     import torch_xla
 
     torch_xla.device()  # before the first backward: autograd sizes its queues then
-    import eagle3_xla.data.tokenizer
-    import eagle3_xla.target.embedded  # noqa: F401
-
+    for name in ("eagle3_xla.data.tokenizer", "eagle3_xla.target.embedded"):
+        importlib.import_module(name)
     gc.freeze()
     gc.enable()
 

@@ -19,8 +19,9 @@ from transformers import (
     Qwen3MoeConfig,
 )
 
-from eagle3_xla.doctor.config_rules import engines, max_positions, window
+from eagle3_xla.doctor.config_rules import engines
 from eagle3_xla.doctor.files import Target
+from eagle3_xla.doctor.position_rules import max_positions, window
 from eagle3_xla.doctor.run import doctor
 from eagle3_xla.draft.saved import layers_of, read_head
 from eagle3_xla.errors import UserError

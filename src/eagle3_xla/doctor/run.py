@@ -5,7 +5,7 @@ import os
 from typing import Any
 
 from eagle3_xla import storage
-from eagle3_xla.doctor import config_rules, weight_rules
+from eagle3_xla.doctor import config_rules, position_rules, weight_rules
 from eagle3_xla.doctor.files import Finding, Target, read_target
 from eagle3_xla.draft.saved import SavedHead, read_head
 from eagle3_xla.errors import UserError
@@ -41,7 +41,7 @@ def doctor(folder: Location, target_path: str, fix: bool = False) -> dict:
 
 
 def examine(head: SavedHead, target: Target) -> list[Finding]:
-    findings = [rule(head, target) for rule in config_rules.RULES]
+    findings = [rule(head, target) for rule in (*config_rules.RULES, *position_rules.RULES)]
     findings.append(weight_rules.weight_file(head, target))
     if head.tensors:
         findings += [rule(head, target) for rule in weight_rules.RULES]
