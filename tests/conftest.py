@@ -6,8 +6,10 @@ import importlib
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 # The environments are installed without bytecode (launch/install.sh): what starts first writes it for the rest.
@@ -44,6 +46,8 @@ def pytest_collection(session):
     gc.enable()
 
 
+SMALL_VOCABULARY = 4096
+
 CHATS = [
     ("What is the capital of France?", "The capital of France is Paris."),
     ("Name three colours.", "Red, green and blue are three colours."),
@@ -72,15 +76,31 @@ def embedded_target(tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def tokenizer(embedded_target):
-    from eagle3_xla.data.tokenizer import load_tokenizer
-
-    return load_tokenizer(str(embedded_target))
+def tokenizer_folder(embedded_target, tmp_path_factory) -> Path:
+    """The embedded target's tokenizer, its first SMALL_VOCABULARY tokens alone: merges stand in the order of their ids,
+    so the rest is a tokenizer as it is. Logits over all 49,152 would be most of what small models compute.
+    """
+    folder = tmp_path_factory.mktemp("tokenizer")
+    for name in ("chat_template.jinja", "tokenizer_config.json"):
+        shutil.copy(embedded_target / name, folder)
+    whole = json.loads((embedded_target / "tokenizer.json").read_text())
+    model = whole["model"]
+    model["vocab"] = {token: number for token, number in model["vocab"].items() if number < SMALL_VOCABULARY}
+    model["merges"] = [pair for pair in model["merges"] if "".join(pair) in model["vocab"]]
+    (folder / "tokenizer.json").write_text(json.dumps(whole))
+    return folder
 
 
 @pytest.fixture(scope="session")
-def small_target(embedded_target, tokenizer, tmp_path_factory) -> Path:
-    """A real Qwen2 of 8 layers with random weights and the embedded target's tokenizer: seconds instead of minutes."""
+def tokenizer(tokenizer_folder):
+    from eagle3_xla.data.tokenizer import load_tokenizer
+
+    return load_tokenizer(str(tokenizer_folder))
+
+
+@pytest.fixture(scope="session")
+def small_target(tokenizer, tmp_path_factory) -> Path:
+    """A real Qwen2 of 8 layers with random weights and the small tokenizer: seconds instead of minutes."""
     import torch
     from transformers import Qwen2Config, Qwen2ForCausalLM
 
@@ -290,10 +310,21 @@ def installed_wheel(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="session")
 def quickstart_run(installed_wheel, tmp_path_factory) -> tuple[subprocess.CompletedProcess, Path]:
-    """The quickstart from an installed wheel and an empty folder, with the least training: (process, folder)."""
+    """The quickstart from an installed wheel and an empty folder, with the least training, broken off by a Ctrl-C while
+    it trains and started again: (the second process, folder)."""
     folder = tmp_path_factory.mktemp("quickstart")
     # A target of a real size: its steps gain more from optimised code than compiling that costs.
     flags = os.environ["XLA_FLAGS"].replace("optimization_level=0", "optimization_level=1")
     environment = {"PYTHONPATH": str(installed_wheel), "XLA_FLAGS": flags}
-    done = run_cli("quickstart", "--minutes", "0.1", environment=environment, timeout=900, cwd=folder)
+    arguments = ["quickstart", "--minutes", "0.1"]
+    with open(folder / "first.log", "w") as log:
+        command = [sys.executable, "-m", "eagle3_xla", *arguments]
+        first = subprocess.Popen(command, stderr=log, stdout=log, env=os.environ | environment, cwd=folder)
+    metrics, deadline = folder / "quickstart" / "run" / "metrics.jsonl", time.monotonic() + 600
+    while not (metrics.is_file() and metrics.read_text()) and first.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.05)
+    first.send_signal(signal.SIGINT)
+    said = f"{first.wait(120)} {(folder / 'first.log').read_text()}"
+    assert said.startswith("1 ") and "interrupted; start it again to continue" in said, said
+    done = run_cli(*arguments, environment=environment, timeout=900, cwd=folder)
     return done, folder / "quickstart"

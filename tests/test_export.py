@@ -34,7 +34,7 @@ def test_export(run, tmp_path):
         "num_hidden_layers": 1,
         "hidden_size": 64,
         "head_dim": 8,
-        "vocab_size": 49152,
+        "vocab_size": 4096,
         "draft_vocab_size": 128,
         "max_position_embeddings": 1024,
         "rope_theta": 10000.0,

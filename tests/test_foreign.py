@@ -112,7 +112,7 @@ HEADS = {
         "d2t holds target ids; engines add",
     ),
     "d2t short": (tensor("d2t", lambda d2t: d2t[:100]), r"d2t: d2t is \[100\]", r"d2t is \[100\]; one offset for each"),
-    "d2t beyond": (tensor("d2t", lambda d2t: d2t + 49152), "d2t: d2t names ids twice or none", "in 0..49151"),
+    "d2t beyond": (tensor("d2t", lambda d2t: d2t + 4096), "d2t: d2t names ids twice or none", "in 0..4095"),
     "d2t float": (tensor("d2t", torch.Tensor.float), "d2t: d2t is float32", "d2t is float32; int64 offsets"),
     "d2t column": (tensor("d2t", lambda d2t: d2t[:, None]), r"d2t: d2t is \[128, 1\]", r"d2t is \[128, 1\]"),
     "two layers": (ids([1, 3]), r"aux_layers: .* is \[1, 3\]; three distinct layers in 0..7", "three distinct"),
@@ -248,7 +248,7 @@ def test_a_target(name, exported_head, small_target, chat_file, tmp_path, capsys
 
 
 def test_an_index_without_a_map(exported_head, small_target, tmp_path):
-    embedding = torch.zeros(49152, 64)
+    embedding = torch.zeros(4096, 64)
     head = edited(
         exported_head, tmp_path / "head", lambda _, tensors: tensors.update({"embed_tokens.weight": embedding})
     )

@@ -121,6 +121,7 @@ def quickstart(out: Path, asked: float | None) -> dict:
         "tree": tree,
         "answer": first.result(),
         "minutes": round((time.perf_counter() - started) / 60, 1),
+        "continued": earlier is not None,  # then these are the minutes of this start alone
     }
     (out / "result.json").write_text(json.dumps(result, indent=1) + "\n")
     terminal = sys.__stdout__ is not None and sys.__stdout__.isatty() and "NO_COLOR" not in os.environ
@@ -234,9 +235,12 @@ def last_screen(result: dict, recipe: Recipe, colours: tuple[str, str]) -> str:
     )
     slower = trained["tokens_per_second"] <= trained["baseline_tokens_per_second"]
     no_gain = "; `eval --draft-tokens auto` finds the chain that pays here" if slower else ""
+    took = f"trained in {result['minutes']:.1f} minutes in all"
+    if result["continued"]:
+        took = f"finished in {result['minutes']:.1f} minutes; an earlier start had begun it"
     grown = " -> ".join(f"{tau:.2f}" for tau in result["heldout_taus"])
     return f"""
-A draft head for SmolLM2-135M-Instruct (as Qwen2), trained in {result["minutes"]:.1f} minutes in all
+A draft head for SmolLM2-135M-Instruct (as Qwen2), {took}
   data      {data["train"]["chats"]} chats written by this target, \
 {data["train"]["answer_tokens"]:,} answer tokens x {recipe.train.epochs} epochs
             draft vocabulary {data["draft_vocab_size"]:,} of {data["vocab_size"]:,}: \

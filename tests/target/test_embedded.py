@@ -1,8 +1,10 @@
 """The embedded target is SmolLM2: the same logits as the Llama original, the same tokens as its own tokenizer."""
 
+import pytest
 import torch
 from transformers import AutoModelForCausalLM, LlamaForCausalLM
 
+from eagle3_xla.data.tokenizer import load_tokenizer
 from eagle3_xla.target.embedded import embedded_gguf
 
 
@@ -15,6 +17,11 @@ def test_logits_equal_the_llama_original(embedded_target):
     with torch.no_grad():
         # The Llama's rotary table was made in bfloat16-rounded config space too: both come from the same theta.
         assert torch.equal(llama(ids).logits, qwen(ids).logits)
+
+
+@pytest.fixture(scope="module")
+def tokenizer(embedded_target):
+    return load_tokenizer(str(embedded_target))
 
 
 def test_tokenizer_round_trip_and_digits(tokenizer):
