@@ -47,6 +47,7 @@ def pytest_collection(session):
 
 
 SMALL_VOCABULARY = 4096
+LONG_PROMPT = "You are a helpful AI assistant named SmolLM, trained by Hugging Face"
 
 CHATS = [
     ("What is the capital of France?", "The capital of France is Paris."),
@@ -78,11 +79,14 @@ def embedded_target(tmp_path_factory) -> Path:
 @pytest.fixture(scope="session")
 def tokenizer_folder(embedded_target, tmp_path_factory) -> Path:
     """The embedded target's tokenizer, its first SMALL_VOCABULARY tokens alone: merges stand in the order of their ids,
-    so the rest is a tokenizer as it is. Logits over all 49,152 would be most of what small models compute.
+    so the rest is a tokenizer as it is. Logits over all 49,152 would be most of what small models compute. With a
+    shorter default system prompt, which would take half of a row.
     """
     folder = tmp_path_factory.mktemp("tokenizer")
-    for name in ("chat_template.jinja", "tokenizer_config.json"):
-        shutil.copy(embedded_target / name, folder)
+    shutil.copy(embedded_target / "tokenizer_config.json", folder)
+    template = (embedded_target / "chat_template.jinja").read_text()
+    assert template.count(LONG_PROMPT) == 1
+    (folder / "chat_template.jinja").write_text(template.replace(LONG_PROMPT, "You are a helpful assistant"))
     whole = json.loads((embedded_target / "tokenizer.json").read_text())
     model = whole["model"]
     model["vocab"] = {token: number for token, number in model["vocab"].items() if number < SMALL_VOCABULARY}

@@ -226,7 +226,7 @@ TARGETS = {
         {"generation_config__json": '{"eos_token_id": ["x"]}'},
         "generation_config.json: eos_token_id is 'x'; a whole number",
     ),
-    "eos beyond": ({"generation_config__json": '{"eos_token_id": 99999}'}, "99999; a whole number from 0 to 49151"),
+    "eos beyond": ({"generation_config__json": '{"eos_token_id": 99999}'}, "99999; a whole number from 0 to 4095"),
     "generation_config broken": (
         {"generation_config__json": "{"},
         "end_of_turn: .*generation_config.json' is not a valid JSON",

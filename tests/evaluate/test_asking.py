@@ -61,7 +61,7 @@ def test_thinking_is_the_templates_own_switch(small_target, turns_file):
     assert thinking.decode(on) == "What is 1 and 1?" and thinking.decode(off) == "What is 1 and 1? no thoughts"
 
 
-@pytest.mark.parametrize("length, seed", [(5, 1), (30, 5)])  # two drafts in a row are accepted, one often
+@pytest.mark.parametrize("length, seed", [(5, 13), (30, 4)])  # two drafts in a row are accepted, one often
 def test_teacher_forced_figures_are_those_of_decoding(small_pair, length, seed):
     target, head, d2t = small_pair
     steps = 3

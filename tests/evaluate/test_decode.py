@@ -25,7 +25,7 @@ def test_output_is_the_targets_own(trained, small_target, tokenizer):
     head, d2t = load_head(trained)
     model = load_target(str(small_target), torch.float32)
     target = Target(model, torch.arange(len(d2t)) + d2t)
-    for length, seed in ((3, 7), (40, 8)):  # some drafts are accepted after each
+    for length, seed in ((3, 6), (30, 4)):  # some drafts are accepted after each
         prompt = torch.randint(0, 1000, (length,), generator=torch.Generator().manual_seed(seed)).tolist()
         golden = model.generate(torch.tensor([prompt]), max_new_tokens=40, do_sample=False, eos_token_id=-1)[
             0, length:
@@ -120,7 +120,7 @@ def test_figures_by_hand():
 def test_a_head_for_another_target_is_refused(trained, embedded_target, chat_file):
     from eagle3_xla.errors import UserError
 
-    with pytest.raises(UserError, match="target_size: fc.weight is .*a head for another target"):
+    with pytest.raises(UserError, match="vocab_size is 4096 and the target.s 49152"):
         evaluate(str(embedded_target), str(trained), str(chat_file), EvalOptions(limit=1))
 
 
