@@ -4,6 +4,7 @@ Devices: PlainBackend, where every host computes the step of the whole batch, wh
 parts over gloo. So everything a host does by itself is real, and the collectives of the devices are one double.
 """
 
+import atexit
 import gc
 import json
 import os
@@ -23,6 +24,7 @@ from eagle3_xla.cli import main
 from eagle3_xla.xla.plain import PlainBackend
 
 DEVICES = 16  # groups of rows: 4 hosts of 4
+UNANSWERED = 99  # the exit code of a host that waits at its end for devices, which others have left
 
 
 class HostsBackend(PlainBackend):
@@ -65,12 +67,15 @@ def run(scenario: dict, rank: int) -> None:
     if scenario["signal"] and scenario["signal"]["rank"] == rank:
         arguments = (Path(scenario["signal"]["when"]), getattr(signal, scenario["signal"]["name"]))
         threading.Thread(target=signal_when, args=arguments, daemon=True).start()
+    atexit.register(os._exit, UNANSWERED)  # as torch_xla does: registered before, so it comes after the run's own
     code = 3
     try:
         code = main(scenario["arguments"][rank])
     finally:
         sys.stdout.flush()
         sys.stderr.flush()
+        if code:
+            atexit._run_exitfuncs()
         os._exit(code)
 
 

@@ -8,6 +8,8 @@ Host 0 writes, and what it has read the others receive: no disk is shared. When 
 one line each, also while their devices wait for each other: a thread of each listens on a connection to host 0.
 """
 
+import atexit
+import contextlib
 import io
 import os
 import pickle
@@ -54,7 +56,10 @@ class Hosts:
         if self.count == 1:
             return
         if error is not None:
-            self._tell_failure(error)
+            code = 2 if isinstance(error, UserError) else 1
+            # After the error's line, before torch_xla waits at exit for steps in flight, whose other hosts are gone.
+            atexit.register(_end, code)
+            self._tell_failure(code, error)
         elif self.index == 0:
             for listener in self._listeners:  # each ends when its host is done
                 listener.join()
@@ -136,11 +141,10 @@ class Hosts:
         print(f"eagle3-xla train: {text}", file=sys.stderr, flush=True)
         os._exit(code)  # the main thread may wait for devices that will never answer
 
-    def _tell_failure(self, error: BaseException) -> None:
+    def _tell_failure(self, code: int, error: BaseException) -> None:
         if self._ending:
             return
         self._ending = True
-        code = 2 if isinstance(error, UserError) else 1
         explained = isinstance(error, UserError | RunError | OSError)
         text = f"host {self.index}: {_line(error) if explained else f'{type(error).__name__}: {_line(error)}'}"
         for peer in range(1, self.count) if self.index == 0 else [0]:
@@ -176,6 +180,14 @@ def _group() -> dist.ProcessGroup:
     group = dist.new_group(backend="gloo", timeout=ARRIVE)
     dist.distributed_c10d._set_pg_timeout(PATIENCE, group)
     return group
+
+
+def _end(code: int) -> None:
+    """End this process now, whatever its devices wait for."""
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(OSError, ValueError):  # the latter: it is closed
+            stream.flush()
+    os._exit(code)
 
 
 def _pickled(value: object, tensors: list[torch.Tensor]) -> bytes:
