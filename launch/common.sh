@@ -27,6 +27,17 @@ run() {
   if [ -n "$dry_run" ]; then quoted "$@"; else "$@"; fi
 }
 
+# Runs a command so many times, so many seconds apart, until it ends well.
+tries() {
+  local left="$1" pause="$2" code
+  until "${@:3}"; do
+    code=$?
+    [ $((left -= 1)) -gt 0 ] || return "$code"
+    echo "$(basename "$0"): exit code $code; once more in $pause seconds" >&2
+    sleep "$pause"
+  done
+}
+
 whole_number() {
   [[ $2 =~ ^[0-9]+$ ]] || die "$1 is '$2'; a whole number is expected"
 }

@@ -33,8 +33,10 @@ fi
 # The images of TPU VMs bring Ubuntu 22.04, whose own Python is 3.10.
 if ! find_python; then
   [ -n "$dry_run" ] || command -v apt-get >/dev/null || die "Python 3.11 or newer is needed; set PYTHON=/path/to/it"
-  run sudo apt-get update -qq
-  run sudo apt-get install -qq --yes python3.11 python3.11-venv
+  # On a new VM Ubuntu's own upgrades hold apt's locks for some minutes; apt itself waits for dpkg's alone.
+  apt=(sudo apt-get -qq -o DPkg::Lock::Timeout=600)
+  tries 6 30 run "${apt[@]}" update || die "apt-get update failed, see above" 1
+  tries 6 30 run "${apt[@]}" install --yes python3.11 python3.11-venv || die "apt-get install failed, see above" 1
   base=python3.11
 fi
 export PJRT_DEVICE="${PJRT_DEVICE:-TPU}"

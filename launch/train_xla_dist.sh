@@ -6,7 +6,8 @@
 #     --dir=DIR                       where COMMAND runs, from the home folder (eagle3-xla)
 #     --restarts=N                    run COMMAND again so often after a signal, a lost connection, a preemption (10)
 #     --recreate=CREATE               after a preemption: delete the slice, run this command here, which makes it anew
-#     --setup=COMMAND                 run on every host of the new slice, in the home folder
+#     --setup=COMMAND                 run on every host of the new slice, in the home folder; at most 3 times, until it ends
+#                                     well
 #     --wait=MINUTES                  how long to wait until a slice is READY again (60)
 #     --poll=SECONDS                  how often to look (30)
 #     --dry-run                       print the commands, run none
@@ -141,7 +142,7 @@ for ((attempt = 0; ; attempt++)); do
     fi
     until_ready
     if [ -n "$recreate" ] && [ -n "$setup" ]; then
-      on_hosts "$setup" || die "--setup failed on a host (exit code $?), see above" 1
+      tries 3 "$poll" on_hosts "$setup" || die "--setup failed on a host (exit code $?), see above" 1
     fi
   fi
   on_hosts "$stop" || true

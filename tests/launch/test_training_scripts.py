@@ -80,6 +80,31 @@ def test_setup_dry():
     assert refused.returncode == 2 and "gs://BUCKET/FOLDER is expected" in refused.stderr
 
 
+def test_setup_outlasts_the_upgrades_of_a_new_vm(tmp_path):
+    """Which hold a lock twice here; a VM without Python, and with one that ends the rest of the script."""
+    tools = "basename cat cksum dirname realpath wc"
+    (tmp_path / "bin").mkdir()
+    for tool in tools.split():
+        (tmp_path / "bin" / tool).symlink_to(shutil.which(tool))
+    stubs = {
+        "apt-get": "exit 3",
+        "sleep": "exit 0",
+        "sudo": 'echo "$*" >>"$CALLS"; [ $(wc -l <"$CALLS") -gt 2 ] || { echo "Could not get lock" >&2; exit 100; }\n'
+        '[[ $* != *install* ]] || /bin/cp "${0%/*}/apt-get" "${0%/*}/python3.11"',
+    }
+    for name, code in stubs.items():
+        (tmp_path / "bin" / name).write_text(f"#!/bin/bash\n{code}\n")
+        (tmp_path / "bin" / name).chmod(0o755)
+    shutil.copytree(LAUNCH, tmp_path / "clone" / "launch")
+    command = ["/bin/bash", tmp_path / "clone" / "launch" / "setup_tpu_vm.sh"]
+    environment = {"PATH": str(tmp_path / "bin"), "CALLS": str(tmp_path / "calls")}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 3 and done.stderr.count("Could not get lock") == 2, done.stderr  # python3.11 -m venv
+    calls = [line.split()[4] for line in (tmp_path / "calls").read_text().splitlines()]
+    assert calls == ["update", "update", "update", "install"]
+    assert "DPkg::Lock::Timeout" in (tmp_path / "calls").read_text().splitlines()[-1]
+
+
 def test_xla_dist_dry():
     arguments = ["--tpu=v", "--zone=z", "--env=A=b c", "--recreate=make it", "--", "python", "-c", "print('x')"]
     done = script(XLA_DIST, "--dry-run", *arguments)
@@ -173,10 +198,10 @@ def metadata_server(hosts):
 @pytest.mark.parametrize("end, state", [("kill -9 $$", "PREEMPTED"), ("exit 0", "PREEMPTED"), ("exit 0", "DELETING")])
 def test_xla_dist_goes_on_after_a_preemption(hosts, end, state):
     folder, environment = hosts
-    # The first run ends and the slice is gone; --recreate brings it back, --setup runs, the second run is done.
+    # The first run ends and the slice is gone; --recreate brings it back; --setup and COMMAND need a second try.
     command = f'echo run >>$HOSTS/runs; [ "$(wc -l <$HOSTS/runs)" -gt 1 ] || {{ echo {state} >$HOSTS/state; {end}; }}'
     recreate = "rm -rf $HOSTS/home && mkdir $HOSTS/home && echo READY >$HOSTS/state"
-    setup = "mkdir eagle3-xla && touch ready"
+    setup = "mkdir eagle3-xla || exit 1; [ -e tried ] || { rmdir eagle3-xla; touch tried; exit 1; }; touch ready"
     arguments = ["--tpu=v", "--poll=0", f"--recreate={recreate}", f"--setup={setup}", "--", "bash", "-c", command]
     done = script(XLA_DIST, *arguments, **environment)
     assert done.returncode == 0, done.stderr
