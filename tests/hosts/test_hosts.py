@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import signal
 import socket
 from pathlib import Path
 
@@ -163,3 +164,21 @@ def test_an_error_of_one_host_ends_all_with_its_line(story, scenario, failing, l
     for rank, said in enumerate(story.said[scenario]):
         assert len(said) == 1 and line in said[0]
         assert said[0].startswith(f"host {failing}: ") == (rank != failing)
+
+
+def ends(forks, scene: str, folder: Path) -> tuple[list[int], list[list[str]]]:
+    """(exit codes, what was said) of a scene of endings.py, by host."""
+    done = forks.run_code(Path(__file__).with_name("endings.py").read_text(), scene, folder)
+    assert done.returncode == 0, done.stderr
+    codes = json.loads(done.stdout)
+    logs = [(folder / str(host)).read_text() for host in range(len(codes))]
+    assert not any("Traceback" in log for log in logs), logs
+    return codes, [[line for line in log.splitlines() if "eagle3-xla train: " in line] for log in logs]
+
+
+def test_a_host_that_only_falls_silent_ends_the_others(forks, tmp_path):
+    """As when its machine vanishes: no connection is closed. One that is busy for longer is still there."""
+    codes, said = ends(forks, "silent", tmp_path)
+    assert codes == [LOST, LOST, -signal.SIGSTOP]
+    lost = ["eagle3-xla train: host 2 went away; start all hosts again to continue"]
+    assert said == [lost, lost, []]

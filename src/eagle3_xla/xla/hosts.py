@@ -5,7 +5,8 @@ torch_xla has no such thing: its `mesh_reduce` gathers over replicas, and under 
 handed its own value back (torch_xla 2.9.0, core/xla_model.py, xla_rendezvous).
 
 Host 0 writes, and what it has read the others receive: no disk is shared. When a host fails or goes away, all end with
-one line each, also while their devices wait for each other: a thread of each listens on a connection to host 0.
+one line each, also while their devices wait for each other: a thread of each listens on a connection to host 0, over
+which each is told every few seconds that the other is there.
 """
 
 import atexit
@@ -27,10 +28,13 @@ import torch.distributed as dist
 from eagle3_xla.errors import RunError, UserError
 
 ARRIVE = timedelta(minutes=30)
-PATIENCE = timedelta(days=14)  # a host that is gone is noticed at once
+PATIENCE = timedelta(days=14)  # the listening threads notice a host that is gone
+# A host says every BEAT_SECONDS that it is there, unless something keeps Python's lock; compiling doesn't.
+BEAT_SECONDS, SILENCE = 15.0, timedelta(minutes=5)
 MESSAGE = 4000  # bytes between the listening threads: an exit code and a line
 T = TypeVar("T")
 DONE, LOST = 0, 75  # exit codes; 75: try again (sysexits.h), as launch/train_torchrun.sh does
+BEAT = 255  # none: the host goes on
 
 
 class Hosts:
@@ -39,13 +43,18 @@ class Hosts:
     def __init__(self, index: int = 0, count: int = 1):
         self.index, self.count = index, count
         self._listeners: list[threading.Thread] = []
-        self._ending = False
+        self._beating: list[threading.Thread] = []
+        self._done, self._ending = threading.Event(), False
         if count > 1:
-            self._group, self._private = _group(), _group()  # the second: of the listening threads
+            self._group = _group()
             peers = range(1, count) if index == 0 else [0]
+            # Of the threads below; one for each connection, as a timeout in gloo closes all connections of a group.
+            pairs = [dist.new_group([0, host], backend="gloo", timeout=SILENCE) for host in range(1, count)]
+            self._private = {peer: pairs[max(index, peer) - 1] for peer in peers}
             self._listeners = [threading.Thread(target=self._listen, args=(peer,), daemon=True) for peer in peers]
-            for listener in self._listeners:
-                listener.start()
+            self._beating = [threading.Thread(target=self._beat, args=(peer,), daemon=True) for peer in peers]
+            for thread in [*self._listeners, *self._beating]:
+                thread.start()
 
     def __enter__(self) -> "Hosts":
         return self
@@ -64,9 +73,9 @@ class Hosts:
             for listener in self._listeners:  # each ends when its host is done
                 listener.join()
             for peer in range(1, self.count):
-                self._send(peer, DONE, "")
+                self._send_done(peer)
         else:
-            self._send(0, DONE, "")
+            self._send_done(0)
             self._listeners[0].join()
 
     def gather(self, value: T) -> list[T]:
@@ -124,12 +133,19 @@ class Hosts:
             time.sleep(30)
             raise RunError(f"the hosts can't reach each other ({_line(error)})") from None
 
+    def _beat(self, peer: int) -> None:
+        """In a thread: tell `peer` that this host is there."""
+        while not self._done.wait(BEAT_SECONDS):
+            self._send(peer, BEAT, "")
+
     def _listen(self, peer: int) -> None:
-        """In a thread: wait for `peer`'s last word. DONE is no reason to end, another code or a lost connection is."""
-        message = torch.zeros(MESSAGE, dtype=torch.uint8)
+        """In a thread: wait for `peer`'s last word. DONE is no reason to end; another code is, a lost connection, and
+        SILENCE."""
+        message, code, text = torch.zeros(MESSAGE, dtype=torch.uint8), BEAT, ""
         try:
-            dist.recv(message, src=peer, group=self._private)
-            code, text = int(message[0]), bytes(message[1:].tolist()).rstrip(b"\0").decode(errors="replace")
+            while code == BEAT:
+                dist.recv(message, src=peer, group=self._private[peer])
+                code, text = int(message[0]), bytes(message[1:].tolist()).rstrip(b"\0").decode(errors="replace")
         except RuntimeError:
             code, text = LOST, f"host {peer} went away; start all hosts again to continue"
         if code == DONE or self._ending:
@@ -150,10 +166,18 @@ class Hosts:
         for peer in range(1, self.count) if self.index == 0 else [0]:
             self._send(peer, code, text)
 
+    def _send_done(self, peer: int) -> None:
+        """The last message to `peer`: it no longer listens."""
+        self._done.set()
+        for beating in self._beating:
+            beating.join()
+        self._send(peer, DONE, "")
+
     def _send(self, peer: int, code: int, text: str) -> None:
         content = bytes([code]) + text.encode()[: MESSAGE - 1]
+        message = torch.tensor(list(content.ljust(MESSAGE, b"\0")), dtype=torch.uint8)
         try:
-            dist.send(torch.tensor(list(content.ljust(MESSAGE, b"\0")), dtype=torch.uint8), peer, group=self._private)
+            dist.send(message, peer, group=self._private[peer])
         except RuntimeError:  # it is gone
             pass
 
@@ -178,7 +202,7 @@ def join_hosts() -> Hosts:
 def _group() -> dist.ProcessGroup:
     """Of all hosts, each of which must come soon; what they wait for later may take its time."""
     group = dist.new_group(backend="gloo", timeout=ARRIVE)
-    dist.distributed_c10d._set_pg_timeout(PATIENCE, group)
+    dist.distributed_c10d._set_pg_timeout(PATIENCE, group)  # of collectives; `recv` keeps the first
     return group
 
 

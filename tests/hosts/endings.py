@@ -1,0 +1,54 @@
+"""Three hosts that train nothing, forks of this process, and how they end: prints their exit codes as a list; what they
+say goes to files of the folder given.
+"""
+
+import json
+import os
+import signal
+import socket
+import sys
+import time
+from datetime import timedelta
+from pathlib import Path
+
+from eagle3_xla.xla import hosts
+
+HOSTS, LAST = 3, 2
+
+
+def silent(together: hosts.Hosts) -> None:
+    """The last one does nothing any more, but its connections stay open."""
+    time.sleep(1.5 * hosts.SILENCE.total_seconds() * (together.index == 1))  # a host that is busy is no silent one
+    together.barrier()
+    if together.index == LAST:
+        os.kill(os.getpid(), signal.SIGSTOP)
+    together.barrier()
+
+
+def play(scene: str, host: int, port: int) -> None:
+    os.environ |= {"RANK": str(host), "WORLD_SIZE": str(HOSTS), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    with hosts.join_hosts() as together:
+        globals()[scene](together)
+
+
+hosts.SILENCE, hosts.BEAT_SECONDS = timedelta(seconds=2), 0.2
+with socket.socket() as free:
+    free.bind(("127.0.0.1", 0))
+    port = free.getsockname()[1]
+children = []
+for host in range(HOSTS):
+    children.append(os.fork())
+    if not children[-1]:
+        os.dup2(os.open(Path(sys.argv[2], str(host)), os.O_CREAT | os.O_WRONLY), 2)
+        signal.alarm(40)
+        try:
+            play(sys.argv[1], host, port)
+        finally:
+            os._exit(0)
+ended = []
+for child in children:
+    status = os.waitpid(child, os.WUNTRACED)[1]
+    ended.append(-os.WSTOPSIG(status) if os.WIFSTOPPED(status) else os.waitstatus_to_exitcode(status))
+if ended[LAST] == -signal.SIGSTOP:
+    os.kill(children[LAST], signal.SIGKILL)
+print(json.dumps(ended))
