@@ -1,9 +1,13 @@
 """The mesh lies along the torus, and a host's rows reach its devices."""
 
+import threading
+from http.server import BaseHTTPRequestHandler, HTTPServer
+
 import numpy as np
 import pytest
 
 from eagle3_xla.errors import UserError
+from eagle3_xla.xla import spmd
 from eagle3_xla.xla.mesh import mesh_devices, part_of_host
 from eagle3_xla.xla.tpu import TOPOLOGIES, find_topology
 
@@ -57,3 +61,28 @@ os._exit(0)
 def test_the_parts_of_a_batch_reach_the_devices_of_their_replica(forks):
     done = forks.run_code(PARTS, environment={"CPU_NUM_DEVICES": "16"})
     assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize("answer, kind", [("ACCELERATOR_TYPE: 'v5litepod-16'", "v5e-16"), ("", "")])
+def test_the_metadata_server_is_asked_once_what_the_slice_is(monkeypatch, answer, kind):
+    asked = []
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_GET(self):
+            asked.append(self.path)
+            self.send_response(200 if answer else 404)
+            self.end_headers()
+            self.wfile.write(answer.encode())
+
+    server = HTTPServer(("127.0.0.1", 0), Handler)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    root = f"http://127.0.0.1:{server.server_port}"
+    monkeypatch.setattr("torch_xla._internal.tpu._GCE_METADATA_ROOT_URL", root)
+    spmd._accelerator.cache_clear()
+    try:
+        assert [spmd._accelerator(), spmd._accelerator()] == [kind, kind]
+        assert asked == ["/instance/attributes/tpu-env"]
+    finally:
+        spmd._accelerator.cache_clear()
+        server.shutdown()
+        server.server_close()

@@ -1,6 +1,7 @@
 """torch_xla SPMD (2.9.0): the mesh, the shardings, the compiled step, the count of compilations."""
 
 import contextlib
+import functools
 import os
 import re
 import resource
@@ -281,9 +282,13 @@ def _peak_flops() -> float:
     return PEAK_FLOPS.get(_accelerator().split("-")[0], 0.0)
 
 
+@functools.cache  # it may be the metadata server that is asked
 def _accelerator() -> str:
     """The slice's type, such as v5e-8; "" where its environment does not say."""
-    return torch_xla.tpu.get_tpu_env().get("ACCELERATOR_TYPE", "").replace("v5litepod", "v5e")
+    try:
+        return torch_xla.tpu.get_tpu_env().get("ACCELERATOR_TYPE", "").replace("v5litepod", "v5e")
+    except OSError:  # those of requests are
+        return ""
 
 
 def _hardware() -> str:
