@@ -23,6 +23,7 @@ from eagle3_xla.data.prepare import prepare
 from eagle3_xla.errors import UserError
 from eagle3_xla.train.loop import train
 from eagle3_xla.train.reporting import Reporter
+from eagle3_xla.train.saving import Saver
 from eagle3_xla.xla.backend import make_backend
 
 
@@ -255,12 +256,31 @@ def test_a_run_on_a_full_disk_exits_1_and_goes_on_later(small_run, tmp_path, dis
     shutil.rmtree(tmp_path / "full")
 
 
+def test_a_log_that_is_not_uploaded_costs_no_checkpoint_and_hides_no_failure(gcs, small_run, tmp_path, capsys):
+    recipe = load_recipe(None, [*small_run, f"train.out={gcs.url}/unlogged"])
+
+    def reporter() -> Reporter:
+        made = Reporter(recipe.train, 4, 0, dataclasses.asdict(recipe), make_backend(recipe.xla))
+        made.local.location = "gs://forbidden/unlogged"
+        made.log_heldout(1, {"tau": 1.5, "acceptance": [0.5], "sources": {}})
+        return made
+
+    with pytest.raises(UserError, match="what the user is to know"), reporter() as first:
+        with Saver(1, first.say, first.upload) as saver:
+            saver.save(tmp_path / "run", at(1))
+        raise UserError("what the user is to know")
+    assert steps(tmp_path / "run") == [1]
+    assert capsys.readouterr().err.count("the log was not uploaded (gs://forbidden/unlogged/metrics.jsonl: access") == 2
+    with pytest.raises(PermissionError, match="access is denied"), reporter():
+        pass  # a log that is lost at the end of all is a failure of its own
+
+
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")  # of tensorboard's thread
 def test_a_tracker_on_a_full_disk_hides_no_failure(small_run, capsys):
     recipe = load_recipe(None, [*small_run, "train.tracker=tensorboard"])
     reporter = Reporter(recipe.train, 4, 0, dataclasses.asdict(recipe), make_backend(recipe.xla))
     with pytest.raises(checkpoints.SaveFailed, match="a whole one remains"), file_size_limit(16):
-        with contextlib.closing(reporter):
+        with reporter:
             reporter.log_heldout(1, {"tau": 1.5, "acceptance": [0.5], "sources": {}})
             raise checkpoints.SaveFailed("a whole one remains")
     assert capsys.readouterr().err.count("is not logged") == 1

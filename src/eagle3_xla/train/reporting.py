@@ -7,6 +7,7 @@ import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from types import TracebackType
 from typing import Any
 
 import torch
@@ -49,6 +50,7 @@ class Reporter:
     recipe: the resolved one, for the tracker. MFU = FLOPs (train/flops.py) per second / (devices * their peak). A full
     disk costs the log, not the run.
     local: the folder of this machine where the files grow; `train.out` itself, or uploaded to its URL at each save.
+    As a context it ends with what is left to write and to upload.
     """
 
     def __init__(self, config: TrainConfig, total: int, start: int, recipe: dict, backend: Backend):
@@ -164,19 +166,31 @@ class Reporter:
         if self.speaks:
             self.bar.write(message, file=sys.stderr)
 
-    def close(self) -> None:
+    def __enter__(self) -> "Reporter":
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         self.bar.close()
         try:
             if self.tracker:
                 self.tracker.finish()
-        except OSError as error:  # it writes now what it had kept
-            self._complain(error)
-        self.upload()
+        except OSError as failed:  # it writes now what it had kept
+            self._complain(failed)
+        if error is not None:  # which is the one to tell
+            self.upload()
+        elif self.speaks:
+            self.local.upload()
 
     def upload(self) -> None:
-        """Copy what has been written so far to where `train.out` is a URL."""
-        if self.speaks:
-            self.local.upload()
+        """Copy what has been written so far to where `train.out` is a URL; what fails is said, and tried again next
+        time."""
+        try:
+            if self.speaks:
+                self.local.upload()
+        except OSError as failed:
+            self.say(f"the log was not uploaded ({failed})")
 
     def _write(self, row: dict) -> None:
         if not self.speaks:
