@@ -182,3 +182,11 @@ def test_a_host_that_only_falls_silent_ends_the_others(forks, tmp_path):
     assert codes == [LOST, LOST, -signal.SIGSTOP]
     lost = ["eagle3-xla train: host 2 went away; start all hosts again to continue"]
     assert said == [lost, lost, []]
+
+
+def test_what_host_0_is_writing_is_written_when_another_fails(forks, tmp_path):
+    codes, said = ends(forks, "saving", tmp_path)
+    assert codes == [2, 2, 2]
+    line = "eagle3-xla train: host 1: something is wrong here"
+    assert said == [[line], [], [line]]
+    assert checkpoints.load_latest(tmp_path / "run", pytest.fail).micro_step == 7

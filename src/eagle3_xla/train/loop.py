@@ -41,6 +41,7 @@ def train(recipe: Recipe, max_steps: int = 0, allow_recompile: bool = False, pro
             settings = dataclasses.asdict(recipe)
             reporter = Reporter(recipe.train, run.data.total_steps, run.first_step, settings, run.backend)
             saver = Saver(recipe.train.keep, reporter.say, reporter.upload)
+            hosts.last_words = saver.finish
             with reporter, saver:
                 loop = Loop(run, reporter, saver, allow_recompile, stopping)
                 loop.steps(max_steps, profile)

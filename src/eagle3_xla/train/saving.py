@@ -49,6 +49,10 @@ class Saver:
         if self._writing and self._writing.done():
             self.wait()
 
+    def finish(self) -> None:
+        """From another thread: until nothing is being written; no more can be saved."""
+        self._thread.shutdown()
+
     def wait(self) -> None:
         """Until it is written. Raises SaveFailed."""
         writing, self._writing = self._writing, None

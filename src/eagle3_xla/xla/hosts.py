@@ -35,16 +35,22 @@ MESSAGE = 4000  # bytes between the listening threads: an exit code and a line
 T = TypeVar("T")
 DONE, LOST = 0, 75  # exit codes; 75: try again (sysexits.h), as launch/train_torchrun.sh does
 BEAT = 255  # none: the host goes on
+LAST_WORDS = 300  # seconds that another host's end leaves for them
 
 
 class Hosts:
-    """index: this host's number from 0; count: of all. A context: an error inside ends every host, as does a loss."""
+    """index: this host's number from 0; count: of all. A context: an error inside ends every host, as does a loss.
+
+    last_words(): called before another host's end becomes this one's, in a thread while the main one goes on.
+    """
 
     def __init__(self, index: int = 0, count: int = 1):
         self.index, self.count = index, count
         self._listeners: list[threading.Thread] = []
         self._beating: list[threading.Thread] = []
-        self._done, self._ending = threading.Event(), False
+        self._done = threading.Event()
+        self._ended_by: threading.Thread | None = None  # which of this process
+        self.last_words: Callable[[], object] = lambda: None
         if count > 1:
             self._group = _group()
             peers = range(1, count) if index == 0 else [0]
@@ -93,7 +99,7 @@ class Hosts:
             names = [n for n in every[0] | theirs if every[0].get(n) != theirs.get(n)]
             if names:
                 differences = (f"{n} is {every[0].get(n)!r} on host 0, {theirs.get(n)!r} on host {host}" for n in names)
-                self._ending = True  # on each of them
+                self._ended_by = threading.current_thread()  # on each of them
                 self.barrier()
                 raise UserError(f"the hosts don't have the same {what}: {'; '.join(differences)}")
 
@@ -148,19 +154,24 @@ class Hosts:
                 code, text = int(message[0]), bytes(message[1:].tolist()).rstrip(b"\0").decode(errors="replace")
         except RuntimeError:
             code, text = LOST, f"host {peer} went away; start all hosts again to continue"
-        if code == DONE or self._ending:
+        if code == DONE or self._ended_by:
             return
-        self._ending = True
+        self._ended_by = threading.current_thread()
         for other in range(1, self.count) if self.index == 0 else []:
             if other != peer:
                 self._send(other, code, text)
         print(f"eagle3-xla train: {text}", file=sys.stderr, flush=True)
+        speaking = threading.Thread(target=self.last_words, daemon=True)
+        speaking.start()
+        speaking.join(LAST_WORDS)
         os._exit(code)  # the main thread may wait for devices that will never answer
 
     def _tell_failure(self, code: int, error: BaseException) -> None:
-        if self._ending:
+        if self._ended_by:
+            if self._ended_by is not threading.current_thread():
+                self._ended_by.join()  # forever: it ends this process
             return
-        self._ending = True
+        self._ended_by = threading.current_thread()
         explained = isinstance(error, UserError | RunError | OSError)
         text = f"host {self.index}: {_line(error) if explained else f'{type(error).__name__}: {_line(error)}'}"
         for peer in range(1, self.count) if self.index == 0 else [0]:
