@@ -219,7 +219,15 @@ def _regenerate(options: Namespace, overrides: list[str]) -> dict:
 
 def _train(options: Namespace, overrides: list[str]) -> dict:
     overrides += [f"xla.device={options.device}"] if options.device else []
-    recipe = load_recipe(options.config, overrides)
+    try:
+        recipe = load_recipe(options.config, overrides)
+    except (UserError, OSError):
+        if int(os.environ.get("WORLD_SIZE", 1)) > 1:  # the other hosts wait for this one: it tells them
+            from eagle3_xla.xla.hosts import join_hosts
+
+            with join_hosts():
+                raise
+        raise
     with _imports(torch_xla=recipe.xla.device == "xla"):
         from eagle3_xla.train.loop import train
 

@@ -102,6 +102,7 @@ def story(forks, small_run_in, tmp_path_factory) -> Story:
     story.add("another recipe", change=(2, ["train.lr=0.1"]))
     story.add("other data", change=(3, other[1:]))
     story.add("no data", change=(1, ["data.prepared=/nothing/here"]))
+    story.add("no recipe", change=(2, ["train.lr=fast"]))
     (folder / "a-file").touch()
     story.add("no output", change=(0, [f"train.out={folder / 'a-file'}"]))
     story.play(forks)
@@ -157,7 +158,11 @@ def test_what_differs_between_hosts_is_named_by_each(story, scenario, line):
 
 @pytest.mark.parametrize(
     "scenario, failing, line",
-    [("no data", 1, "no prepared data at '/nothing/here'"), ("no output", 0, "a-file is a file, or lies in one")],
+    [
+        ("no data", 1, "no prepared data at '/nothing/here'"),
+        ("no recipe", 2, "train.lr"),
+        ("no output", 0, "a-file is a file, or lies in one"),
+    ],
 )
 def test_an_error_of_one_host_ends_all_with_its_line(story, scenario, failing, line):
     assert story.ended[scenario] == [2] * HOSTS

@@ -31,10 +31,10 @@ def train(recipe: Recipe, max_steps: int = 0, allow_recompile: bool = False, pro
     done | max_steps | SIGTERM | SIGINT | patience (after a signal it saves first). Raises UserError for a recipe, data
     or output folder that doesn't fit, RunError when the step compiles beyond its budget (train/budget.py).
     """
-    if not recipe.train.out:
-        raise UserError("setting train.out is empty; name the folder for checkpoints and metrics")
     stopping: list[str] = []
     with join_hosts() as hosts:
+        if not recipe.train.out:
+            raise UserError("setting train.out is empty; name the folder for checkpoints and metrics")
         handlers = _stop_by_signals(stopping)
         try:
             run = set_up(recipe, stopping, hosts)
