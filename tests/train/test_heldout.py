@@ -114,8 +114,11 @@ def test_figures_of_a_run_and_its_trace(small_run, small_target, forks, tmp_path
     assert list((tmp_path / "run" / "profile").rglob("*.json*"))
     row = next(row for row in rows_of(tmp_path / "run") if row["step"] == 6 and "loss" in row)
     assert 0 < row["mfu"] < 1 and row["memory_gib"] > 0.1 and row["host_seconds_per_step"] > 0
-    flops = flops_per_token(load_target_config(str(small_target)), load_recipe(None, small_run))
+    target, reused = load_target_config(str(small_target)), load_recipe(None, [*small_run, "train.reuse_states=true"])
+    flops, without_target = (flops_per_token(target, recipe) for recipe in (load_recipe(None, small_run), reused))
     assert row["mfu"] * 0.05e12 == pytest.approx(flops * row["tokens_per_second"])
+    target.num_hidden_layers += 1
+    assert flops_per_token(target, reused) == without_target < flops
     assert {"loss", "acc", "tokens_per_second", "compilations", "lr", "gradient_norm"} <= row.keys()
     waits = [f"{what}_wait_seconds" for what in ("input", "save", "evaluation")]
     assert all(row[name] >= 0 for name in waits)

@@ -46,16 +46,22 @@ def test_the_reference_recipe_fits_and_moves_what_it_should(forks, shallow):
     assert 0.1 < verdict["mfu"] < 1
 
 
-def test_what_cannot_fit_is_said_before_compiling(forks, tmp_path):
-    """Weights of 26 GB on a chip of 16."""
+def test_what_cannot_fit_is_said_before_compiling(forks, small_run, tmp_path):
+    """Weights of 26 GB on a chip of 16. Rows and draft vocabulary are those of the prepared data, as in a run."""
+    recipe = load_recipe(None, small_run)
+    rows, words = (prepare(recipe)[name] for name in ("row_length", "draft_vocab_size"))
     wide = f"--target.path={write_config(tmp_path, intermediate_size=151552)}"
-    done = forks.run("plan", "--config", RECIPE, wide, "--topology", "v5e-16", "--xla.dp=16", "--xla.tp=1")
+    more = [f"--data.prepared={recipe.data.prepared}", "--train.reuse_states=true"]
+    done = forks.run("plan", "--config", RECIPE, wide, "--topology", "v5e-16", "--xla.dp=16", "--xla.tp=1", *more)
     assert done.returncode == 1, done.stderr
     for part in (
         "does not fit v5e-16: 16 chips, dp=16 x tp=1",
         "of 15.75 GiB",
         "bfloat16[152064,3584]  model.model.embed_tokens.weight",
         "larger xla.tp",
+        f"data.row_length is {rows}, that of the prepared data, not 1024",
+        f"data.draft_vocab_size is {words}, that of the prepared data, not 32000",
+        "train.reuse_states spares the target's forward",
     ):
         assert part in done.stdout
     assert "xla.remat" not in done.stdout  # no activation is the reason

@@ -86,6 +86,4 @@ def _listed_positions(recipe: Recipe, backend: AotBackend) -> int | None:
     if not recipe.data.prepared or not storage.exists(storage.join(recipe.data.prepared, "manifest.json")):
         return None
     rows, _, _, manifest = load_prepared(recipe.data.prepared)
-    if manifest["row_length"] != recipe.data.row_length:
-        return None
     return training_batches(recipe, rows, manifest, backend)[1].listed.get(recipe.data.row_length)

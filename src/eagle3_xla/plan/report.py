@@ -17,7 +17,7 @@ def verdict_screen(verdict: dict) -> str:
         lines = [f"does not fit {where}", f"  HBM per chip     {memory}, {(needed - limit) / GIB:.2f} GiB too much"]
         lines += ["  largest buffers"]
         lines += [f"    {b['bytes'] / GIB:6.2f} GiB  {b['shape']}  {b['name']}" for b in verdict["largest_buffers"]]
-        return "\n".join([*lines, f"  what helps       {verdict['advice']}", *_extrapolated(verdict)])
+        return "\n".join([*lines, f"  what helps       {verdict['advice']}", *_remarks(verdict)])
     parts, hbm = verdict["modelled_parts"], verdict["hbm"]
     share = {name: f"{hbm[name] / GIB:.2f}" for name in hbm}
     step = verdict["modelled_step_seconds"]
@@ -53,13 +53,14 @@ def verdict_screen(verdict: dict) -> str:
     total = parts.pop("total")
     sizes = ", ".join(f"{kind} {'unknown' if size is None else f'{size / 1e9:.1f}'}" for kind, size in parts.items())
     lines.append(f"  disk             {'at least that:' if total is None else f'{total / 1e9:.1f} GB:'} {sizes}")
-    return "\n".join([*lines, *_extrapolated(verdict)])
+    return "\n".join([*lines, *_remarks(verdict)])
 
 
-def _extrapolated(verdict: dict) -> list[str]:
-    if not verdict["extrapolated"]:
-        return []
-    compiled, layers = verdict["compiled_layers"], verdict["layers"]
-    return [
-        f"  extrapolated     {compiled} of the target's {layers} layers were compiled, and what a further one costs"
-    ]
+def _remarks(verdict: dict) -> list[str]:
+    remarks = [f"  note             {note}" for note in verdict.get("notes", [])]
+    if verdict["extrapolated"]:
+        compiled, layers = verdict["compiled_layers"], verdict["layers"]
+        remarks.append(
+            f"  extrapolated     {compiled} of the target's {layers} layers were compiled, and what a further one costs"
+        )
+    return remarks

@@ -1,5 +1,6 @@
 """`plan`: does a recipe fit a slice, how long does it take, what does it cost."""
 
+import dataclasses
 import os
 import time
 from typing import Any
@@ -41,6 +42,7 @@ def compile_verdict(recipe: Recipe) -> dict:
     compiler_flags(recipe.plan.xla_flags)
     target = plan_config(recipe.target.path)
     _refuse_indivisible(recipe, target)
+    recipe, notes = as_the_run(recipe)
 
     from eagle3_xla.plan.compiled import compile_step
     from eagle3_xla.plan.disk import disk_bytes
@@ -54,6 +56,7 @@ def compile_verdict(recipe: Recipe) -> dict:
     total, of = planned_tokens(recipe)
     disk = disk_bytes(recipe, target, total)
     verdict = {"topology": topology.name, "chips": topology.chips, "mesh": mesh, **layers, "disk_bytes": disk}
+    verdict |= {"notes": notes} if notes else {}
     try:
         compiled = compile_step(recipe, target, topology)
     except DoesNotFit as refusal:
@@ -64,7 +67,8 @@ def compile_verdict(recipe: Recipe) -> dict:
     tokens = recipe.train.batch_size * recipe.xla.dp * recipe.data.row_length
     rate = tokens / step.total
     hours = total / rate / 3600 if total else None
-    model_flops = flops_per_token(target, recipe)
+    forward = dataclasses.replace(recipe.train, reuse_states=False)  # it is in what was compiled
+    model_flops = flops_per_token(target, dataclasses.replace(recipe, train=forward))
     price = recipe.plan.price_per_chip_hour
     host = host_seconds(compiled.arguments)
     return verdict | {
@@ -105,6 +109,25 @@ def _refuse_indivisible(recipe: Recipe, target: Any) -> None:
             raise UserError(
                 f"xla.tp is {recipe.xla.tp}, which does not divide the target's {name} {getattr(target, name)}"
             )
+
+
+def as_the_run(recipe: Recipe) -> tuple[Recipe, list[str]]:
+    """The recipe with the rows and the draft vocabulary of the prepared data, which the run takes whatever the settings
+    say, and what is to be said of that. Raises UserError for prepared data that is damaged.
+    """
+    notes = []
+    if prepared_manifest(recipe):
+        manifest = load_prepared(recipe.data.prepared)[3]
+        taken = {name: manifest[name] for name in ("row_length", "draft_vocab_size")}
+        notes = [
+            f"data.{name} is {value}, that of the prepared data, not {getattr(recipe.data, name)}"
+            for name, value in taken.items()
+            if value != getattr(recipe.data, name)
+        ]
+        recipe = dataclasses.replace(recipe, data=dataclasses.replace(recipe.data, **taken))
+    if recipe.train.reuse_states:
+        notes.append("train.reuse_states spares the target's forward, which is in these figures: the run needs less")
+    return recipe, notes
 
 
 def planned_tokens(recipe: Recipe) -> tuple[int | None, str | None]:
