@@ -50,7 +50,7 @@ def play(scene: str, host: int, port: int) -> None:
         globals()[scene](together)
 
 
-hosts.SILENCE, hosts.BEAT_SECONDS = timedelta(seconds=2), 0.2
+hosts.SILENCE, hosts.BEAT_SECONDS = timedelta(seconds=3), 0.2
 with socket.socket() as free:
     free.bind(("127.0.0.1", 0))
     port = free.getsockname()[1]
