@@ -1,13 +1,19 @@
 """What single published templates do: thoughts, channels, folded system turns, dates, tool calls."""
 
+import asyncio
 import json
+import shutil
 
 import pytest
 from data.test_chat import encoder, spans
+from target.family_models import CONFIGS
+from transformers import GptOssConfig, GptOssForCausalLM
 
-from eagle3_xla.data.clean import Chat, Repairs, clean
+from eagle3_xla.data.clean import Chat, Repairs, Unusable, clean
 from eagle3_xla.data.config import DataConfig
 from eagle3_xla.data.tokenizer import shows_reasoning
+from eagle3_xla.regenerate.conversation import Sampling, rewrite
+from eagle3_xla.regenerate.local import LocalTarget
 
 TOOL = {"type": "function", "function": {"name": "add", "description": "d", "parameters": {"type": "object"}}}
 
@@ -47,6 +53,46 @@ def test_gpt_oss_channels(template_targets):
     call = {"type": "function", "function": {"name": "add", "arguments": {"a": 1}}}
     answer = {"role": "assistant", "content": "I add.", "reasoning_content": "hm", "tool_calls": [call]}
     assert "hm" not in masked(coder, question, answer)[0]  # the template takes one of the two
+
+
+def test_gpt_oss_answers_of_regenerate(template_targets, tmp_path):
+    """In this process: what it writes becomes a row whose mask holds just that, or is refused."""
+    coder = encoder(template_targets["gpt-oss"])
+    shutil.copytree(template_targets["gpt-oss"], tmp_path / "target")
+    sizes = {"vocab_size": len(coder.tokenizer), "hidden_size": 16, "intermediate_size": 16}
+    model = GptOssForCausalLM(GptOssConfig(**CONFIGS["gpt_oss"].to_dict() | sizes))
+    model.generation_config.eos_token_id = coder.tokenizer.convert_tokens_to_ids(["<|return|>", "<|call|>"])
+    model.save_pretrained(tmp_path / "target")
+    greets = "<|channel|>analysis<|message|>We greet.<|end|><|start|>assistant"
+    answers = {  # what it writes -> (its text, its thoughts)
+        f"{greets}<|channel|>final<|message|>Hello!<|return|>": ("Hello!", "We greet."),
+        "<|channel|>final<|message|>Hello!<|return|>": ("Hello!", ""),
+        f"{greets}<|channel|>final<|message|>Hel": ("Hel", "We greet."),
+        "<|channel|>analysis<|message|>We greet": None,
+        "<|channel|>commentary to=functions.add<|message|>{}<|call|>": None,
+    }
+
+    async def rows():
+        asked = Chat([{"role": "user", "content": "Hi"}, {"role": "assistant", "content": ""}], True, "test", "here:1")
+        async with LocalTarget(str(tmp_path / "target"), Sampling(0.0), 1, "cpu") as local:
+            for written, expected in answers.items():
+                tokens = coder.tokenizer(written, add_special_tokens=False)["input_ids"]
+                local._choose = lambda logits, of, tokens=tokens: [tokens[len(question.tokens)] for question in of]
+                local.sampling.max_tokens = len(tokens)
+                if expected:
+                    yield written, expected, await rewrite(asked, 0, 0, local.ask)
+                    continue
+                with pytest.raises(Unusable, match="the target answers nothing( but a thought)? within"):
+                    await rewrite(asked, 0, 0, local.ask)
+
+    async def read():
+        return [each async for each in rows()]
+
+    for written, expected, row in asyncio.run(read()):
+        chat = clean(row, "here:1", "test", DataConfig(), Repairs())
+        assert (chat.messages[1]["content"], chat.messages[1].get("reasoning_content", "")) == expected
+        [encoded] = coder.encode([chat])
+        assert [coder.tokenizer.decode(s) for s in spans(encoded.ids, encoded.mask)] == [written]
 
 
 def test_gemma_folds_the_system_turn(template_targets):

@@ -1,6 +1,7 @@
 """The target's tokenizer, its end-of-turn tokens and its vocabulary size, from a folder or a hub id."""
 
 import datetime
+import re
 from typing import Any, overload
 
 from eagle3_xla import storage
@@ -13,6 +14,13 @@ ASKED = ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads"
 # Llama 3.2, gpt-oss and newer Mistrals write the day into their system prompt: rows, prompts and answers made
 # here don't depend on the day. The date is the one that Llama's templates have where no clock is.
 TODAY = datetime.date(2024, 7, 26)
+# What gpt-oss writes after its generation prompt: a thought or none, then the answer; either may be cut off.
+CHANNELS = re.compile(
+    r"(?:<\|channel\|>analysis<\|message\|>((?:(?!<\|(?:end|start|channel)\|>).)*)"
+    r"(?:<\|end\|><\|start\|>assistant(?=<\|channel\|>final)|\Z))?"
+    r"(?:<\|channel\|>final<\|message\|>((?:(?!<\|(?:end|start|channel)\|>).)*))?",
+    re.DOTALL,
+)
 UNREADABLE = (OSError, ValueError, KeyError, TypeError, AttributeError)  # what transformers ends in on odd files
 
 
@@ -147,6 +155,20 @@ def _with_thinking(messages: list) -> list:
         return {"thinking" if key == "reasoning_content" else key: value for key, value in message.items()}
 
     return [_with_thinking(each) if isinstance(each, list) else named(each) for each in messages]
+
+
+def answer_of(tokenizer: Any, ids: list[int]) -> tuple[str, str]:
+    """(text, thoughts) of an answer as chats hold them; ids: its tokens without its end of turn. Both are empty for one
+    that gpt-oss's template has no form for (a call)."""
+    if "<|channel|>" in str(tokenizer.chat_template):  # without its special tokens, thoughts would run into the text
+        return read_channels(tokenizer.decode(ids))
+    return tokenizer.decode(ids, skip_special_tokens=True), ""
+
+
+def read_channels(written: str) -> tuple[str, str]:
+    """`answer_of` gpt-oss's own words."""
+    found = CHANNELS.fullmatch(written)
+    return (found[2] or "", found[1] or "") if found else ("", "")
 
 
 def shows_reasoning(tokenizer: Any) -> bool:

@@ -9,7 +9,7 @@ import torch
 from tqdm import tqdm
 
 from eagle3_xla.data.prompts import Prompt, read_prompts
-from eagle3_xla.data.tokenizer import TemplateFailed, load_tokenizer, render_chat, stop_token_ids
+from eagle3_xla.data.tokenizer import TemplateFailed, answer_of, load_tokenizer, render_chat, stop_token_ids
 from eagle3_xla.data.vocab import draft_ids_of
 from eagle3_xla.doctor.run import first_failure
 from eagle3_xla.draft.model import Eagle3Head
@@ -220,7 +220,7 @@ def decode_turns(
             if later >= len(prompts[i].later):
                 continue
             said = answer.tokens[:-1] if answer.tokens[-1] in stop_ids else answer.tokens
-            chats[i].append({"role": "assistant", "content": tokenizer.decode(said, skip_special_tokens=True)})
+            chats[i].append({"role": "assistant", "content": answer_of(tokenizer, said)[0]})
             chats[i].append({"role": "user", "content": prompts[i].later[later]})
             following = _chat_ids(tokenizer, chats[i], options, f"turn {later + 2} of prompt {i + 1}")
             if len(following) + options.max_new_tokens > longest:

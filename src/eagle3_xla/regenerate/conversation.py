@@ -27,11 +27,14 @@ class Sampling:
 
 
 class Reply(NamedTuple):
-    """One answer. finish: stop, or length when max_tokens or the context cut it off; tokens: that the target wrote."""
+    """One answer. finish: stop, or length when max_tokens or the context cut it off; tokens: that the target wrote;
+    thoughts: those that chats hold beside the text (gpt-oss's).
+    """
 
     text: str
     finish: str
     tokens: int
+    thoughts: str = ""
 
 
 class Refused(ValueError):
@@ -47,21 +50,25 @@ async def rewrite(chat: Chat, number: int, seed: int, ask: Ask) -> dict:
     It ends early at an answer that was cut off (`finish`: length; what follows would build on half an answer), and
     before a question that the target can't take. Raises Unusable when nothing is left, and whatever `ask` raises.
     """
-    messages, tokens, finish, answered = [], 0, "stop", False
+    messages: list[dict] = []
+    tokens, finish, answered = 0, "stop", False
     for message in chat.messages:
         if message["role"] != "assistant":
             messages.append({"role": message["role"], "content": message["content"]})
             continue
         try:
-            reply = await ask(messages, hash((seed, number, len(messages))) & 0x7FFFFFFF)
+            asked = [{name: each[name] for name in ("role", "content")} for each in messages]
+            reply = await ask(asked, hash((seed, number, len(messages))) & 0x7FFFFFFF)
             if not reply.text.strip():
-                raise Refused("the target answers nothing")
+                thought = " but a thought" if reply.thoughts else ""
+                raise Refused(f"the target answers nothing{thought} within {reply.tokens} tokens")
         except Refused as reason:
             if not answered:
                 raise Unusable("no_answer", str(reason)) from None
             messages.pop()
             break
-        messages.append({"role": "assistant", "content": reply.text})
+        thoughts = {"reasoning_content": reply.thoughts} if reply.thoughts else {}
+        messages.append({"role": "assistant", "content": reply.text} | thoughts)
         tokens, finish, answered = tokens + reply.tokens, reply.finish, True
         if finish == "length":
             break

@@ -9,7 +9,14 @@ from dataclasses import dataclass, field
 
 import torch
 
-from eagle3_xla.data.tokenizer import TemplateFailed, first_line, load_tokenizer, render_chat, stop_token_ids
+from eagle3_xla.data.tokenizer import (
+    TemplateFailed,
+    answer_of,
+    first_line,
+    load_tokenizer,
+    render_chat,
+    stop_token_ids,
+)
 from eagle3_xla.errors import RunError, UserError
 from eagle3_xla.regenerate.conversation import Refused, Reply, Sampling
 from eagle3_xla.target.attention import GROUPED_EINSUM
@@ -153,9 +160,9 @@ class LocalTarget:
         full = full or len(question.prompt) + len(question.tokens) >= self.context
         if not stopped and not full:
             return
-        text = self.tokenizer.decode(question.tokens[:-1] if stopped else question.tokens, skip_special_tokens=True)
+        text, thoughts = answer_of(self.tokenizer, question.tokens[:-1] if stopped else question.tokens)
         if not question.answer.done():  # cancelled when another conversation failed
-            question.answer.set_result(Reply(text, "stop" if stopped else "length", len(question.tokens)))
+            question.answer.set_result(Reply(text, "stop" if stopped else "length", len(question.tokens), thoughts))
         moved = self.running.pop()
         if slot < len(self.running):
             self.running[slot] = moved

@@ -9,6 +9,7 @@ from urllib.parse import urlsplit
 import httpx
 
 from eagle3_xla.data.clean import Unusable, text_of
+from eagle3_xla.data.tokenizer import read_channels
 from eagle3_xla.errors import RunError, UserError
 from eagle3_xla.regenerate.conversation import NEUTRAL, Refused, Reply, Sampling
 
@@ -17,6 +18,8 @@ REFUSALS = 20  # or empty answers, before any other: then the fault is not in th
 PROBE = [{"role": "user", "content": "Hi"}]  # what is asked again when nothing was answered yet
 LONGEST_REST = 60.0  # seconds
 KNOWN = ("vllm", "sglang")  # `owned_by` of servers that take more fields than OpenAI's; others may refuse them
+# gpt-oss's thoughts and text without the special tokens between them; the second only where the model is gpt-oss.
+FLATTENED = re.compile(r"analysis.*assistantfinal", re.DOTALL), re.compile(r"(?:analysis|final)(?![\sa-z.,:;])")
 PASSING = (408, 409, 425, 429)  # of the 4xx, those that a later try may not get
 NOT_OF_THE_QUESTION = (401, 402, 403, 404, 405, 407)  # of the 4xx, those that every question would get
 
@@ -55,6 +58,7 @@ class Servers:
         self.servers = [_Server(url.rstrip("/").removesuffix("/v1")) for url in urls]
         self.sampling, self.timeout, self.rest = sampling, timeout, rest
         self.model, self.last_answer, self.answers, self.refusals = "", -1.0, 0, 0
+        self.gpt_oss = False
         self.known: set[str] = set()  # URLs
         self.answered = PROBE  # of the questions, the last
         self.http = httpx.AsyncClient(
@@ -69,6 +73,7 @@ class Servers:
         if len(set(models)) > 1:
             raise UserError(f"the servers serve different models: {', '.join(models)}")
         self.model = models[0]
+        self.gpt_oss = re.search("gpt.?oss", self.model, re.IGNORECASE) is not None
         return self
 
     async def __aexit__(self, *error: object) -> None:
@@ -148,19 +153,30 @@ class Servers:
             message, finish = dict(choice["message"]), choice["finish_reason"]
         except (ValueError, LookupError, TypeError, RecursionError):
             raise _Failed(f"{where}, but not with an answer: {_start(response, 200)}") from None
-        if message.get("reasoning_content") or message.get("reasoning"):
-            raise RunError(f"{where}, with thoughts beside the text; start the server without a reasoning parser")
+        thoughts = message.get("reasoning_content") or message.get("reasoning")
+        if thoughts and not self.gpt_oss:  # its template alone shows them as they were written
+            raise RunError(
+                f"{where}, with thoughts beside the text; start the server without a reasoning parser (gpt-oss with "
+                "one, under a model name with gpt-oss in it)"
+            )
         if finish not in ("stop", "length"):
             if message.get("tool_calls") or finish in ("tool_calls", "function_call", "content_filter"):
                 raise self._refusal(f"{where}, but with {finish!r} instead of a text")
             raise _Failed(f"{where}, but the answer ended with {str(finish)[:40]!r}")
         try:
-            text = text_of(message.get("content"), "assistant")
+            text, thoughts = text_of(message.get("content"), "assistant"), text_of(thoughts or "", "assistant")
         except Unusable as problem:
             raise self._refusal(f"{where}, but {problem}") from None
+        if any(flattened.match(text) for flattened in FLATTENED[: 1 + self.gpt_oss]):
+            raise RunError(
+                f"{where}, with gpt-oss's thoughts run into the text; start the server with a reasoning parser for "
+                "gpt-oss, under a model name with gpt-oss in it"
+            )
+        if text.startswith("<|channel|>"):
+            text, thoughts = read_channels(text)
         if not text.strip():
             raise self._refusal(f"{where}, but with an empty answer")
-        return Reply(text, finish, _tokens(answer))
+        return Reply(text, finish, _tokens(answer), thoughts)
 
     def _refusal(self, message: str) -> Exception:
         """Of this question; of all, when nothing else was ever answered."""
