@@ -55,6 +55,24 @@ def test_gpt_oss_channels(template_targets):
     assert "hm" not in masked(coder, question, answer)[0]  # the template takes one of the two
 
 
+@pytest.mark.parametrize("prompted", ["", "<think>\n"], ids=["opened by the answer", "by the prompt"])
+def test_a_thought_that_was_cut_off_is_shown_as_it_was_written(prompted, template_targets, monkeypatch):
+    """Not after an empty thought, as Qwen3's template has it; the prompt of its thinking models opens the thought."""
+    coder = encoder(template_targets["qwen3"])
+    if prompted:
+        history = coder.tokenizer.chat_template.partition("{%- if add_generation_prompt %}")[0]
+        prompt = "{%- if add_generation_prompt %}{{ '<|im_start|>assistant\n<think>\n' }}{%- endif %}"
+        monkeypatch.setattr(coder.tokenizer, "chat_template", history + prompt)
+    written = "<think>\nOkay, let".removeprefix(prompted)
+    turns = [("user", "b"), ("assistant", "c"), ("user", "a"), ("assistant", written)]
+    messages = [{"role": role, "content": content} for role, content in turns]
+    for chat in (messages, messages[2:]):
+        [encoded] = coder.encode([Chat(chat, False, "test", "here:1")])
+        text = coder.tokenizer.decode(encoded.ids)
+        assert text.endswith("<|im_start|>user\na<|im_end|>\n<|im_start|>assistant\n<think>\nOkay, let")
+        assert coder.tokenizer.decode(spans(encoded.ids, encoded.mask)[-1]) == written
+
+
 def test_gpt_oss_answers_of_regenerate(template_targets, tmp_path):
     """In this process: what it writes becomes a row whose mask holds just that, or is refused."""
     coder = encoder(template_targets["gpt-oss"])

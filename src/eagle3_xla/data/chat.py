@@ -63,6 +63,8 @@ class ChatEncoder:
         if self.thinks:  # a prompt that tells the model not to think holds an empty thought, which is not the model's
             prompts.insert(0, self._render(prefixes, chat, add_generation_prompt=True, enable_thinking=False))
         turns = self._render([messages[: i + 1] for i in answers], chat)
+        if not chat.complete and self._closes_thought(prompts[-1][-1], messages[-1]["content"], turns[-1]):
+            turns[-1] = prompts[-1][-1] + messages[-1]["content"]
         text = turns[-1]
         shown: list[tuple[int, int] | None] = []
         for number, turn in enumerate(turns):
@@ -83,6 +85,11 @@ class ChatEncoder:
             text = text[:at] + text[at + len(default) :]
             spans = [(start - len(default), end - len(default)) for start, end in spans]
         return text, spans, shortened
+
+    def _closes_thought(self, prompt: str, answer: str, turn: str) -> bool:
+        """Whether `turn` ends a thought within which the answer was cut off: the target never wrote that end."""
+        opened = prompt.rstrip().endswith("<think>") or answer.lstrip().startswith("<think>")
+        return opened and "</think>" not in answer and "</think>" in turn.removeprefix(prompt)
 
     def _place(self, text: str, turn: str, prompts: list[str], answer: dict) -> tuple[int | None, str]:
         """Where in `text` the answer starts that `turn` adds to its prompt, and its text with what follows it.
