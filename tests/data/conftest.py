@@ -1,4 +1,4 @@
-"""Real tokenizers with the published chat templates of nine families.
+"""Real tokenizers with the published chat templates of ten families.
 
 Qwen2.5 and SmolLM2 (ChatML) have their own tokenizer; the others (templates/README.md) are over Qwen2.5's with the
 special tokens that they need.
@@ -21,6 +21,7 @@ SPECIAL = {
     "llama-3.2": (["<|begin_of_text|>", "<|start_header_id|>", "<|end_header_id|>"], ["<|eot_id|>"]),
     "gemma-3": (["<bos>", "<start_of_turn>"], ["<end_of_turn>"]),
     "mistral": (["<s>", "[INST]", "[/INST]"], ["</s>"]),
+    "phi-3": (["<s>", "<|system|>", "<|user|>"], ["<|endoftext|>", "<|assistant|>", "<|end|>"]),
     "gpt-oss": (["<|startoftext|>", "<|start|>", "<|message|>", "<|channel|>", "<|end|>"], ["<|return|>", "<|call|>"]),
 }
 

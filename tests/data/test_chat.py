@@ -16,7 +16,8 @@ WORDS = (
     "Hello world 12 3.14 naïve 你好 🙂👩‍🔬 <b>html</b> def\tf(x): `code` assistant user system -- ... \n \n\n     \r\n "
     "| end <|y|> e\u0301 \u200b ```python\nprint(1)\n``` {json: [1]} $x^2$"
 ).split(" ")
-END = {"qwen2.5": "<|im_end|>", "smollm2": "<|im_end|>"} | {name: stops[0] for name, (_, stops) in SPECIAL.items()}
+END = {name: stops[0] for name, (_, stops) in SPECIAL.items()}
+END |= {"qwen2.5": "<|im_end|>", "smollm2": "<|im_end|>", "phi-3": "<|end|>"}
 
 
 def random_text(rng: random.Random) -> str:

@@ -72,9 +72,8 @@ class ChatEncoder:
             if start is None:  # the template shows this answer otherwise once others follow: it was never written so
                 shown.append(None)
                 continue
-            ends = [body.rfind(stop) + (len(stop) if chat.complete or turn is not text else 0) for stop in self.stops]
-            end = max((end for stop, end in zip(self.stops, ends) if stop in body), default=len(body))
-            shown.append((start, start + end))
+            at, stop = self._end_of_turn(body, messages[answers[number]])
+            shown.append((start, start + at + (len(stop) if chat.complete or turn is not text else 0)))
         spans = [span for span in (shown[-1:] if self.data.last_turn_only else shown) if span]
         if not spans:
             raise Unusable("no_answer_in_template", "the chat template shows no answer after its generation prompt")
@@ -110,6 +109,19 @@ class ChatEncoder:
                 if text.startswith(shown) and text.startswith(form, len(shown)):
                     return len(shown), form
         return None, ""
+
+    def _end_of_turn(self, body: str, answer: dict) -> tuple[int, str]:
+        """Where in `body` the answer's turn ends, and the stop token that ends it: its end and "" when there is none.
+
+        The first after its text: templates may end the whole conversation by another one (Phi-3).
+        """
+        content = answer["content"].strip()
+        if content in body and not answer.get("tool_calls"):
+            after = body.index(content) + len(content)
+            found = [(body.find(stop, after), stop) for stop in self.stops]
+            return min(((at, stop) for at, stop in found if at >= 0), default=(len(body), ""))
+        found = [(body.rfind(stop), stop) for stop in self.stops]
+        return max(((at, stop) for at, stop in found if at >= 0), default=(len(body), ""))
 
     def _encoded(self, text: str, spans: list[tuple[int, int]], shortened: bool, encoding: Any) -> Encoded | Unusable:
         ids, bounds = self._token_spans(text, spans, encoding)
