@@ -115,6 +115,11 @@ def test_last_turn_only(template_targets):
         [encoded] = coder.encode([chat])
         text = shown(family, chat.messages[-1]["content"], True)
         assert [coder.tokenizer.decode(s) for s in spans(encoded.ids, encoded.mask)] == [text]
+    coder = encoder(template_targets["qwen2.5"], last_turn_only=True)
+    coder.data.row_length = 48
+    turns = [("user", "a"), ("assistant", "b " * 1000), ("user", "c"), ("assistant", "d")]
+    chat = Chat([{"role": role, "content": content} for role, content in turns], True, "test", "here:1")
+    assert [item.reason for item in coder.encode([chat])] == ["answer_after_row_length"]  # no earlier one instead
 
 
 @pytest.mark.parametrize("family", sorted(END))

@@ -57,6 +57,8 @@ class ChatEncoder:
     def _spans(self, chat: Chat) -> tuple[str, list[tuple[int, int]], bool]:
         """The chat's text, the character spans of its answers, and whether it was too long for a row even so."""
         messages, shortened = self._shorten(self._vary_system(chat))
+        if shortened and self.data.last_turn_only:
+            raise Unusable("answer_after_row_length", f"its last answer is not within {self.data.row_length} tokens")
         answers = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
         prefixes = [messages[:i] for i in answers]
         prompts = [self._render(prefixes, chat, add_generation_prompt=True)]
