@@ -75,6 +75,8 @@ ERRORS = {
     "array broken": ("a.json", f"[{GOOD[0]},\n{GOOD[1]},\n{{oops\n]".encode(), r":3: not valid JSON"),
     "array without commas": ("a.json", f"[{GOOD[0]}\n{GOOD[1]}]".encode(), r":2: not valid JSON"),
     "array without end": ("a.json", f"[{GOOD[0]},\n{GOOD[1]}".encode(), r":2: not valid JSON"),
+    "two arrays": ("a.json", f"[{GOOD[0]}]\n\n[{GOOD[1]}]".encode(), r":3: text after the end of the array"),
+    "text far behind an array": ("a.json", b"[]" + b"\n" * (1 << 20) + b"]", rf":{(1 << 20) + 1}: text after the end"),
     "array of strings": ("a.json", b'["a", "b"]', r":1: a JSON object was expected, not str"),
     "empty array": ("a.json", b"[]", r": the file is empty"),
     "gz cut off": ("a.jsonl.gz", gzip.compress(MANY)[:-3000], r":\d+: the compressed file is broken here"),

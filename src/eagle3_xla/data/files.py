@@ -179,6 +179,17 @@ def _array(file: gzip.GzipFile | io.BufferedReader, path: Path, limit: int | Non
         yield line, f"{path}:{line}", row
         line += text.count("\n", start, end)
         at, first, size = end, False, 1 << 20
+    line, rest = line + text.count("\n", at, start), text[start + 1 :]
+    while not rest.strip():
+        line += rest.count("\n")
+        data = file.read(1 << 20)
+        if not data:
+            return
+        position += len(data)
+        _check_expansion(position, limit, f"{path}:{line}")
+        rest = data.decode(errors="replace")
+    line += rest.count("\n", 0, _after_space(rest, 0))
+    raise UserError(f"{path}:{line}: text after the end of the array; one file holds one array, or a row in each line")
 
 
 def _after_space(text: str, at: int) -> int:
