@@ -119,6 +119,15 @@ def test_duplicates(tmp_path):
         [report] = result.sources.values()
         assert {reason: entry["rows"] for reason, entry in report["dropped"].items()} == dropped, how
         assert report["kept"] == kept == len(result.train)
+    calls = []
+    for place in ("Oslo", "Rome", "Oslo"):
+        call = {"type": "function", "function": {"name": "weather", "arguments": {"place": text(place, 30)}}}
+        calls.append(chat("How is the weather there now?", ""))
+        calls[-1]["messages"][1]["tool_calls"] = [call]
+    path = write(tmp_path / "calls.jsonl", calls)
+    for how in ("near", "exact"):
+        made = mixed(tmp_path, [Source(path=str(path))], tool_turns="keep", deduplicate=how, heldout_share=0)
+        assert len(made.train) == 2
     # What a row may hold is compared, not only its first 2,000 words.
     beginning = " ".join(text("document", 2_000))
     long = [chat(beginning, " ".join(text(f"answer{i}", 4_000))) for i in range(3)]

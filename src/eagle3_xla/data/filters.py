@@ -1,6 +1,7 @@
 """What must not be in the training data: duplicates, near-duplicates (MinHash) and evaluation prompts."""
 
 import hashlib
+import json
 import re
 from collections import Counter
 from collections.abc import Iterator
@@ -93,6 +94,7 @@ class _Features:
 
     def _features(self, chat: Chat, offset: int) -> tuple:
         texts = [message["content"] for message in chat.messages if message["role"] != "system"]
+        texts += [json.dumps(message["tool_calls"]) for message in chat.messages if "tool_calls" in message]
         thoughts = [message.get("reasoning_content", "") for message in chat.messages]
         rows = self.evaluations.find([*texts, *filter(None, thoughts)]) if self.evaluations.files else set()
         exact = hashlib.sha256("\n".join(texts).encode()).digest()
