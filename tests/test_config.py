@@ -45,6 +45,7 @@ def test_shipped_recipes_load(name, tmp_path):
         ('data.train=[{"path":"a","cap":-1}]', r"data.train\[0\].cap is -1; it must be at least 0"),
         ("data.train=[a] data.conversations=9", r"is 9 \(perhaps the recipe's\), but no source has a share: give each"),
         ('data.train=[{"path":"a","share":1}]', "its sources have shares; of how many, say in data.conversations"),
+        ('data.heldout=[{"path":"a","share":1}]', r"data.heldout\[0\].share is 1; .* give a held-out source a cap"),
         ("data.seed=-1", "data.seed is -1; it must be at least 0"),
         ("train.epochs=99999999999999999999", "train.epochs is 9+; a finite number is expected, whole ones below"),
         ("data.train=[unclosed", r"setting data.train=\[unclosed: not valid YAML"),

@@ -70,6 +70,12 @@ class DataConfig:
             for number, source in enumerate(getattr(self, key)):
                 if not source.path:
                     raise UserError(f"setting data.{key}[{number}].path is empty; name a file, a folder or a hub id")
+        for number, source in enumerate(self.heldout):
+            if source.share:
+                raise UserError(
+                    f"setting data.heldout[{number}].share is {source.share:g}; shares are of the training mix: give a "
+                    "held-out source a cap"
+                )
         shares = [source.share for source in self.train]
         if any(shares) and not all(shares):
             missing = self.train[shares.index(0)].path
