@@ -19,6 +19,7 @@ import multiprocessing
 import os
 import platform
 import shlex
+import shutil
 import sys
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor, as_completed
@@ -29,7 +30,7 @@ from typing import NamedTuple
 
 import torch
 import variants
-from variants import PATCHES, write_averages
+from variants import KEPT_IN_MEMORY, PATCHES, write_averages
 
 import eagle3_xla
 from eagle3_xla.config import load_recipe
@@ -221,6 +222,8 @@ def _run(name: str, settings: dict[str, str], seed: int, where: Where, key: str)
     if file.exists():
         return json.loads(file.read_text())
     recipe = load_recipe(RECIPE, [*overrides(settings, seed, where), f"train.out={out / 'train'}"])
+    if settings.get("patch") in KEPT_IN_MEMORY:
+        shutil.rmtree(out / "train", ignore_errors=True)
     with _quiet(out / "log.txt"), PATCHES[settings["patch"]]() if "patch" in settings else contextlib.nullcontext():
         training = train(recipe)
         if training["ended"] != "done":

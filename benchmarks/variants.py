@@ -12,7 +12,7 @@ from eagle3_xla.train import setup
 from eagle3_xla.train.optimizer import AdamW
 
 
-def _plain_start(recipe, backend, data, target, head, lm_head_rows, states_of):
+def _plain_start(recipe, backend, data, target, head, warm_head, lm_head_rows, states_of):
     """torch's own initialisation, no learning rate of its own for fc's inputs."""
     torch.manual_seed(recipe.train.seed)
     for module in head.modules():
@@ -30,8 +30,8 @@ class _FrozenLmHead(AdamW):
 class _Muon(AdamW):
     """Muon (Jordan et al., 2024) on the 2-D weights of fc and the layer, AdamW on lm_head and the norms."""
 
-    def __init__(self, parameters, config, total_steps, backend, *arguments):
-        super().__init__(parameters, config, total_steps, backend, *arguments)
+    def __init__(self, parameters, config, total_steps, backend, lr_scale, state=None):
+        super().__init__(parameters, config, total_steps, backend, lr_scale, state)
         inner = {name: p for name, p in parameters.items() if p.ndim == 2 and name != "lm_head.weight"}
         self.momentum = {name: backend.like(torch.zeros(p.shape), p) for name, p in inner.items()}
 
@@ -71,8 +71,8 @@ class _Ema(AdamW):
 
     averages: dict[str, torch.Tensor] = {}  # of the newest run
 
-    def __init__(self, parameters, config, total_steps, backend, *arguments):
-        super().__init__(parameters, config, total_steps, backend, *arguments)
+    def __init__(self, parameters, config, total_steps, backend, lr_scale, state=None):
+        super().__init__(parameters, config, total_steps, backend, lr_scale, state)
         _Ema.averages = {name: backend.like(p.detach().clone(), p) for name, p in parameters.items()}
 
     def changing(self):
@@ -113,6 +113,7 @@ PATCHES = {
     "noise": lambda: _on_aux(_noise),
     "dropout": lambda: _on_aux(_dropout),
 }
+KEPT_IN_MEMORY = ("muon", "ema")  # what these patches keep is in no checkpoint
 
 
 def write_averages(file: Path) -> None:

@@ -1,5 +1,6 @@
 """benchmarks/: which of its results a benchmark takes for those of today."""
 
+import inspect
 import json
 from argparse import Namespace
 from pathlib import Path
@@ -65,3 +66,27 @@ def test_a_further_call_keeps_the_other_runs(recipes, where, tmp_path, capsys):
     with pytest.raises(SystemExit, match="'reference', seed 0, is of another recipe, target, code or other chats"):
         recipes.kept_runs(file, "default", {("default", 1)}, today)
     assert not recipes.kept_runs(file, "default", {("reference", 0), ("default", 1)}, today)
+
+
+def test_variants_take_what_they_replace_takes(recipes):
+    def of(function):
+        return [(each.name, each.kind, each.default) for each in inspect.signature(function).parameters.values()]
+
+    for name, make in recipes.PATCHES.items():
+        patched = make()
+        replaced, new = getattr(patched.getter(), patched.attribute), patched.new
+        assert of(new) == of(replaced), name
+        methods = [each for each in vars(new) if inspect.isclass(new) and inspect.isfunction(vars(new)[each])]
+        assert all(of(getattr(new, each)) == of(getattr(replaced, each)) for each in methods), name
+
+
+@pytest.mark.parametrize("patch, goes_on", [("ema", False), ("muon", False), ("frozen_lm_head", True)])
+def test_a_run_goes_on_only_when_its_checkpoint_holds_all_of_it(patch, goes_on, recipes, where, tmp_path, monkeypatch):
+    def train(recipe):
+        assert (Path(recipe.train.out) / "checkpoints").exists() == goes_on
+        return {"ended": "SIGTERM"}
+
+    monkeypatch.setattr(recipes, "train", train)
+    (where.work / "run-key" / "train" / "checkpoints").mkdir(parents=True)
+    with pytest.raises(KeyboardInterrupt):
+        recipes._run("a", {"patch": patch}, 0, where, "key")
