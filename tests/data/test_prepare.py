@@ -48,6 +48,12 @@ def test_every_epoch_sees_every_row_in_another_order_and_fills_its_lists_evenly(
     assert (epochs[0] != epochs[1]).any()
     assert (Batches(drafted, buckets, 2, 2, seed=2).indices(3) != batches.indices(3)).any()
 
+    # A bucket that fills no batch counts for nothing, graphs included.
+    with_few = Batches(np.append(drafted, [7] * 3), [*buckets, (2048, 24, 3)], 2, 2, seed=1)
+    assert (with_few.buckets, with_few.unfilled) == (buckets, [(2048, 24, 3)]) and with_few.steps_per_epoch == 6
+    assert all((with_few.indices(i) == batches.indices(i)).all() for i in range(12))
+    assert with_few.capacities(epochs=2) == batches.capacities(epochs=2)
+
     groups = np.concatenate(epochs).reshape(-1, 2)
     most = {512: 0, 1024: 0}
     for group in groups:

@@ -86,6 +86,17 @@ def test_reused_states_of_held_out_rows_of_two_lengths(small_run, chat_file, tmp
         train(recipe)
 
 
+def test_a_bucket_that_fills_no_batch(small_run, capsys):
+    recipe = load_recipe(None, [*small_run, "data.packing=bucketed", "data.row_length=96", "data.buckets=[64, 80]"])
+    (_, _, many), (length, _, few) = prepare(recipe)["train"]["buckets"]
+    recipe.train.batch_size, recipe.train.epochs, recipe.loss.ttt_length = few + 1, 1, 1
+    assert train(recipe)["micro_steps"] == many // (few + 1) > 0
+    said = capsys.readouterr().err
+    left_out = f"{few} rows of {length} tokens fill no batch of {few + 1} and are not trained on; lower"
+    assert said.count(f"{left_out} train.batch_size or leave {length} out of data.buckets\n") == 1
+    assert "graphs (step 1, " in said
+
+
 class Rows(list):
     def __getitem__(self, indices):
         return {

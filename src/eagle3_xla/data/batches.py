@@ -17,14 +17,18 @@ ROUND = 64  # listed rows are a multiple of it
 class Batches:
     """The batches of a run; those of one epoch follow each other in random order, each from one bucket.
 
+    buckets: those whose rows fill a batch; unfilled: the others, whose rows are never in one.
+
     drafted [N] int: positions that an engine would draft at, of every row (`drafted_positions`); buckets: (row length,
     first row, rows) of the rows of one length each; group: rows of such a device in a micro-step; replicas: how many.
     """
 
     def __init__(self, drafted: np.ndarray, buckets: list[tuple[int, int, int]], group: int, replicas: int, seed: int):
-        self.drafted, self.buckets, self.group, self.replicas, self.seed = drafted, buckets, group, replicas, seed
+        self.drafted, self.group, self.replicas, self.seed = drafted, group, replicas, seed
+        self.buckets = [bucket for bucket in buckets if bucket[2] >= group * replicas]
+        self.unfilled = [bucket for bucket in buckets if bucket[2] < group * replicas]
         # What doesn't fill a batch is left out, other rows each epoch.
-        self.steps_per_epoch = sum(rows // (group * replicas) for _, _, rows in buckets)
+        self.steps_per_epoch = sum(rows // (group * replicas) for _, _, rows in self.buckets)
         self._epoch: tuple[int, np.ndarray] = (-1, np.empty((0, 0), np.int64))
 
     def indices(self, step: int) -> np.ndarray:

@@ -178,6 +178,8 @@ def _read_data(recipe: Recipe, backend: Backend, vocab_size: int) -> Data:
             f"{len(train_rows)} rows don't fill one optimizer step of {rows_per_step} rows x "
             f"{settings.gradient_accumulation}; lower train.batch_size or train.gradient_accumulation"
         )
+    if backend.hosts.index == 0:
+        _say_what_is_left_out(batches, rows_per_step, manifest["row_length"])
     buckets = buckets_of(manifest, "heldout", len(heldout_rows))
     heldout = HeldOut(heldout_rows, manifest["heldout_sources"], buckets, settings.heldout_rows, rows_per_step)
     if settings.patience and not heldout.batches:
@@ -185,6 +187,16 @@ def _read_data(recipe: Recipe, backend: Backend, vocab_size: int) -> Data:
     capacities = heldout.capacities(batches.group) if recipe.loss.rows == "serving" else None
     heldout_loader = Loader(heldout.rows, capacities, batches.group, backend)
     return Data(manifest, draft_ids, batches, loader, heldout, heldout_loader, rows_per_step, total_steps)
+
+
+def _say_what_is_left_out(batches: Batches, batch: int, row_length: int) -> None:
+    for length, _, rows in batches.unfilled:
+        other = "" if length == row_length else f" or leave {length} out of data.buckets"
+        print(
+            f"{rows} rows of {length} tokens fill no batch of {batch} and are not trained on; lower "
+            f"train.batch_size{other}",
+            file=sys.stderr,
+        )
 
 
 def _states_function(backend: Backend, target: Target, stopping: list[str]) -> StatesOf:
@@ -204,7 +216,7 @@ def _states_function(backend: Backend, target: Target, stopping: list[str]) -> S
 
 def _keep_states(recipe: Recipe, backend: Backend, data: Data, key: str, states_of: StatesOf) -> None:
     """Run the target once over all rows; the step starts from what it said. key: which rows, which target."""
-    if len(data.batches.buckets) > 1 or len(data.heldout.lengths) > 1:
+    if len(data.batches.buckets + data.batches.unfilled) > 1 or len(data.heldout.lengths) > 1:
         raise UserError("train.reuse_states needs rows of one length; set it to false")
     every = storage.work_folder(storage.join(recipe.data.prepared, "states"))
     own = every / hashlib.sha256(key.encode()).hexdigest()[:16]
