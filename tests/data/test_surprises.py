@@ -103,6 +103,8 @@ DAMAGED = {
     "null": "manifest.json is not a JSON object but null",
     "[" * 100_000: "manifest.json is not readable JSON",
     '{"key": 1}': "manifest.json: key is 1; a text",
+    "target": "manifest.json: target is null; a text",
+    "settings": "manifest.json: settings is null; a mapping",
     "row_length": "manifest.json: row_length is null; a whole number from 8",
     "vocab_size": "manifest.json: vocab_size is null",
     "draft_vocab_size": "manifest.json: draft_vocab_size is null",
@@ -155,7 +157,8 @@ JSON_VALUES = st.recursive(
     lambda values: st.lists(values, max_size=3) | st.dictionaries(st.text(max_size=5), values, max_size=2),
     max_leaves=5,
 )
-FIELDS = "key inputs row_length vocab_size draft_vocab_size train heldout heldout_sources sources".split()
+FIELDS = "key inputs target settings row_length vocab_size draft_vocab_size".split()
+FIELDS += "train heldout heldout_sources sources".split()
 REPORT_FIELDS = ["rows", "chats", "tokens", "answer_tokens", "buckets"]
 
 

@@ -25,15 +25,19 @@ from eagle3_xla.xla.backend import make_backend
 from eagle3_xla.xla.config import XlaConfig
 
 
-def test_without_held_out_rows(small_run, capsys, tmp_path):
+def test_without_held_out_rows(small_run, small_target, capsys, tmp_path):
     own = [setting for setting in small_run if not setting.startswith("data.heldout")] + ["data.heldout_share=0"]
     assert prepare(load_recipe(None, own))["heldout"]["rows"] == 0
     result = train(load_recipe(None, own), max_steps=1)
     assert result["micro_steps"] == 1 and result["tau"] is None
     said = "no held-out rows, so no tau is measured: `export` takes the newest checkpoint, not the best"
-    assert said in capsys.readouterr().err
+    output = capsys.readouterr().err
+    assert said in output and "the rows are as prepared" not in output
+    own = [*own, "data.row_length=96", "data.packing=bucketed"]
     with pytest.raises(UserError, match="train.patience counts evaluations, and there are no held-out rows"):
         train(load_recipe(None, [*own, "train.patience=2", f"train.out={tmp_path / 'other'}"]))
+    said = "the rows are as prepared: data.row_length 64, not 96; data.packing packed, not bucketed\n"
+    assert said in capsys.readouterr().err
 
     # The same folder, for a target of another vocabulary.
     manifest = json.loads((tmp_path / "data" / "manifest.json").read_text())
@@ -41,6 +45,18 @@ def test_without_held_out_rows(small_run, capsys, tmp_path):
     (tmp_path / "data" / "manifest.json").write_text(json.dumps(manifest | {"vocab_size": size + 1}))
     with pytest.raises(UserError, match=rf"was prepared for a target of {size + 1} tokens .*; this one has {size}\."):
         train(load_recipe(None, own))
+
+    # And for one of the same size whose chat template, then whose end-of-turn token is another.
+    (tmp_path / "data" / "manifest.json").write_text(json.dumps(manifest))
+    for file, change in (
+        ("chat_template.jinja", lambda text: f"{text} "),
+        ("generation_config.json", lambda text: json.dumps({"eos_token_id": 5})),
+    ):
+        other = tmp_path / file
+        shutil.copytree(small_target, other)
+        (other / file).write_text(change((other / file).read_text()))
+        with pytest.raises(UserError, match="was prepared with another chat template, tokenizer or end-of-turn token"):
+            train(load_recipe(None, [*own, f"target.path={other}", f"train.out={tmp_path / 'other'}"]))
 
     # A checkpoint with whole checksums and a meta.json of another kind.
     path = tmp_path / "run" / "checkpoints" / "step-00000001"

@@ -17,8 +17,9 @@ def read_manifest(folder: Path) -> dict:
     def field(name: str, least: int, most: int) -> int:
         return number(manifest.get(name), f"{file}: {name}", least, most, whole=True)
 
-    for name in ("key", "inputs"):
+    for name in ("key", "inputs", "target"):
         text(manifest.get(name), f"{file}: {name}")
+    mapping(manifest.get("settings"), f"{file}: settings")
     row_length = field("row_length", 8, LONGEST_ROW)
     field("draft_vocab_size", 1, field("vocab_size", 1, MOST_TOKENS))
     for name in listing(manifest.get("heldout_sources"), f"{file}: heldout_sources"):

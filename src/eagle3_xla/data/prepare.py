@@ -3,8 +3,9 @@
 train/ heldout/     Arrow datasets of rows (packing.row_arrays); heldout rows hold one source each, named by the column
                     `source` (int32, index into the manifest's `heldout_sources`)
 draft_ids.json      target ids of the draft vocabulary, ascending
-manifest.json       what was read, kept and dropped and why, token counts, coverage, and two fingerprints:
-                    `key` of the rows and the draft vocabulary, `inputs` of everything that shaped them
+manifest.json       what was read, kept and dropped and why, token counts, coverage, the settings, and three
+                    fingerprints: `key` of the rows and the draft vocabulary, `inputs` of everything that shaped them,
+                    `target` of the chat template and the tokenizer
 .work/              spools and tokenised chunks of a run that was interrupted; gone when it is done
 """
 
@@ -88,6 +89,8 @@ def prepare(recipe: Recipe, overwrite: bool = False) -> dict:
     manifest = {
         "key": digest.hexdigest(),
         "inputs": inputs,
+        "target": template_key(tokenizer, stop_ids),
+        "settings": row_settings(data),
         "row_length": data.row_length,
         "vocab_size": vocab_size,
         "draft_vocab_size": len(draft_ids),
@@ -116,11 +119,11 @@ def prepare(recipe: Recipe, overwrite: bool = False) -> dict:
     return manifest
 
 
-def load_prepared(folder: str, vocab_size: int | None = None) -> tuple[Any, Any, torch.Tensor, dict]:
+def load_prepared(folder: str, vocab_size: int | None = None, target: str = "") -> tuple[Any, Any, torch.Tensor, dict]:
     """(train rows, held-out rows, draft ids [D] int64, manifest) of a prepared folder.
 
-    vocab_size: of the target that they are for, None if it is not known. Raises UserError when there is no such folder,
-    it is damaged or was prepared for another target.
+    vocab_size, target: of the target that they are for, and where it lies, if that is known. Raises UserError when
+    there is no such folder, it is damaged or was prepared for another target.
     """
     if not folder or not storage.exists(storage.join(folder, MANIFEST)):
         raise UserError(f"no prepared data at {folder!r} (setting data.prepared); run `eagle3-xla prepare` first")
@@ -131,6 +134,13 @@ def load_prepared(folder: str, vocab_size: int | None = None) -> tuple[Any, Any,
             f"{path} was prepared for a target of {manifest['vocab_size']} tokens (manifest.json: vocab_size); this "
             f"one has {vocab_size}. Prepare the data with this target"
         )
+    if target:
+        tokenizer = load_tokenizer(target)
+        if manifest["target"] != template_key(tokenizer, stop_token_ids(target, tokenizer)):
+            raise UserError(
+                f"{path} was prepared with another chat template, tokenizer or end-of-turn token than those of "
+                f"{target!r} (manifest.json: target). Prepare the data with this target"
+            )
     train, heldout = (_load_rows(path, split, manifest) for split in SPLITS)
     file = path / "draft_ids.json"
     ids = listing(parse_json(file.read_text(errors="replace") if file.is_file() else "", str(file)), str(file))
@@ -206,6 +216,17 @@ def _inputs_key(data: DataConfig, prints: dict, tokenizer: Any, stop_ids: set[in
     digest.update(json.dumps([binding(data), prints, tokenizer.chat_template, special], sort_keys=True).encode())
     digest.update(tokenizer.backend_tokenizer.to_str().encode())
     return digest.hexdigest()
+
+
+def template_key(tokenizer: Any, stop_ids: set[int]) -> str:
+    """Fingerprint of what makes token ids of chats; the versions of the libraries that do so are no part of it."""
+    what = [tokenizer.chat_template, tokenizer.bos_token, sorted(stop_ids), tokenizer.get_vocab()]
+    return hashlib.sha256(json.dumps(what, sort_keys=True).encode()).hexdigest()
+
+
+def row_settings(data: DataConfig) -> dict[str, Any]:
+    """What shapes the rows, but for the places of files."""
+    return {name: value for name, value in binding(data).items() if name not in ("train", "heldout", "decontaminate")}
 
 
 def _why_dropped(chosen: Mix) -> str:

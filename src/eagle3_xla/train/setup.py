@@ -13,7 +13,7 @@ from eagle3_xla import checkpoint as checkpoints
 from eagle3_xla import storage
 from eagle3_xla.config import Recipe
 from eagle3_xla.data.batches import Batches
-from eagle3_xla.data.prepare import load_prepared
+from eagle3_xla.data.prepare import load_prepared, row_settings
 from eagle3_xla.data.vocab import d2t_t2d, draft_ids_of
 from eagle3_xla.draft.initialise import SampledRows, aux_rms, initialise_head, unscaled
 from eagle3_xla.draft.model import Eagle3Head, draft_config
@@ -168,7 +168,7 @@ def _saved_run(recipe: Recipe, data_key: str) -> checkpoints.Checkpoint | None:
 
 def _read_data(recipe: Recipe, backend: Backend, vocab_size: int) -> Data:
     settings = recipe.train
-    train_rows, heldout_rows, draft_ids, manifest = load_prepared(recipe.data.prepared, vocab_size)
+    train_rows, heldout_rows, draft_ids, manifest = load_prepared(recipe.data.prepared, vocab_size, recipe.target.path)
     batches, loader = training_batches(recipe, train_rows, manifest, backend)
     rows_per_step = settings.batch_size * backend.data_parallel
     total_steps = settings.epochs * batches.steps_per_epoch
@@ -179,6 +179,7 @@ def _read_data(recipe: Recipe, backend: Backend, vocab_size: int) -> Data:
             f"{settings.gradient_accumulation}; lower train.batch_size or train.gradient_accumulation"
         )
     if backend.hosts.index == 0:
+        _say_what_was_prepared(manifest["settings"], row_settings(recipe.data))
         _say_what_is_left_out(batches, rows_per_step, manifest["row_length"])
     buckets = buckets_of(manifest, "heldout", len(heldout_rows))
     heldout = HeldOut(heldout_rows, manifest["heldout_sources"], buckets, settings.heldout_rows, rows_per_step)
@@ -187,6 +188,12 @@ def _read_data(recipe: Recipe, backend: Backend, vocab_size: int) -> Data:
     capacities = heldout.capacities(batches.group) if recipe.loss.rows == "serving" else None
     heldout_loader = Loader(heldout.rows, capacities, batches.group, backend)
     return Data(manifest, draft_ids, batches, loader, heldout, heldout_loader, rows_per_step, total_steps)
+
+
+def _say_what_was_prepared(prepared: dict, given: dict) -> None:
+    other = [f"data.{name} {prepared.get(name)}, not {now}" for name, now in given.items() if prepared.get(name) != now]
+    if other:
+        print(f"the rows are as prepared: {'; '.join(other)}", file=sys.stderr)
 
 
 def _say_what_is_left_out(batches: Batches, batch: int, row_length: int) -> None:
