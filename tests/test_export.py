@@ -10,6 +10,8 @@ from safetensors.torch import load_file
 from eagle3_xla import checkpoint as checkpoints
 from eagle3_xla.config import load_recipe
 from eagle3_xla.data.prepare import prepare
+from eagle3_xla.data.vocab import d2t_t2d
+from eagle3_xla.doctor.run import doctor
 from eagle3_xla.draft.saved import load_head
 from eagle3_xla.errors import UserError
 from eagle3_xla.export import export
@@ -55,6 +57,21 @@ def test_export(run, tmp_path):
     assert torch.equal(d2t, tensors["d2t"])
     assert torch.equal(head.fc.weight, tensors["fc.weight"].float())
     export(run, out)  # writing again over our own is fine
+
+
+def test_a_head_over_the_whole_vocabulary(exported_head, small_target, tmp_path):
+    """vLLM has no place for a d2t there."""
+    saved = checkpoints.load(exported_head.parent / "checkpoints" / "step-00000001")
+    size = len(saved.t2d)
+    weights = saved.head | {"lm_head.weight": torch.ones(size, 64)}
+    d2t, t2d = d2t_t2d(torch.arange(size), size)
+    whole = dataclasses.replace(saved, head=weights, d2t=d2t, t2d=t2d)
+    export(checkpoints.save(tmp_path / "checkpoints", whole, keep=1), tmp_path / "head")
+    assert not {"d2t", "t2d"} & load_file(tmp_path / "head" / "model.safetensors").keys()
+    rules = doctor(tmp_path / "head", str(small_target))["rules"]
+    assert {rule["status"] for rule in rules} == {"pass"}, rules
+    head, of_head = load_head(tmp_path / "head")
+    assert head.lm_head.out_features == size and torch.equal(of_head, d2t)
 
 
 def test_a_run_gives_its_best_checkpoint(run, tmp_path):

@@ -3,6 +3,8 @@
 config.json         LlamaForCausalLMEagle3, as the engines' readers expect it (with draft.qk_norm vLLM's class for it)
 model.safetensors   fc, midlayer, norm, lm_head, d2t (int64 offsets), t2d (bool); the embedding is the target's
 
+A head over the target's whole vocabulary has neither d2t nor t2d: vLLM stops at a d2t there (models/llama_eagle3.py).
+
 The metadata of model.safetensors also holds what weights can't tell: how the head was trained. Engines ignore it;
 `doctor` compares config.json, which travels and is edited by hand, with it.
 """
@@ -56,8 +58,10 @@ def export(checkpoint: Location, out: Location, dtype: str = "bfloat16") -> dict
     record |= {key: config.get(key, False) for key in NORM_FLAGS}
     record |= {"window": window_of(config), "qk_norm": config["architectures"] == [QK_NORM_ARCHITECTURE]}
     metadata = {"format": "pt", RECORD: json.dumps(record)}
+    if not (len(saved.t2d) == len(saved.d2t) and not saved.d2t.any()):
+        tensors |= {"d2t": saved.d2t, "t2d": saved.t2d}
     with storage.whole_file(storage.join(out, EXPORTED)) as partial:
-        save_file({**tensors, "d2t": saved.d2t, "t2d": saved.t2d}, partial, metadata=metadata)
+        save_file(tensors, partial, metadata=metadata)
     storage.write(storage.join(out, "config.json"), json.dumps(config, indent=2) + "\n")
     chosen = f"step {saved.micro_step} ({why})"
     return {"out": str(out), "micro_step": saved.micro_step, "tau": saved.tau, "chosen": chosen, "dtype": dtype}

@@ -80,6 +80,12 @@ def biased(*names):
     return change
 
 
+def whole_vocabulary(config, tensors):
+    size = config["draft_vocab_size"] = config["vocab_size"]
+    tensors |= {"d2t": torch.zeros(size, dtype=torch.int64), "t2d": torch.ones(size, dtype=torch.bool)}
+    tensors["lm_head.weight"] = torch.ones(size, 64)
+
+
 def absolute(d2t):
     return d2t + torch.arange(len(d2t))
 
@@ -96,6 +102,7 @@ BROKEN = {
     "d2t of target ids": (weights("d2t", absolute), "d2t", "fail", False),
     "d2t as floats": (weights("d2t", torch.Tensor.float), "d2t", "fail", False),
     "d2t of another head": (weights("d2t", torch.zeros_like), "d2t", "fail", False),
+    "d2t over the whole vocabulary": (whole_vocabulary, "d2t", "warn", False),
     "wrong theta": (setting(rope_theta=1e6), "rope_theta", "fail", True),
     "theta where old readers don't look": (rope_alone, "rope_theta", "fail", True),
     "other RoPE scaling": (setting(rope_scaling=TWOFOLD), "rope_scaling", "fail", True),

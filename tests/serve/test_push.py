@@ -253,6 +253,8 @@ def test_what_is_not_uploaded(pushed, online, small_target, capsys):
 
 
 QUERY_NORMS = {f"midlayer.self_attn.{name}_norm.weight": torch.ones(8) for name in "qk"}
+WHOLE = {"d2t": torch.zeros(4096, dtype=torch.int64), "t2d": torch.ones(4096, dtype=torch.bool)}
+WHOLE |= {"lm_head.weight": torch.ones(4096, 64)}
 LAYERS = {LAYER_IDS: [1, 4, 5], "eagle_config": {LAYER_IDS: [0, 3, 4]}}
 WINDOW = {"sliding_window": 16, "layer_types": ["sliding_attention"]}
 QWEN3 = {"architectures": [QK_NORM_ARCHITECTURE], "model_type": "qwen3"}
@@ -266,6 +268,7 @@ QWEN3 = {"architectures": [QK_NORM_ARCHITECTURE], "model_type": "qwen3"}
         (LAYERS, {}, "SGLang vLLM Python"),
         ({"fc_norm": True}, {f"fc_norm.{i}.weight": torch.ones(64) for i in range(3)}, "SGLang vLLM Python"),
         (QWEN3 | WINDOW, QUERY_NORMS, "vLLM"),
+        ({"draft_vocab_size": 4096}, WHOLE, "SGLang sglang-jax Python"),
     ],
 )
 def test_commands_for_the_engines_that_serve_it(config, tensors, engines, exported_head, small_target, tmp_path):

@@ -40,6 +40,7 @@ def card(
     parameters = sum(value.numel() for name, value in head.tensors.items() if name not in NO_PARAMETERS)
     default = list(aux_layers(target.config.num_hidden_layers))
     layers = list(layers_of(head, target.config.num_hidden_layers) or default)
+    mapped = "; target id = row + d2t[row]" if "d2t" in head.tensors else ""
     embedding = "" if EMBEDDING in head.tensors else "\nThe embedding is the target's and is not in the file.\n"
     rows = "\n".join(
         f"| {escaped(row.how)} | {row.tau:.2f} | {' '.join(f'{share:.1%}' for share in row.acceptance)} "
@@ -86,7 +87,7 @@ commonest tokens. The target stays frozen.
 |---|---|
 | parameters | {parameters:,} |
 | layers | 1, hidden size {config["hidden_size"]:,}, {config["num_attention_heads"]} attention heads |
-| draft vocabulary | {config["draft_vocab_size"]:,} of {config["vocab_size"]:,} tokens; target id = row + d2t[row] |
+| draft vocabulary | {config["draft_vocab_size"]:,} of {config["vocab_size"]:,} tokens{mapped} |
 | longest context | {config.get("max_position_embeddings", 2048):,} tokens |
 | reads | outputs of the target's layers {layers}, 0-based; indices {[i + 1 for i in layers]} of `hidden_states` |
 {embedding}
@@ -168,7 +169,9 @@ if __name__ == "__main__":
     in_sglang = plain and SGLANG in engines
     normed = any(head.config.get(name) for name in (*FLAGS, *NORM_FLAGS))
     in_jax = plain and default_layers and not (window or normed) and sglang_jax_serves(target)
-    blocks = [(sglang, in_sglang), (sglang_jax, in_jax), (vllm, VLLM in engines), (python, in_sglang)]
+    whole = "d2t" in head.tensors and head.config["draft_vocab_size"] == target.vocab_size  # vLLM stops at that d2t
+    in_vllm = VLLM in engines and not whole
+    blocks = [(sglang, in_sglang), (sglang_jax, in_jax), (vllm, in_vllm), (python, in_sglang)]
     none = f"No released engine is known to hand the hidden states of {target.model_type} to a head.\n"
     return "\n".join(block for block, shown in blocks if shown) or none
 
