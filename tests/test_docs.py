@@ -48,7 +48,7 @@ GCLOUD = {
     "compute tpus tpu-vm list": "--zone",
 }
 SGLANG = """--model-path --speculative-algorithm --speculative-draft-model-path --speculative-num-steps
---speculative-eagle-topk --speculative-num-draft-tokens""".split()
+--speculative-eagle-topk --speculative-num-draft-tokens --dtype""".split()
 
 
 NEEDED = {
@@ -118,6 +118,7 @@ def check(words: list[str], line: str) -> None:
             assert f"\n{name} =\n" in extras, f"no extra {name}"
     elif words[:3] == ["python", "-m", "sglang.launch_server"]:
         assert {word for word in rest if word.startswith("--")} <= set(SGLANG)
+        assert "--dtype" in rest, "SGLang chooses one for the target and one for the head"
     elif words[:2] == ["vllm", "serve"]:
         assert json.loads(rest[rest.index("--speculative-config") + 1])["method"] == "eagle3"
     elif program == "python" and rest[0].endswith(".py"):

@@ -66,7 +66,7 @@ def test_a_head_over_the_whole_vocabulary(exported_head, small_target, tmp_path)
     weights = saved.head | {"lm_head.weight": torch.ones(size, 64)}
     d2t, t2d = d2t_t2d(torch.arange(size), size)
     whole = dataclasses.replace(saved, head=weights, d2t=d2t, t2d=t2d)
-    export(checkpoints.save(tmp_path / "checkpoints", whole, keep=1), tmp_path / "head")
+    export(checkpoints.save(tmp_path / "checkpoints", whole, keep=1), tmp_path / "head", "float32")
     assert not {"d2t", "t2d"} & load_file(tmp_path / "head" / "model.safetensors").keys()
     rules = doctor(tmp_path / "head", str(small_target))["rules"]
     assert {rule["status"] for rule in rules} == {"pass"}, rules

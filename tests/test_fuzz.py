@@ -76,7 +76,8 @@ CONFIG |= {"num_key_value_heads": 2, "rms_norm_eps": 1e-6, "max_position_embeddi
 CONFIG |= {"eos_token_id": 1, "rope_theta": 10000.0, "rope_scaling": None}
 OTHERS = [*UNKNOWN, LAYER_IDS, "eagle_config", "rope_parameters", "target_hidden_size", "fc_norm", "dtype"]
 TARGET = SimpleNamespace(
-    **CONFIG | {"model_type": "qwen2", "num_hidden_layers": 8, "hidden_act": "silu", "tie_word_embeddings": False}
+    dtype="float32",
+    **CONFIG | {"model_type": "qwen2", "num_hidden_layers": 8, "hidden_act": "silu", "tie_word_embeddings": False},
 )
 
 

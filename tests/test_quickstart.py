@@ -33,7 +33,7 @@ def test_quickstart(quickstart_run, installed_wheel):
     result = json.loads((out / "result.json").read_text())
     assert any(words.strip() for words, _ in result["answer"]["pieces"]) and result["answer"]["prompt"] in done.stdout
     assert result["eval"]["identical"] and result["tree"]["tau"] > 1.0
-    assert "as a tree of 7" in done.stdout and "--speculative-num-draft-tokens 8" in done.stdout
+    assert "as a tree of 7" in done.stdout and "--speculative-num-draft-tokens 8 --dtype bfloat16" in done.stdout
     assert result["continued"] and "an earlier start had begun it" in done.stdout
     assert "continued after step" in done.stderr
     assert result["training"]["tau"] > 1.05  # held-out rows; a few steps on 2,000 tokens

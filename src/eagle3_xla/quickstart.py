@@ -276,7 +276,7 @@ Serve it (SGLang, on a GPU; on this CPU: bash launch/serve_sglang.sh --cpu)
   python -m sglang.launch_server --model-path {result["target"]} \\
     --speculative-algorithm EAGLE3 --speculative-draft-model-path {result["head"]} \\
     --speculative-num-steps {tree["steps"]} --speculative-eagle-topk {tree["topk"]} \\
-    --speculative-num-draft-tokens {tree["draft_tokens"] + 1}
+    --speculative-num-draft-tokens {tree["draft_tokens"] + 1} --dtype bfloat16
 or vLLM, a chain
   vllm serve {result["target"]} \\
     --speculative-config '{{"method": "eagle3", "model": "{result["head"]}", "num_speculative_tokens": 5}}'

@@ -19,7 +19,7 @@ from transformers import (
     Qwen3MoeConfig,
 )
 
-from eagle3_xla.doctor.config_rules import engines
+from eagle3_xla.doctor.config_rules import dtype, engines
 from eagle3_xla.doctor.files import Target
 from eagle3_xla.doctor.position_rules import max_positions, window
 from eagle3_xla.doctor.run import doctor
@@ -325,6 +325,21 @@ def test_engines_that_hand_out_no_hidden_states(exported_head):
     ):
         found = engines(head, Target("target", config, None))
         assert found.status == status and re.search(part, found.message), found
+
+
+def test_a_dtype_that_sglang_makes_of_the_target_alone(exported_head, tmp_path):
+    """Of float32 it makes float16, or bfloat16 where that is Gemma's."""
+    edit(shutil.copytree(exported_head, tmp_path / "head"), setting(torch_dtype=None, dtype="float32"))
+    head = read_head(tmp_path / "head")
+    for config, of_target in (
+        (Qwen2Config(), "float16"),
+        (Qwen2Config(dtype="float32"), "float16"),
+        (Qwen2Config(dtype="bfloat16"), "bfloat16"),
+        (Gemma3TextConfig(dtype=torch.float32), "bfloat16"),
+    ):
+        found = dtype(head, Target("target", config, None))
+        assert found.status == ("pass" if of_target == "float16" else "warn"), found
+        assert found.status == "pass" or f"makes float16 of the head and {of_target} of the target" in found.message
 
 
 def test_a_window_that_vllm_lends_to_the_head(exported_head, tmp_path):

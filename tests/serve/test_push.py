@@ -285,6 +285,8 @@ def test_commands_for_the_engines_that_serve_it(config, tensors, engines, export
 
     written = content()
     assert re.findall(r"^(\S+?),?(?: .*)?:\n\n```", written, re.MULTILINE) == engines.split()
+    starts = len(re.findall("launch_server|sglang.Engine", written))  # SGLang: one dtype for the target and the head
+    assert len(re.findall('dtype[ =]"?bfloat16', written)) == starts
     sizes = re.findall(r"window.size[ =](\d+)", written)
     assert sizes == (["15", "15"] if config == WINDOW else [])
     assert "The embedding is the target's and is not in the file.\n\n## Limitations" in written

@@ -265,10 +265,22 @@ def other_fields(head: SavedHead, target: Target) -> Finding:
 def dtype(head: SavedHead, target: Target) -> Finding:
     given = head.config.get("torch_dtype") or head.config.get("dtype")
     kinds = {str(value.dtype).removeprefix("torch.") for value in head.tensors.values() if value.is_floating_point()}
-    if len(kinds) != 1 or given == (kind := kinds.pop()):
+    if len(kinds) == 1 and given != (kind := kinds.pop()):
+        message = f"torch_dtype is {given or 'missing'} and the weights are {kind}"
+        return Finding("torch_dtype", "warn", message + ": engines cast them unasked", {"torch_dtype": kind})
+    ours = _sglang_auto(given, head.config.get("model_type"))
+    of_target = _sglang_auto(target.config.dtype, target.config.model_type)
+    if ours == of_target:
         return Finding("torch_dtype", "pass", f"{given}")
-    message = f"torch_dtype is {given or 'missing'} and the weights are {kind}"
-    return Finding("torch_dtype", "warn", message + ": engines cast them unasked", {"torch_dtype": kind})
+    message = f"{given}: SGLang's --dtype auto makes {ours} of the head and {of_target} of the target, and stops at "
+    return Finding("torch_dtype", "warn", message + "the first draft; serve it with --dtype bfloat16 or another one")
+
+
+def _sglang_auto(dtype: Any, model_type: Any) -> str:
+    """What SGLang's --dtype auto makes of a model of this dtype in config.json (configs/model_config.py)."""
+    kind = str(dtype or "float32").removeprefix("torch.")
+    of_float32 = "bfloat16" if str(model_type).startswith("gemma") else "float16"
+    return of_float32 if kind == "float32" else kind
 
 
 def aux_layer_ids(head: SavedHead, target: Target) -> Finding:

@@ -128,7 +128,7 @@ def _commands(head: SavedHead, target: Any, default_layers: bool, served: str, r
 ```bash
 python -m sglang.launch_server --model-path {served} --speculative-algorithm EAGLE3 \\
   --speculative-draft-model-path {repo} --speculative-num-steps 5 --speculative-eagle-topk 4 \\
-  --speculative-num-draft-tokens 8{flag}
+  --speculative-num-draft-tokens 8 --dtype bfloat16{flag}
 ```
 """
     patched = ", with the patch of `eagle3-xla patch apply --engine sglang-jax`" if target.model_type == "qwen2" else ""
@@ -155,6 +155,7 @@ import sglang
 if __name__ == "__main__":
     engine = sglang.Engine(
         model_path="{served}",
+        dtype="bfloat16",
         speculative_algorithm="EAGLE3",
         speculative_draft_model_path="{repo}",
         speculative_num_steps=5,
