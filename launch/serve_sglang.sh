@@ -30,6 +30,11 @@ if [ -n "$head" ]; then
   # A head with a sliding window: SGLang counts the positions before a row's own.
   window="$(sed -n 's/.*"sliding_window": *\([0-9]\{1,\}\).*/\1/p' "$head/config.json" 2>/dev/null || true)"
   [ -z "$window" ] || command+=(--speculative-draft-window-size "$((window - 1))")
+  # A longrope target: its head has the positions that the target was first trained with.
+  if grep -q '"longrope"' "$target/config.json" 2>/dev/null; then
+    context="$(sed -n 's/.*"original_max_position_embeddings": *\([0-9]\{1,\}\).*/\1/p' "$target/config.json")"
+    command+=(--context-length "${context%%$'\n'*}")
+  fi
 fi
 [ -n "$dry_run" ] || check_engine sglang sglang
 serve "${command[@]}" ${arguments[@]+"${arguments[@]}"}

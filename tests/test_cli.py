@@ -12,6 +12,7 @@ from eagle3_xla.arguments import parser
 from eagle3_xla.cli import VERBS, _overrides, main
 from eagle3_xla.config import load_recipe
 from eagle3_xla.guide import EXAMPLES, next_step
+from eagle3_xla.target.families import SGLANG, VLLM
 
 
 def refused(done, *parts):
@@ -155,6 +156,21 @@ def test_what_follows_on_regenerate_can_be_prepared(arguments, target, prepared)
     recipe = load_recipe(options.config, _overrides(rest, options))
     assert [source.path for source in recipe.data.train] == ["work/chats/chats.jsonl"]
     assert (recipe.target.path, recipe.data.prepared) == (target, prepared)
+
+
+def test_what_follows_on_eval_serves_the_pair():
+    options, _ = parser().parse_known_args(["eval", "--target", "a t", "--draft", "h", "--prompts", "p"])
+
+    def following(engines: dict) -> str:
+        return next_step(options, [], {"served_by": engines})
+
+    both = {SGLANG: {"--context-length": 4096}, VLLM: {}}
+    served = following(both)
+    assert served.startswith("bash launch/serve_sglang.sh --target 'a t' --head h --context-length 4096, then ")
+    words = shlex.split(following({VLLM: {"--max-model-len": 4096}}).partition(", then")[0])
+    assert words[:4] == ["vllm", "serve", "a t", "--speculative-config"] and words[5:] == ["--max-model-len", "4096"]
+    assert json.loads(words[4]) == {"method": "eagle3", "model": "h", "num_speculative_tokens": 5}
+    assert "no released engine" in following({})
 
 
 def test_every_verb_teaches(capsys):

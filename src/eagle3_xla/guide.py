@@ -1,5 +1,6 @@
 """What the command line teaches: examples in each verb's help, and the next step that each verb ends with."""
 
+import json
 import shlex
 from argparse import Namespace
 
@@ -90,8 +91,7 @@ def next_step(options: Namespace, overrides: list[str], result: dict) -> str:
         case "doctor":
             return f"eagle3-xla doctor {shlex.quote(options.head)} --target {shlex.quote(options.target)} --fix"
         case "eval":
-            pair = f"--target {shlex.quote(options.target)} --head {shlex.quote(options.draft)}"
-            return f"bash launch/serve_sglang.sh {pair}, then eagle3-xla bench --server URL --prompts {options.prompts}"
+            return _served(options.target, options.draft, options.prompts, result["served_by"])
         case "patch" if result.get("status") == "needed":
             return "eagle3-xla patch apply" + (f" --path {shlex.quote(options.path)}" if options.path else "")
         case "patch":
@@ -110,6 +110,19 @@ def next_step(options: Namespace, overrides: list[str], result: dict) -> str:
         case "config":
             return f"eagle3-xla plan --config {shlex.quote((options.diff or [options.show or 'RECIPE'])[-1])}"
     raise AssertionError(options.verb)
+
+
+def _served(target: str, head: str, prompts: str, engines: dict[str, dict[str, int]]) -> str:
+    """The command that serves the pair. engines: as doctor/engines.py has them."""
+    name = next((name for name in engines if name.startswith(("SGLang", "vLLM"))), None)
+    if name is None:
+        return "no released engine is known to serve this pair; eagle3-xla doctor says why"
+    command = f"bash launch/serve_sglang.sh --target {shlex.quote(target)} --head {shlex.quote(head)}"
+    if name.startswith("vLLM"):
+        speculative = json.dumps({"method": "eagle3", "model": head, "num_speculative_tokens": 5})
+        command = f"vllm serve {shlex.quote(target)} --speculative-config {shlex.quote(speculative)}"
+    command += "".join(f" {option} {value}" for option, value in engines[name].items())
+    return f"{command}, then eagle3-xla bench --server URL --prompts {shlex.quote(prompts)}"
 
 
 def _recipe(options: Namespace, overrides: list[str]) -> str:

@@ -47,6 +47,16 @@ def test_on_the_cpu_and_without_a_head(name):
     assert not any(flag.startswith("--speculative") for flag in found)
 
 
+def test_a_longrope_target(tmp_path):
+    (tmp_path / "config.json").write_text(
+        '{"max_position_embeddings": 131072,\n "original_max_position_embeddings": 4096,\n'
+        ' "rope_scaling": {"type": "longrope"}}'
+    )
+    assert flags(SGLANG, "--target", tmp_path, "--head", "h")["--context-length"] == "4096"
+    assert flags(SGLANG, "--target", tmp_path, "--head", "h", "--context-length", 99)["--context-length"] == "99"
+    assert "--context-length" not in flags(SGLANG, "--target", "t", "--head", "h")
+
+
 def line(done: subprocess.CompletedProcess, code: int) -> str:
     """The script's own line, the last on stderr."""
     assert done.returncode == code, done.stdout + done.stderr

@@ -317,6 +317,17 @@ def test_commands_for_the_engines_that_serve_its_target(kind, tied, engines, exp
     assert ("patch apply" in written) == (kind == "qwen2")
 
 
+def test_commands_for_a_longrope_target(exported_head, small_target):
+    """Its head has no positions beyond the target's first context."""
+    target = read_target(str(small_target))
+    target.config.model_type, target.config.rope_scaling = "phi3", {"type": "longrope"}
+    target.config.original_max_position_embeddings = 256
+    nothing = RunFacts("", [], []), Licences("", "", ())
+    written = card(read_head(exported_head), target, None, "me/head", [], *nothing)
+    options = re.findall(r"(?:--)?(?:context|max).(?:length|model-len)[ =]\d+", written)
+    assert options == ["--context-length 256", "--max-model-len 256", "context_length=256"]
+
+
 def test_a_card_of_the_run(small_run, small_target, chat_file, tmp_path, exported_head):
     recipe = load_recipe(None, small_run)
     prepare(recipe)

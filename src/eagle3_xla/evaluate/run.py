@@ -11,6 +11,7 @@ from tqdm import tqdm
 from eagle3_xla.data.prompts import Prompt, read_prompts
 from eagle3_xla.data.tokenizer import TemplateFailed, answer_of, load_tokenizer, render_chat, stop_token_ids
 from eagle3_xla.data.vocab import draft_ids_of
+from eagle3_xla.doctor.engines import served_by
 from eagle3_xla.doctor.run import first_failure
 from eagle3_xla.draft.model import Eagle3Head
 from eagle3_xla.draft.saved import SavedHead, layers_of, load_head, read_head
@@ -67,7 +68,10 @@ def evaluate(
     if not options.force and (problem := first_failure(draft, target_path)):
         raise UserError(f"{draft} fails a rule of `doctor`, {problem}; --force measures it all the same")
     about = measured("eval", draft, target_path, prompts)
-    pair = load_pair(target_path, draft, options)
+    saved = read_head(draft)
+    pair = load_pair(target_path, saved, options)
+    engines = served_by(saved, pair.model.config)
+    del saved
     tokenizer = load_tokenizer(target_path)
     longest = pair.model.config.max_position_embeddings
     asked = read_prompts(prompts, options.limit)
@@ -92,6 +96,7 @@ def evaluate(
     forced = [teacher_forced(target, head, pair.d2t, t.ids, t.generation.tokens, options.steps) for t in turns]
     figures = summary(with_head, plain, forced, options) | lengths
     figures |= {"prompts": len(asked), "answers": len(turns), "turns_without_room": left_out, "measured": about}
+    figures["served_by"] = engines
     figures["by_category"] = _by_name([asked[turn.prompt].category for turn in turns], with_head)
     figures["by_source"] = _by_name([asked[turn.prompt].source for turn in turns], with_head)
     by_context = _grouped(call for prompt, g in zip(ids, with_head) for call in _calls_by_context(len(prompt), g))

@@ -4,11 +4,12 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from eagle3_xla.checks import escaped
+from eagle3_xla.doctor.engines import served_by
 from eagle3_xla.doctor.weight_rules import EMBEDDING
-from eagle3_xla.draft.saved import ARCHITECTURE, FLAGS, NORM_FLAGS, SavedHead, layers_of, window_of
+from eagle3_xla.draft.saved import SavedHead, layers_of
 from eagle3_xla.evaluate.results import Figures
 from eagle3_xla.serve.run_facts import RunFacts
-from eagle3_xla.target.families import FAMILIES, SGLANG, VLLM, aux_layers, sglang_jax_serves
+from eagle3_xla.target.families import SGLANG, SGLANG_JAX, VLLM, aux_layers
 
 ALL_POSITIONS = """Others report `acc_k`: how often the head's first choice at TTT step k is the target's, on given
 text and over all positions, the user's turns included. That is no acceptance. For comparison, k = 0, 1, ...:"""
@@ -74,7 +75,7 @@ head; "-" where there is none, or where the answers were not the same.
 {f"Figures by category and drafted answers: [{report}]({report})." + chr(10) if report else ""}{all_positions}
 ## Serve
 
-{_commands(head, target.config, layers == default, served, repo)}
+{_commands(head, target.config, served, repo)}
 ## Method
 
 EAGLE-3 (training-time test): the head reads hidden states of three of the target's layers at its first step and its own
@@ -114,21 +115,21 @@ named above and on no others.{"".join(f" {limit}" for limit in facts.limits)}
 """
 
 
-def _commands(head: SavedHead, target: Any, default_layers: bool, served: str, repo: str) -> str:
-    """For the engines that serve such a target and compute the head as it was trained, which `doctor` says.
+def _commands(head: SavedHead, target: Any, served: str, repo: str) -> str:
+    """For the engines that serve them. target: its config; served: its name there."""
+    engines = served_by(head, target)
 
-    target: its config; served: its name there.
-    """
-    flag = argument = ""
-    if window := window_of(head.config):  # SGLang counts the positions before a row's own
-        flag = f" \\\n  --speculative-draft-window-size {window - 1}"
-        argument = f"\n        speculative_draft_window_size={window - 1},"
+    def options(engine: str) -> str:
+        return "".join(f" \\\n  {name} {value}" for name, value in engines.get(engine, {}).items())
+
+    named = {name.removeprefix("--").replace("-", "_"): value for name, value in engines.get(SGLANG, {}).items()}
+    arguments = "".join(f"\n        {name}={value}," for name, value in named.items())
     sglang = f"""SGLang:
 
 ```bash
 python -m sglang.launch_server --model-path {served} --speculative-algorithm EAGLE3 \\
   --speculative-draft-model-path {repo} --speculative-num-steps 5 --speculative-eagle-topk 4 \\
-  --speculative-num-draft-tokens 8 --dtype bfloat16{flag}
+  --speculative-num-draft-tokens 8 --dtype bfloat16{options(SGLANG)}
 ```
 """
     patched = ", with the patch of `eagle3-xla patch apply --engine sglang-jax`" if target.model_type == "qwen2" else ""
@@ -144,7 +145,7 @@ python -m sgl_jax.launch_server --model-path {served} --speculative-algorithm EA
 
 ```bash
 vllm serve {served} \\
-  --speculative-config '{{"method": "eagle3", "model": "{repo}", "num_speculative_tokens": 5}}'
+  --speculative-config '{{"method": "eagle3", "model": "{repo}", "num_speculative_tokens": 5}}'{options(VLLM)}
 ```
 """
     python = f"""Python, in SGLang:
@@ -160,21 +161,14 @@ if __name__ == "__main__":
         speculative_draft_model_path="{repo}",
         speculative_num_steps=5,
         speculative_eagle_topk=4,
-        speculative_num_draft_tokens=8,{argument}
+        speculative_num_draft_tokens=8,{arguments}
     )
     print(engine.generate("The capital of France is", {{"temperature": 0, "max_new_tokens": 32}})["text"])
 ```
 """
-    family, plain = FAMILIES.get(target.model_type), head.config.get("architectures") == [ARCHITECTURE]
-    engines = family.engines if family else (SGLANG, VLLM)
-    in_sglang = plain and SGLANG in engines
-    normed = any(head.config.get(name) for name in (*FLAGS, *NORM_FLAGS))
-    in_jax = plain and default_layers and not (window or normed) and sglang_jax_serves(target)
-    whole = "d2t" in head.tensors and head.config["draft_vocab_size"] == target.vocab_size  # vLLM stops at that d2t
-    in_vllm = VLLM in engines and not whole
-    blocks = [(sglang, in_sglang), (sglang_jax, in_jax), (vllm, in_vllm), (python, in_sglang)]
+    blocks = ((SGLANG, sglang), (SGLANG_JAX, sglang_jax), (VLLM, vllm), (SGLANG, python))
     none = f"No released engine is known to hand the hidden states of {target.model_type} to a head.\n"
-    return "\n".join(block for block, shown in blocks if shown) or none
+    return "\n".join(block for engine, block in blocks if engine in engines) or none
 
 
 def _licences(licences: Licences) -> str:

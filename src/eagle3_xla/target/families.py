@@ -50,7 +50,7 @@ BY_LAYER, ALL_LAYERS = "by layer", "all layers"
 
 # What serves a target's head as released; tests/engines/test_target_classes.py reads it in their sources.
 # SGLang calls `set_eagle3_layers_to_capture` of any target's class, vLLM asks for SupportsEagle3.
-SGLANG, VLLM = "SGLang 0.5.21", "vLLM 0.32"
+SGLANG, VLLM, SGLANG_JAX = "SGLang 0.5.21", "vLLM 0.32", "sglang-jax"
 IN_SGLANG_JAX = ("qwen2", "llama", "qwen3")  # at cddbf6f1: Qwen2 by patches/sglang-jax-qwen2.patch
 
 
