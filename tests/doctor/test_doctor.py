@@ -3,6 +3,7 @@
 import json
 import re
 import shutil
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -23,8 +24,10 @@ from eagle3_xla.doctor.config_rules import dtype, engines
 from eagle3_xla.doctor.files import Target
 from eagle3_xla.doctor.position_rules import max_positions, window
 from eagle3_xla.doctor.run import doctor
-from eagle3_xla.draft.saved import layers_of, read_head
+from eagle3_xla.draft.saved import expected_shapes, layers_of, read_head
 from eagle3_xla.errors import UserError
+from eagle3_xla.evaluate.options import EvalOptions
+from eagle3_xla.evaluate.run import evaluate
 from eagle3_xla.target.families import SGLANG, VLLM
 
 IDS = "eagle_aux_hidden_state_layer_ids"
@@ -216,6 +219,29 @@ def test_what_no_engine_makes_of_a_foreign_head(exported_head, small_target, tmp
         assert status(doctor(head, str(small_target)), rule) == "fail"
         result = doctor(head, str(small_target), fix=True)
         assert (status(result, rule) != "fail") == mended, result["screen"]
+
+
+def test_a_head_of_its_own_hidden_size(exported_head, small_target, chat_file, tmp_path):
+    """As yuhuili/EAGLE3-LLaMA3.3-Instruct-70B is, 6144 for a target of 8192."""
+    head = shutil.copytree(exported_head, tmp_path / "head")
+    own = {"hidden_size": 32, "target_hidden_size": 64, "intermediate_size": 96}
+    config = json.loads((head / "config.json").read_text())
+    sized = SimpleNamespace(**config | own, qk_norm=False)
+    tensors = {name: torch.rand(shape) for name, shape in expected_shapes(sized).items()}
+    assert tensors["fc.weight"].shape == (32, 192)
+    tensors["embed_tokens.weight"] = torch.rand(config["vocab_size"], 32)
+    edit(head, lambda config, saved: (config.update(own), saved.update(tensors)), foreign=True)
+    before = (head / "config.json").read_text()
+    result = doctor(head, str(small_target), fix=True)
+    assert result["ok"] and status(result, "target_size") == "warn", result["screen"]
+    assert (status(result, "embedding"), (head / "config.json").read_text()) == ("pass", before)
+    with pytest.raises(UserError, match="hidden_size is 32 and target_hidden_size 64: SGLang and vLLM serve"):
+        evaluate(str(small_target), str(head), str(chat_file), EvalOptions())
+    edit(head, setting(target_hidden_size=96), foreign=True)
+    assert status(doctor(head, str(small_target)), "target_size") == "fail"
+    assert doctor(head, str(small_target), fix=True)["fixed"] == {"target_hidden_size": [96, 64]}
+    edit(head, weights("embed_tokens.weight", lambda own: None), foreign=True)
+    assert status(doctor(head, str(small_target)), "embedding") == "fail"
 
 
 def test_foreign_layer_ids(exported_head, small_target, tmp_path):

@@ -122,20 +122,24 @@ def sizes(head: SavedHead, target: Target) -> Finding:
 
 
 def target_size(head: SavedHead, target: Target) -> Finding:
-    """The features that the head reads and the embedding that it borrows are the target's."""
-    config, hidden = head.config, target.config.hidden_size
-    given = config.get("target_hidden_size")
+    """The features that the head reads are the target's; its own hidden size may be another one."""
+    hidden, given = target.config.hidden_size, head.config.get("target_hidden_size")
     fc = head.shape("fc.weight")
-    if fc and fc != (hidden, 3 * hidden):
+    if fc and (len(fc) != 2 or fc[1] != 3 * hidden or (fc[0] != hidden and given is None)):
         message = f"fc.weight is {list(fc)} and the target's hidden size {hidden}, so [{hidden}, {3 * hidden}] is "
         return Finding("target_size", "fail", message + "expected: this is a head for another target")
+    own = fc[0] if fc else head.config.get("hidden_size")
     if given is None:
         return Finding("target_size", "pass", f"hidden size {hidden}")
-    message = (
-        f"target_hidden_size is {given}; when it equals hidden_size it must be left out, for one reader of it then "
-    )
-    message += "doesn't load the embeddings"
-    return Finding("target_size", "warn" if given == hidden else "fail", message, {"target_hidden_size": None})
+    if own == hidden:
+        message = f"target_hidden_size is {given}; of a head of the target's hidden size it must be left out, for one "
+        message += "reader of it then doesn't load the embeddings"
+        return Finding("target_size", "warn" if given == hidden else "fail", message, {"target_hidden_size": None})
+    if given != hidden:
+        message = f"target_hidden_size is {given} and the target's hidden size {hidden}, which fc.weight has"
+        return Finding("target_size", "fail", message, {"target_hidden_size": hidden} if fc else None)
+    message = f"hidden size {own}, the target's {hidden}: SGLang and vLLM serve it, with embeddings of its own; `eval` "
+    return Finding("target_size", "warn", message + "and `gap` here refuse the head")
 
 
 def heads(head: SavedHead, target: Target) -> Finding:

@@ -29,6 +29,7 @@ def served_by(head: SavedHead, target: Any) -> dict[str, dict[str, int]]:
         found[SGLANG] |= {"--context-length": context} if context else {}
     default = aux_layers(target.num_hidden_layers)
     other = window or any(config.get(name) for name in (*FLAGS, *NORM_FLAGS))
+    other = other or config.get("target_hidden_size") not in (None, config.get("hidden_size"))
     if plain and not other and layers_of(head, target.num_hidden_layers) in (None, default):
         found |= {SGLANG_JAX: {}} if sglang_jax_serves(target) else {}
     mapped = "d2t" in head.tensors and config["draft_vocab_size"] == target.vocab_size  # vLLM has no place for that d2t

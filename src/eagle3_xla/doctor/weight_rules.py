@@ -19,7 +19,7 @@ FLOATS = (torch.bfloat16, torch.float16, torch.float32)
 def wanted_shapes(head: SavedHead) -> dict[str, tuple[int, ...]]:
     """Shapes of the tensors that every engine loads, from config.json; 0 where it doesn't tell."""
     names = ("hidden_size", "intermediate_size", "draft_vocab_size", "num_attention_heads", "num_key_value_heads")
-    config = SimpleNamespace(**{name: head.config.get(name) or 0 for name in names})
+    config = SimpleNamespace(**{name: head.config.get(name) or 0 for name in (*names, "target_hidden_size")})
     heads = config.num_attention_heads
     config.head_dim = head.config.get("head_dim") or (config.hidden_size // heads if heads else 0)
     config.qk_norm = head.config.get("architectures") == [QK_NORM_ARCHITECTURE]
@@ -141,16 +141,25 @@ def end_of_turn(head: SavedHead, target: Target) -> Finding:
 
 
 def embedding(head: SavedHead, target: Target) -> Finding:
-    """Left out or the target's own: some engines take the head's, some the target's."""
+    """Left out or the target's own: some engines take the head's, some the target's. A head of another hidden size
+    than its target needs its own.
+    """
+    size, of_target = head.config.get("hidden_size"), target.config.hidden_size
+    if size != of_target == head.config.get("target_hidden_size"):
+        given, wanted = head.shape(EMBEDDING), (target.config.vocab_size, size)
+        if given == wanted:
+            return Finding("embedding", "pass", "embed_tokens is the head's own, of its own hidden size")
+        message = f"embed_tokens is {list(given) if given else 'missing'} and {list(wanted)} is expected: the target's "
+        return Finding("embedding", "fail", message + f"embeddings, of hidden size {of_target}, are none for this head")
     if EMBEDDING not in head.tensors:
         return Finding("embedding", "pass", "left out: engines lend the target's")
     try:
-        own, of_target = head.tensors[EMBEDDING], _target_embedding(target)
+        own, lent = head.tensors[EMBEDDING], _target_embedding(target)
     except (UserError, OSError, SafetensorError) as error:
         return Finding("embedding", "fail", f"embed_tokens can't be compared with the target's: {error}")
-    if of_target is None:
+    if lent is None:
         return Finding("embedding", "warn", "embed_tokens is there, and the target's weights are not, to compare it")
-    if own.shape == of_target.shape and torch.allclose(own.float(), of_target.float(), rtol=1e-2, atol=1e-4):
+    if own.shape == lent.shape and torch.allclose(own.float(), lent.float(), rtol=1e-2, atol=1e-4):
         return Finding("embedding", "pass", "embed_tokens is the target's")
     message = "embed_tokens differs from the target's: engines that use it see other tokens than in training; drop it "
     return Finding("embedding", "fail", message + "from the file")

@@ -188,10 +188,11 @@ def load_head(saved: SavedHead | Path, force: bool = False) -> tuple[Eagle3Head,
 def expected_shapes(config: Any) -> dict[str, tuple[int, ...]]:
     """Shapes of the head's weights by name. config: anything with a LlamaConfig's fields."""
     h, m, head_dim = config.hidden_size, config.intermediate_size, config.head_dim
+    of_target = getattr(config, "target_hidden_size", None) or h
     rows, kv_rows = config.num_attention_heads * head_dim, config.num_key_value_heads * head_dim
     attention, mlp = "midlayer.self_attn", "midlayer.mlp"
     shapes: dict[str, tuple[int, ...]] = {
-        "fc.weight": (h, 3 * h),
+        "fc.weight": (h, 3 * of_target),
         f"{attention}.q_proj.weight": (rows, 2 * h),
         f"{attention}.k_proj.weight": (kv_rows, 2 * h),
         f"{attention}.v_proj.weight": (kv_rows, 2 * h),
@@ -240,6 +241,11 @@ def module_config(head: SavedHead, force: bool = False) -> LlamaConfig:
             )
     hidden, heads = field("hidden_size"), field("num_attention_heads")
     kv_heads, head_dim = field("num_key_value_heads", heads), field("head_dim", max(1, hidden // heads))
+    if (of_target := field("target_hidden_size", hidden)) != hidden:
+        raise UserError(
+            f"{head.file}: hidden_size is {hidden} and target_hidden_size {of_target}: SGLang and vLLM serve such a "
+            "head, `eval`, `gap` and train.warm_start here take one of the target's hidden size alone"
+        )
     if heads % kv_heads or head_dim % 2:
         raise UserError(f"{head.file}: {heads} attention heads, {kv_heads} KV heads, head_dim {head_dim} don't fit")
     if field("draft_vocab_size") > field("vocab_size"):
