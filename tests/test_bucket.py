@@ -1,11 +1,12 @@
 """Every verb with everything in a bucket: data, target, run and head; the same bytes as on a disk."""
 
 import json
+import shutil
 from dataclasses import replace
 
 import pytest
 import torch
-from safetensors.torch import load
+from safetensors.torch import load, save_file
 
 from eagle3_xla import storage
 from eagle3_xla.config import Recipe, load_recipe
@@ -83,6 +84,20 @@ def test_weights_at_a_url_are_read_tensor_by_tensor(gcs, small_target):
         assert torch.equal(here.read(name), there.read(name))
     with pytest.raises(UserError, match="is missing"):
         there.read("nothing")
+
+
+def test_doctor_copies_no_weights_of_a_target(gcs, small_target, exported_head, tmp_path, monkeypatch):
+    """Of a head that brings the target's embeddings, these alone are read there."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    url, head = f"{gcs.url}/doctor", shutil.copytree(exported_head, tmp_path / "head")
+    storage.upload_folder(small_target, url)
+    own = load((head / "model.safetensors").read_bytes())
+    of_target = load((small_target / "model.safetensors").read_bytes())["model.embed_tokens.weight"]
+    save_file(own | {"embed_tokens.weight": of_target}, head / "model.safetensors")
+    rules = {rule["rule"]: rule["message"] for rule in doctor(head, url)["rules"]}
+    assert rules["embedding"] == "embed_tokens is the target's"
+    copied = {file.name for file in (tmp_path / "cache").rglob("*") if file.is_file()}
+    assert "tokenizer_config.json" in copied and "model.safetensors" not in copied
 
 
 @pytest.mark.parametrize(

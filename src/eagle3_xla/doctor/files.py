@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from eagle3_xla import storage
-from eagle3_xla.data.tokenizer import load_config
+from eagle3_xla.data.tokenizer import load_config, small_files
 
 
 @dataclass
@@ -20,7 +20,7 @@ class Finding:
 
 @dataclass
 class Target:
-    """config: Hugging Face config; folder: None for a hub id."""
+    """config: Hugging Face config; folder: None for a hub id, of a URL a copy without the weights."""
 
     name: str
     config: Any
@@ -33,4 +33,4 @@ class Target:
 
 def read_target(path: str) -> Target:
     config, here = load_config(path), storage.is_url(path) or Path(path).is_dir()
-    return Target(path, config, storage.local_folder(path) if here else None)
+    return Target(path, config, Path(small_files(path)) if here else None)

@@ -6,11 +6,13 @@ from types import SimpleNamespace
 import torch
 from safetensors import SafetensorError, safe_open
 
+from eagle3_xla import storage
 from eagle3_xla.checks import mapping, read_json
 from eagle3_xla.data.tokenizer import stop_token_ids
 from eagle3_xla.doctor.files import Finding, Target
 from eagle3_xla.draft.saved import QK_NORM_ARCHITECTURE, SavedHead, d2t_problem, expected_shapes
 from eagle3_xla.errors import UserError
+from eagle3_xla.target.weights import RangedFile
 
 EMBEDDING = "embed_tokens.weight"
 FLOATS = (torch.bfloat16, torch.float16, torch.float32)
@@ -173,9 +175,15 @@ def _target_embedding(target: Target) -> torch.Tensor | None:
     file: object = "model.safetensors"
     if index.is_file():
         file = mapping(read_json(index).get("weight_map"), f"{index}: weight_map").get(name)
-    if not isinstance(file, str) or Path(file).name != file or not (target.folder / file).is_file():
+    if not isinstance(file, str) or Path(file).name != file:
         return None
-    with safe_open(target.folder / file, framework="pt") as opened:
+    location = storage.join(target.name, file)
+    if not storage.exists(location):
+        return None
+    if storage.is_url(location):  # one request for the tensor, where the file has many
+        weights = RangedFile(location)
+        return weights.get_tensor(name) if name in weights.keys() else None
+    with safe_open(location, framework="pt") as opened:
         return opened.get_tensor(name) if name in opened.keys() else None
 
 
