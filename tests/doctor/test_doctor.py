@@ -20,7 +20,9 @@ from transformers import (
     Qwen3MoeConfig,
 )
 
+from eagle3_xla.data.tokenizer import load_config
 from eagle3_xla.doctor.config_rules import dtype, engines
+from eagle3_xla.doctor.engines import served_by
 from eagle3_xla.doctor.files import Target
 from eagle3_xla.doctor.position_rules import max_positions, window
 from eagle3_xla.doctor.run import doctor
@@ -254,11 +256,23 @@ def test_foreign_layer_ids(exported_head, small_target, tmp_path):
         ([0, 2, 5], [1, 3, 6], "warn", False),
         (None, [2, 4, 5], "pass", True),
         (None, [1, 3, 4], "fail", True),
+        ([4, 1, 3], [5, 2, 4], "warn", False),  # every engine hands on 1, 3, 4
+        ([0, 2, 7], [1, 3, 8], "warn", False),  # SGLang has no output of this target's last layer
         ([1, 3, "4"], None, "fail", False),
     ):
         edit(head, setting(**{"eagle_config": {IDS: inner}, IDS: top}), foreign=True)
         assert status(doctor(head, str(small_target)), "aux_layers") == expected, (inner, top)
         assert (status(doctor(head, str(small_target), fix=True), "aux_layers") == "pass") == mended, (inner, top)
+        engines = served_by(read_head(head), load_config(str(small_target))) if expected != "fail" else {SGLANG: {}}
+        assert (SGLANG in engines) == (inner != [0, 2, 7])
+
+
+def test_eval_reads_layers_in_the_engines_order(exported_head, tmp_path):
+    head = shutil.copytree(exported_head, tmp_path / "head")
+    edit(head, setting(eagle_config={IDS: [5, 0, 2]}), foreign=True)
+    assert layers_of(read_head(head), 8) == (0, 2, 5)
+    edit(head, setting(**{"eagle_config": None, IDS: [6, 1, 3]}), foreign=True)
+    assert layers_of(read_head(head), 8) == (0, 2, 5)
 
 
 def test_foreign_layer_ids_that_a_runner_of_vllm_reads_alone(exported_head, small_target, tmp_path):

@@ -1,13 +1,14 @@
 """Which target's class hands hidden states to a head, read in the sources of the installed engines."""
 
 import ast
+import re
 from pathlib import Path
 
 import pytest
 from engines.servers import engine_python
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
-from eagle3_xla.target.families import FAMILIES, SGLANG, VLLM
+from eagle3_xla.target.families import FAMILIES, LAST_IN_SGLANG, SGLANG, VLLM
 
 GENERIC = "TransformersForCausalLM"  # of a target that the engine has no class for
 
@@ -37,15 +38,20 @@ def inherits(file: Path, name: str, wanted: str) -> bool:
     return False
 
 
-def sglang_serves(architecture: str) -> bool:
-    folder = models("sglang", "srt/models")
-    for file in folder.glob("*.py"):
+def sglang_file(architecture: str) -> Path:
+    """Where SGLang's class of a target is."""
+    for file in models("sglang", "srt/models").glob("*.py"):
         for node in tree_of(file).body if architecture in file.read_text() else ():
             of_entry = isinstance(node, ast.Assign) and getattr(node.targets[0], "id", "") == "EntryClass"
             if of_entry and architecture in {child.id for child in ast.walk(node.value) if isinstance(child, ast.Name)}:
-                return inherits(file, architecture, "set_eagle3_layers_to_capture")
+                return file
     assert architecture != GENERIC
-    return sglang_serves(GENERIC)
+    return sglang_file(GENERIC)
+
+
+def sglang_serves(architecture: str) -> bool:
+    file = sglang_file(architecture)
+    return inherits(file, architecture if architecture in file.read_text() else GENERIC, "set_eagle3_layers_to_capture")
 
 
 def vllm_serves(architecture: str) -> bool:
@@ -63,3 +69,11 @@ def vllm_serves(architecture: str) -> bool:
 def test_families(engine, serves):
     served = {kind for kind in FAMILIES if serves(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[kind])}
     assert served == {kind for kind, family in FAMILIES.items() if engine in family.engines}
+
+
+def test_whose_last_layer_sglang_hands_out():
+    """A look at the index behind the last layer, after the loop over the layers."""
+    served = [kind for kind, family in FAMILIES.items() if SGLANG in family.engines]
+    files = {kind: sglang_file(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[kind]).read_text() for kind in served}
+    behind = re.compile(r"(num|end)_layers? in self.layers_to_capture")
+    assert {kind for kind in served if behind.search(files[kind])} == {*LAST_IN_SGLANG}

@@ -26,6 +26,7 @@ from eagle3_xla.target.families import (
     SGLANG,
     VLLM,
     aux_layers,
+    sglang_captures,
     sglang_jax_serves,
 )
 
@@ -301,6 +302,8 @@ def aux_layer_ids(head: SavedHead, target: Target) -> Finding:
         return Finding("aux_layers", "fail", str(error))
     sglang, v1, v2 = read.values()
     trained = default if head.record else None
+    written = [ids for ids in (config.get(key), nested.get(key), nested.get(NESTED_IDS)) if ids and ids != sorted(ids)]
+    order = f"{written[0]}: engines hand the layers on from the lowest, so fc must be trained so" if written else ""
     rest = {name: value for name, value in nested.items() if name not in (key, NESTED_IDS)}
     fix = {name: value for name, value in ((key, None), ("eagle_config", rest or None)) if name in config}
     if nested.get("use_aux_hidden_state") is False:
@@ -309,6 +312,8 @@ def aux_layer_ids(head: SavedHead, target: Target) -> Finding:
     says = f"SGLang would capture layers {sglang}, vLLM "
     says += f"{v1}" if v1 == v2 else f"{v1} by its V1 runner, {v2} by its V2, which runs where Triton is"
     if sglang == v1 == v2 == default:
+        if order and not trained:
+            return Finding("aux_layers", "warn", order)
         return Finding("aux_layers", "pass", f"{default}, the default ones")
     if trained:
         message = f"{says}; the head was trained on {trained}: acceptance falls (3.40 -> 2.01 for ids off by one)"
@@ -320,6 +325,10 @@ def aux_layer_ids(head: SavedHead, target: Target) -> Finding:
     if sglang in ([i + 1 for i in default], [i - 1 for i in default]):
         return Finding("aux_layers", "fail", f"{says}: the default layers {default} off by one")
     message = f"{says}, not the default {default}: sglang-jax and the CUDA graphs of SGLang up to 0.5.3 take only those"
+    if not sglang_captures(target.config, sglang):
+        message = f"{says}: {SGLANG} hands out no output of {target.config.model_type}'s last layer, {number - 1}, and "
+        message += "stops; vLLM serves it"
+    message += f"; {order}" if order else ""
     return Finding("aux_layers", "warn", message)
 
 

@@ -11,6 +11,7 @@ from eagle3_xla.target.families import (
     aux_layers,
     context_length,
     is_longrope,
+    sglang_captures,
     sglang_jax_serves,
 )
 
@@ -24,13 +25,13 @@ def served_by(head: SavedHead, target: Any) -> dict[str, dict[str, int]]:
     plain, window = config.get("architectures") == [ARCHITECTURE], window_of(config)
     context = context_length(target) if is_longrope(target) else None  # the head has no positions beyond it
     found: dict[str, dict[str, int]] = {}
-    if plain and SGLANG in known:
+    layers, default = layers_of(head, target.num_hidden_layers), aux_layers(target.num_hidden_layers)
+    if plain and SGLANG in known and sglang_captures(target, layers or default):
         found[SGLANG] = {"--speculative-draft-window-size": window - 1} if window else {}  # before a row's own
         found[SGLANG] |= {"--context-length": context} if context else {}
-    default = aux_layers(target.num_hidden_layers)
     other = window or any(config.get(name) for name in (*FLAGS, *NORM_FLAGS))
     other = other or config.get("target_hidden_size") not in (None, config.get("hidden_size"))
-    if plain and not other and layers_of(head, target.num_hidden_layers) in (None, default):
+    if plain and not other and layers in (None, default):
         found |= {SGLANG_JAX: {}} if sglang_jax_serves(target) else {}
     mapped = "d2t" in head.tensors and config["draft_vocab_size"] == target.vocab_size  # vLLM has no place for that d2t
     if VLLM in known and not mapped:

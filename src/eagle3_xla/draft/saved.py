@@ -354,7 +354,8 @@ def layer_ids(config: dict, number_of_layers: int) -> dict[str, list[int] | None
     SGLang: eagle_aux_hidden_state_layer_ids under eagle_config are layers. vLLM: those at the top level are indices of
     Hugging Face's hidden_states, one more than the layer; without them its V1 runner (v1/worker/gpu_model_runner.py)
     takes those under eagle_config, its V2 runner (v1/worker/gpu/spec_decode/eagle/eagle3_utils.py), which runs where
-    Triton is, `layer_ids` under eagle_config. Raises UserError unless they are three distinct layers.
+    Triton is, `layer_ids` under eagle_config. Every engine hands the layers on from the lowest, whatever the order in
+    config.json; so are they sorted here. Raises UserError unless they are three distinct layers.
     """
     nested, top = config.get("eagle_config") or {}, config.get(LAYER_IDS)
     inner, of_v2 = nested.get(LAYER_IDS), nested.get(NESTED_IDS)
@@ -369,8 +370,8 @@ def layer_ids(config: dict, number_of_layers: int) -> dict[str, list[int] | None
         ):
             span = f"{first}..{number_of_layers - 1 + first}"
             raise UserError(f"{name} is {shown(ids)}; three distinct layers in {span} are expected")
-    v1, v2 = ([i - 1 for i in ids] if ids else None for ids in (top or inner, top or of_v2))
-    return {"SGLang": inner, "vLLM V1": v1, "vLLM V2": v2}
+    v1, v2 = ([i - 1 for i in sorted(ids)] if ids else None for ids in (top or inner, top or of_v2))
+    return {"SGLang": sorted(inner) if inner else None, "vLLM V1": v1, "vLLM V2": v2}
 
 
 def layers_of(head: SavedHead, number_of_layers: int) -> tuple[int, ...] | None:

@@ -5,6 +5,7 @@ engine serves looks well in training and dies in serving. tests/target/test_fami
 """
 
 import math
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -51,6 +52,7 @@ BY_LAYER, ALL_LAYERS = "by layer", "all layers"
 # What serves a target's head as released; tests/engines/test_target_classes.py reads it in their sources.
 # SGLang calls `set_eagle3_layers_to_capture` of any target's class, vLLM asks for SupportsEagle3.
 SGLANG, VLLM, SGLANG_JAX = "SGLang 0.5.21", "vLLM 0.32", "sglang-jax"
+LAST_IN_SGLANG = ("gpt_oss", "gemma3_text")  # whose classes in SGLang hand out the last layer's output too
 IN_SGLANG_JAX = ("qwen2", "llama", "qwen3")  # at cddbf6f1: Qwen2 by patches/sglang-jax-qwen2.patch
 
 
@@ -223,6 +225,12 @@ def _unread_rope(written: dict) -> str | None:
                 "say all of it there too"
             )
     return None
+
+
+def sglang_captures(config: Any, layers: Iterable[int]) -> bool:
+    """Whether SGLang's class of this target, where it has one for a head, hands out the outputs of these layers."""
+    last = config.num_hidden_layers - 1 in layers
+    return not last or config.model_type in LAST_IN_SGLANG or config.model_type not in FAMILIES
 
 
 def sglang_jax_serves(config: Any) -> bool:
