@@ -159,18 +159,38 @@ def test_what_follows_on_regenerate_can_be_prepared(arguments, target, prepared)
 
 
 def test_what_follows_on_eval_serves_the_pair():
-    options, _ = parser().parse_known_args(["eval", "--target", "a t", "--draft", "h", "--prompts", "p"])
-
-    def following(engines: dict) -> str:
-        return next_step(options, [], {"served_by": engines})
-
-    both = {SGLANG: {"--context-length": 4096}, VLLM: {}}
-    served = following(both)
+    asked = ("eval", "--target", "a t", "--draft", "h", "--prompts", "p")
+    served = following({"served_by": {SGLANG: {"--context-length": 4096}, VLLM: {}}}, *asked)
     assert served.startswith("bash launch/serve_sglang.sh --target 'a t' --head h --context-length 4096, then ")
-    words = shlex.split(following({VLLM: {"--max-model-len": 4096}}).partition(", then")[0])
+    words = shlex.split(following({"served_by": {VLLM: {"--max-model-len": 4096}}}, *asked).partition(", then")[0])
     assert words[:4] == ["vllm", "serve", "a t", "--speculative-config"] and words[5:] == ["--max-model-len", "4096"]
     assert json.loads(words[4]) == {"method": "eagle3", "model": "h", "num_speculative_tokens": 5}
-    assert "no released engine" in following({})
+    assert "no released engine" in following({"served_by": {}}, *asked)
+
+
+def following(result: dict, *arguments: str) -> str:
+    options, _ = parser().parse_known_args(arguments)
+    return next_step(options, [], result)
+
+
+def test_what_follows_on_doctor():
+    asked = ("doctor", "a head", "--target", "t")
+    assert following({"ok": False, "fixable": True}, *asked) == "eagle3-xla doctor 'a head' --target t --fix"
+    for arguments, fixable in (([*asked, "--fix"], True), (asked, False)):
+        assert "export again" in following({"ok": False, "fixable": fixable}, *arguments)
+    away = following({"ok": False, "fixable": True}, "doctor", "gs://b/a/head", "--target", "t")
+    assert away == "copy gs://b/a/head to this machine, then eagle3-xla doctor head --target t --fix"
+
+
+def test_what_follows_on_gap_can_be_pushed():
+    gap = ["gap", "--server", "http://a", "--prompts", "p q", "--target", "t", "--draft", "a head"]
+    bench, push = (shlex.split(command) for command in following({"ok": True}, *gap).split(", then "))
+    options, rest = parser().parse_known_args(bench[1 : bench.index(">")])
+    assert (options.server, options.prompts, options.draft, options.json) == ("http://a", "p q", "a head", True)
+    assert not rest and bench[-1] == "bench.json" == push[push.index("--results") + 1]
+    assert push[:3] == ["eagle3-xla", "push", "a head"] and "--dry-run" in push
+    gap[-1] = "gs://b/head"
+    assert following({"ok": True}, *gap).startswith("copy gs://b/head to this machine, then eagle3-xla bench ")
 
 
 def test_every_verb_teaches(capsys):

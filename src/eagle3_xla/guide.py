@@ -4,6 +4,8 @@ import json
 import shlex
 from argparse import Namespace
 
+from eagle3_xla import storage
+
 OWN_DATA = "--data.prepared=work/data '--data.train=[my-chats.jsonl]' '--data.heldout=[my-heldout.jsonl]'"
 SMALL = "--config smollm2-cpu --target.path=quickstart/target"
 LARGE = "--config qwen2.5-7b-v4-32 --data.prepared=gs://my-bucket/data"
@@ -64,8 +66,8 @@ def next_step(options: Namespace, overrides: list[str], result: dict) -> str:
     recipe = _recipe(options, overrides)
     match options.verb:
         case "quickstart":
-            own = f"--target.path={options.out}/target {OWN_DATA}"
-            return f"your own chats: eagle3-xla prepare --config smollm2-cpu {own}"
+            target = shlex.quote(f"--target.path={options.out}/target")
+            return f"your own chats: eagle3-xla prepare --config smollm2-cpu {target} {OWN_DATA}"
         case "prepare":
             return f"eagle3-xla train{recipe}{_unless(overrides, 'train.out', 'RUN')}"
         case "regenerate":
@@ -88,19 +90,27 @@ def next_step(options: Namespace, overrides: list[str], result: dict) -> str:
         case "doctor" if result.get("ok"):
             pair = f"--target {shlex.quote(options.target)} --draft {shlex.quote(options.head)}"
             return f"eagle3-xla eval {pair} --prompts PROMPTS.jsonl"
+        case "doctor" if result["fixable"] and not options.fix:
+            copied, head = _here(options.head)
+            return f"{copied}eagle3-xla doctor {shlex.quote(head)} --target {shlex.quote(options.target)} --fix"
         case "doctor":
-            return f"eagle3-xla doctor {shlex.quote(options.head)} --target {shlex.quote(options.target)} --fix"
+            return "config.json alone does not mend it: export again from the checkpoint, eagle3-xla export"
         case "eval":
             return _served(options.target, options.draft, options.prompts, result["served_by"])
         case "patch" if result.get("status") == "needed":
             return "eagle3-xla patch apply" + (f" --path {shlex.quote(options.path)}" if options.path else "")
+        case "patch" if result.get("engine") == "sglang-jax":
+            return "SGLANG_JAX=CHECKOUT bash launch/serve_sglang_jax.sh --target TARGET --head HEAD"
         case "patch":
             return "bash launch/serve_sglang.sh --target TARGET --head HEAD"
         case "bench":
-            pair = "--target TARGET --draft HEAD"
-            return f"eagle3-xla gap --server {options.server} --prompts {options.prompts} {pair}"
+            return f"eagle3-xla gap {_asked(options)} --target TARGET --draft HEAD"
         case "gap" if result.get("ok"):
-            return f"eagle3-xla push {shlex.quote(options.draft)} --target {options.target} --repo OWNER/NAME --dry-run"
+            copied, *names = _here(options.target, options.draft)
+            target, head = map(shlex.quote, names)
+            bench = f"eagle3-xla bench {_asked(options)} --target {target} --draft {head} --json > bench.json"
+            push = f"eagle3-xla push {head} --target {target} --repo OWNER/NAME --results bench.json --dry-run"
+            return f"{copied}{bench}, then {push}"
         case "gap":
             return f"eagle3-xla doctor {shlex.quote(options.draft)} --target {shlex.quote(options.target)}"
         case "push" if options.dry_run:
@@ -112,17 +122,32 @@ def next_step(options: Namespace, overrides: list[str], result: dict) -> str:
     raise AssertionError(options.verb)
 
 
+def _here(*locations: str) -> tuple[str, ...]:
+    """What is to be done first with those in a bucket, and what each is called then: engines, `push` and --fix take
+    folders of a machine."""
+    away = [location for location in locations if storage.is_url(location)]
+    names = (storage.base_name(location) if location in away else location for location in locations)
+    return f"copy {' and '.join(away)} to this machine, then " if away else "", *names
+
+
+def _asked(options: Namespace) -> str:
+    """The server and the prompts of `bench` and `gap`."""
+    return f"--server {shlex.quote(options.server)} --prompts {shlex.quote(options.prompts)}"
+
+
 def _served(target: str, head: str, prompts: str, engines: dict[str, dict[str, int]]) -> str:
     """The command that serves the pair. engines: as doctor/engines.py has them."""
     name = next((name for name in engines if name.startswith(("SGLang", "vLLM"))), None)
     if name is None:
         return "no released engine is known to serve this pair; eagle3-xla doctor says why"
-    command = f"bash launch/serve_sglang.sh --target {shlex.quote(target)} --head {shlex.quote(head)}"
-    if name.startswith("vLLM"):
+    copied, target, head = _here(target, head)
+    if name.startswith("SGLang"):
+        command = f"bash launch/serve_sglang.sh --target {shlex.quote(target)} --head {shlex.quote(head)}"
+    else:
         speculative = json.dumps({"method": "eagle3", "model": head, "num_speculative_tokens": 5})
         command = f"vllm serve {shlex.quote(target)} --speculative-config {shlex.quote(speculative)}"
     command += "".join(f" {option} {value}" for option, value in engines[name].items())
-    return f"{command}, then eagle3-xla bench --server URL --prompts {shlex.quote(prompts)}"
+    return f"{copied}{command}, then eagle3-xla bench --server URL --prompts {shlex.quote(prompts)}"
 
 
 def _recipe(options: Namespace, overrides: list[str]) -> str:

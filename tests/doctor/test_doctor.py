@@ -179,6 +179,7 @@ def test_broken(name, exported_head, small_target, tmp_path):
     broken = (head / "config.json").read_text()
     result = doctor(head, str(small_target))
     assert status(result, rule) == expected, result["screen"]
+    assert result["fixable"] == (mended and expected == "fail")
     assert result["ok"] == (expected != "fail")
     others = [found["rule"] for found in result["rules"] if found["status"] == "fail" and found["rule"] != rule]
     assert len(others) <= 1, result["screen"]  # a broken size may show in the shapes too

@@ -15,8 +15,9 @@ from eagle3_xla.storage import Location
 def doctor(folder: Location, target_path: str, fix: bool = False) -> dict:
     """Check the head at `folder` against its target; with `fix`, mend config.json where that is safe and check again.
 
-    Returns ok (no rule fails), rules (rule, status pass | warn | fail, message), fixed (field -> [before, after]).
-    Weights are never written. Raises UserError when there is no head or no target.
+    Returns ok (no rule fails), rules (rule, status pass | warn | fail, message), fixed (field -> [before, after]),
+    fixable (whether `fix` mends a rule that fails). Weights are never written. Raises UserError when there is no head
+    or no target.
     """
     if fix and storage.is_url(folder):
         raise UserError(f"--fix mends a folder of this machine; copy {folder} here first")
@@ -37,7 +38,9 @@ def doctor(folder: Location, target_path: str, fix: bool = False) -> dict:
             _write(head)
     ok = all(finding.status != "fail" for finding in findings)
     rules = [{"rule": finding.rule, "status": finding.status, "message": finding.message} for finding in findings]
-    return {"ok": ok, "rules": rules, "fixed": fixed, "screen": _screen(folder, findings, fixed, fix)}
+    fixable = any(finding.fix for finding in findings if finding.status == "fail")
+    screen = _screen(folder, findings, fixed, fix)
+    return {"ok": ok, "rules": rules, "fixed": fixed, "fixable": fixable, "screen": screen}
 
 
 def examine(head: SavedHead, target: Target) -> list[Finding]:
