@@ -9,10 +9,12 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 import pytest
 
 from eagle3_xla import cli
+from eagle3_xla.draft.saved import load_head
 from eagle3_xla.errors import RunError, UserError
 from eagle3_xla.evaluate.fingerprint import measured
 from eagle3_xla.serve.bench import BenchOptions, _against, _drafts, bench, run_prompts, screen
 from eagle3_xla.serve.client import VLLM, Answer, Request, connect
+from eagle3_xla.serve.gap import _with_theta
 from eagle3_xla.serve.replies import Drafts
 
 INFO = {"model_path": "", "version": "0.5.21", "speculative_algorithm": "EAGLE3", "speculative_draft_model_path": "d"}
@@ -266,6 +268,13 @@ def test_a_speed_up_only_of_the_same_answers():
     )
     assert against([[1], [2]], [[1], [3]], temperature=0.7)["speedup"] == 1.25  # sampled answers may differ
     assert against([[1], []], [[1], [3]])["no_speedup"].startswith("1 answers have no token (tokens/s 1.25x")
+
+
+def test_a_head_with_another_theta_keeps_the_servers_window(exported_head):
+    head, _ = load_head(exported_head)
+    head.window = 8
+    changed = _with_theta(head, 5.0)
+    assert (changed.window, changed.config.rope_theta) == (8, 5.0)
 
 
 def test_gap_names_a_head_that_doctor_fails(serving, exported_head, small_target, chat_file, tmp_path, capsys):

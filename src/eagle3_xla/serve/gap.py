@@ -146,6 +146,7 @@ def _with_theta(head: Eagle3Head, theta: float) -> Eagle3Head:
     config.rope_theta = theta
     changed = Eagle3Head(config)
     changed.load_state_dict(head.state_dict())
+    changed.window = head.window  # the server's, where config.json has none
     return changed.eval().requires_grad_(False)
 
 
