@@ -35,6 +35,21 @@ def test_values_and_gradients_are_those_of_plain_attention(length, reach):
         torch.testing.assert_close(ours, expected, atol=2e-5, rtol=2e-5)
 
 
+@pytest.mark.parametrize("key_dtype", [torch.float32, torch.bfloat16])
+def test_under_autocast_all_is_in_the_dtype_of_the_value(key_dtype):
+    """Norms leave queries, and keys too, in float32; the backward pass runs without autocast."""
+    document_ids = torch.zeros(2, 300)
+    query, key, value = (tensor.detach().bfloat16() for tensor in inputs(2, 300, 2, 3, 8))
+    results = []
+    for arguments in ([query.float(), key.to(key_dtype), value], [query, key, value]):
+        arguments = [tensor.clone().requires_grad_() for tensor in arguments]
+        with torch.autocast("cpu", torch.bfloat16):
+            output, logsumexp = causal_attention(*arguments, document_ids)
+        (output.float().sin().sum() + logsumexp.sin().sum()).backward()
+        results.append([output, logsumexp, *(tensor.grad.bfloat16() for tensor in arguments)])
+    assert all(map(torch.equal, *results))
+
+
 class Largest(TorchDispatchMode):
     """Elements of the largest tensor that any operation gives."""
 

@@ -17,6 +17,10 @@ from eagle3_xla.evaluate.options import EvalOptions
 from eagle3_xla.evaluate.run import evaluate
 from eagle3_xla.export import export
 from eagle3_xla.train.loop import train
+from eagle3_xla.train.setup import set_up
+from eagle3_xla.train.step import TrainStep
+from eagle3_xla.xla.hosts import Hosts
+from eagle3_xla.xla.plain import PlainBackend
 
 
 def rule(result: dict, name: str) -> str:
@@ -94,6 +98,24 @@ def test_a_window_and_normed_queries(narrow_head, small_target, chat_file, tmp_p
         assert not result["ok"] and rule(result, of) == "fail"
         assert doctor(tmp_path / of, str(small_target), fix=True)["ok"]
         assert json.loads((tmp_path / of / "config.json").read_text()) == config
+
+
+@pytest.mark.parametrize("remat", [False, True])
+@pytest.mark.parametrize("variant", ["draft.variant=eagle3.1", "draft.qk_norm=true"])
+def test_autocast_gives_float32s_gradients(small_run, variant, remat):
+    recipe = load_recipe(None, [*small_run, variant, "train.init=least_squares"])
+    prepare(recipe)
+    run = set_up(recipe, [], Hosts())
+    batch, _ = run.data.loader.load(run.data.batches.indices(0))
+    gradients = []
+    for autocast in (False, True):
+        xla = replace(recipe.xla, autocast=autocast, remat=remat)
+        parts = (run.step.target, run.head, run.d2t, run.t2d, run.optimizer)
+        TrainStep(replace(recipe, xla=xla), PlainBackend(xla), *parts)._backward(3, batch)
+        gradients.append({name: parameter.grad for name, parameter in run.head.named_parameters()})
+        run.head.zero_grad()
+    for name, expected in gradients[0].items():
+        assert (gradients[1][name] - expected).norm() < 0.1 * expected.norm() > 0, name
 
 
 def test_a_window_shorter_than_the_unroll_is_refused():

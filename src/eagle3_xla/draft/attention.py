@@ -24,7 +24,10 @@ def causal_attention(
 
     query [B, T, kv_heads, group, D], already scaled; key, value [B, T, kv_heads, D]; document_ids [B, T] int.
     Returns the output [B, T, kv_heads, group, D] and the log-sum-exp of its scores [B, T, kv_heads, group] float32.
+    Query and key are taken in the value's dtype: under autocast a norm leaves them in float32, and the backward pass,
+    which runs without it, has to compute the same scores.
     """
+    query, key = query.to(value.dtype), key.to(value.dtype)
     return _CausalAttention.apply(query, key, value, document_ids, reach)
 
 
