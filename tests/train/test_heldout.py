@@ -5,17 +5,19 @@ import shutil
 from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 
 from eagle3_xla import checkpoint as checkpoints
 from eagle3_xla.config import load_recipe
-from eagle3_xla.data.prepare import prepare
+from eagle3_xla.data.prepare import load_prepared, prepare
 from eagle3_xla.errors import UserError
 from eagle3_xla.export import export
 from eagle3_xla.target.families import load_target_config
 from eagle3_xla.train import heldout, reporting
 from eagle3_xla.train.flops import flops_per_token
+from eagle3_xla.train.heldout import HeldOut
 from eagle3_xla.train.loop import train
 from eagle3_xla.train.step import TrainStep, unpack_metrics
 from eagle3_xla.xla.plain import PlainBackend
@@ -103,6 +105,32 @@ def test_rows_of_two_lengths_compile_once_each(small_run, forks):
     assert "compile budget: 4 graphs (step 2, evaluation 2)" in done.stderr
     rows = rows_of(load_recipe(None, bucketed).train.out)
     assert rows[-1].get("compilations", rows[-2].get("compilations")) == 4
+
+
+def test_held_out_rows_are_as_long_as_all_of_their_source(small_run, chat_file, tmp_path):
+    """Rows of several lengths lie one length after the other."""
+    lines, other, python = chat_file.read_text().splitlines(), tmp_path / "other.jsonl", tmp_path / "python.jsonl"
+    other.write_text("\n".join(sorted(lines, key=len)[:20]))  # most of them short
+    python.write_text("\n".join(line for line in lines if "Python" in line))  # all of them long
+    settings = ["data.row_length=80", "data.packing=bucketed", "data.buckets=[63, 65]"]
+    settings += [f"data.train=[{python}]", f"data.heldout=[{chat_file}, {other}]", "train.heldout_rows=1"]
+    recipe = load_recipe(None, [*small_run, *settings, "train.reuse_states=true"])
+    prepare(recipe)
+    _, rows, _, manifest = load_prepared(recipe.data.prepared)
+    source, lengths = np.asarray(rows["source"]), np.array([len(ids) for ids in rows["input_ids"]])
+    assert set(lengths) == {63, 65, 80}
+    for limit, count in ((1, 1), (2, 2), (3, 2), (16, 16), (64, 52)):
+        chosen = HeldOut(rows, manifest["heldout_sources"], manifest["heldout"]["buckets"], limit, 2).rows
+        assert len(chosen) == count
+        of_chosen, its_source = np.array([len(ids) for ids in chosen["input_ids"]]), np.asarray(chosen["source"])
+        for number in set(its_source):
+            mine, all_of_it = of_chosen[its_source == number], lengths[source == number]
+            for length in set(all_of_it):
+                share, expected = (mine == length).mean(), (all_of_it == length).mean()
+                assert abs(share - expected) <= 1 / len(mine), (limit, number, length)
+    assert len(manifest["train"]["buckets"]) == 1
+    with pytest.raises(UserError, match="train.reuse_states needs rows of one length"):  # others, with another limit
+        train(recipe)
 
 
 def test_figures_of_a_run_and_its_trace(small_run, small_target, forks, tmp_path):

@@ -15,6 +15,8 @@ from eagle3_xla.train.step import unpack_metrics
 class HeldOut:
     """`limit` held-out rows at most, as many of each source, in batches of `batch` rows over all replicas.
 
+    Of rows of several lengths, which lie one length after the other, a source's are evenly spread over all of its own.
+
     rows: the split's dataset, whose column `source` numbers `sources`; buckets: (row length, first row, rows).
     `rows` of the result are the chosen ones; `batches` number these.
     """
@@ -22,7 +24,8 @@ class HeldOut:
     def __init__(self, rows: Any, sources: list[str], buckets: list[tuple[int, int, int]], limit: int, batch: int):
         source = np.asarray(rows["source"]) if len(rows) else np.array([], int)
         each = max(1, limit // max(1, len(sources))) if limit else 0
-        of_each = [np.flatnonzero(source == s)[:each] for s in range(len(sources))]
+        of_each = [np.flatnonzero(source == s) for s in range(len(sources))]
+        of_each = [_spread(mine, each) if len(buckets) > 1 else mine[:each] for mine in of_each]
         chosen = np.sort(np.concatenate([np.array([], int), *of_each]))
         if len(chosen) > limit:  # more sources than rows
             chosen = chosen[np.arange(limit) * len(chosen) // limit]
@@ -62,3 +65,9 @@ class HeldOut:
         acceptance = rates(add_up([each for of_source in sums.values() for each in of_source]))["acceptance"]
         by_source = {source: expected_tau(rates(add_up(of))["acceptance"]) for source, of in sums.items()}
         return {"tau": expected_tau(acceptance), "acceptance": acceptance, "sources": by_source}
+
+
+def _spread(rows: np.ndarray, count: int) -> np.ndarray:
+    """`count` of the rows, or all if there are fewer: of as many equal parts of them the middle ones."""
+    count = min(count, len(rows))
+    return rows[(2 * np.arange(count) + 1) * len(rows) // max(2 * count, 1)]

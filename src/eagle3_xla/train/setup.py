@@ -223,7 +223,8 @@ def _states_function(backend: Backend, target: Target, stopping: list[str]) -> S
 
 def _keep_states(recipe: Recipe, backend: Backend, data: Data, key: str, states_of: StatesOf) -> None:
     """Run the target once over all rows; the step starts from what it said. key: which rows, which target."""
-    if len(data.batches.buckets + data.batches.unfilled) > 1 or len(data.heldout.lengths) > 1:
+    lengths = data.batches.buckets + data.batches.unfilled
+    if len(lengths) > 1 or len(buckets_of(data.manifest, "heldout", 0)) > 1:
         raise UserError("train.reuse_states needs rows of one length; set it to false")
     every = storage.work_folder(storage.join(recipe.data.prepared, "states"))
     own = every / hashlib.sha256(key.encode()).hexdigest()[:16]
