@@ -19,7 +19,9 @@ from eagle3_xla.train import heldout, reporting
 from eagle3_xla.train.flops import flops_per_token
 from eagle3_xla.train.heldout import HeldOut
 from eagle3_xla.train.loop import train
+from eagle3_xla.train.setup import set_up
 from eagle3_xla.train.step import TrainStep, unpack_metrics
+from eagle3_xla.xla.hosts import Hosts
 from eagle3_xla.xla.plain import PlainBackend
 
 
@@ -47,6 +49,17 @@ def test_each_source_is_measured_and_the_best_is_exported(small_run, chat_file, 
     assert "before the first step" not in capfd.readouterr().err
     trained = max(measured[1:], key=lambda row: (row["heldout_tau"], row["step"]))
     assert export(Path(recipe.train.out), tmp_path / "head")["micro_step"] == trained["step"]
+
+
+def test_tau_is_of_the_rows_that_are_drafted_at_whatever_the_loss_counts(small_run, tmp_path):
+    prepare(load_recipe(None, small_run))
+    figures = {}
+    for rows in ("serving", "specforge"):
+        run = set_up(load_recipe(None, [*small_run, f"loss.rows={rows}", f"train.out={tmp_path / rows}"]), [], Hosts())
+        batches = [run.data.heldout_loader.load(*batch[1:])[0] for batch in run.data.heldout.batches]
+        assert all("rows" in batch for batch in batches)  # the others are not computed
+        figures[rows] = torch.stack([run.step.evaluate(batch) for batch in batches])
+    assert torch.equal(figures["serving"], figures["specforge"])
 
 
 def test_it_stops_when_tau_no_longer_grows(small_run, capfd, monkeypatch):

@@ -185,8 +185,7 @@ def _read_data(recipe: Recipe, backend: Backend, vocab_size: int) -> Data:
     heldout = HeldOut(heldout_rows, manifest["heldout_sources"], buckets, settings.heldout_rows, rows_per_step)
     if settings.patience and not heldout.batches:
         raise UserError("train.patience counts evaluations, and there are no held-out rows; set it to 0")
-    capacities = heldout.capacities(batches.group) if recipe.loss.rows == "serving" else None
-    heldout_loader = Loader(heldout.rows, capacities, batches.group, backend)
+    heldout_loader = Loader(heldout.rows, heldout.capacities(batches.group), batches.group, backend)
     return Data(manifest, draft_ids, batches, loader, heldout, heldout_loader, rows_per_step, total_steps)
 
 

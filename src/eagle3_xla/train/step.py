@@ -149,7 +149,8 @@ class TrainStep:
         def remat(function: Callable, *tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
             return recomputed(partial(with_weights, function), *tensors)
 
-        loss = replace(self.recipe.loss, ttt_length=length)
+        rows = "serving" if decoding else self.recipe.loss.rows
+        loss = replace(self.recipe.loss, ttt_length=length, rows=rows)
         arguments = (self.target.embed_tokens, batch, aux.float(), teacher, self.t2d, self.d2t, loss)
         return with_weights(unroll, self.head, *arguments, remat if self.recipe.xla.remat else None, groups, decoding)
 
