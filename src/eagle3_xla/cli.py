@@ -193,10 +193,11 @@ def _quickstart(options: Namespace, overrides: list[str]) -> dict:
 def _prepare(options: Namespace, overrides: list[str]) -> dict:
     with _imports():
         from eagle3_xla.data.prepare import prepare
-        from eagle3_xla.target.families import load_target_config
+        from eagle3_xla.target.families import load_target_config, refuse_longer_rows
 
     recipe = load_recipe(options.config, overrides)
-    load_target_config(recipe.target.path)  # before data is read
+    config = load_target_config(recipe.target.path)  # before data is read
+    refuse_longer_rows(config, recipe.data.row_length, "setting data.row_length")
     manifest = prepare(recipe, options.overwrite)
     if options.show is None:
         return manifest

@@ -2,6 +2,7 @@
 
 import inspect
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -10,6 +11,8 @@ from target.family_models import CONFIGS, LLAMA3, SHALLOW, SHALLOW_AUX, VOCABULA
 from transformers import CONFIG_MAPPING
 
 from eagle3_xla.cli import main
+from eagle3_xla.config import load_recipe
+from eagle3_xla.data.prepare import prepare
 from eagle3_xla.draft.model import Eagle3Head, draft_config
 from eagle3_xla.errors import UserError
 from eagle3_xla.evaluate.decode import SpeculativeDecoder, decode_plain
@@ -17,6 +20,7 @@ from eagle3_xla.plan.depth import layer_kinds, with_layers
 from eagle3_xla.target.families import FAMILIES, ONLY, SHAPE, WITHOUT_EFFECT, check, load_target_config
 from eagle3_xla.target.model import Target, TargetStates, Teacher, load_target
 from eagle3_xla.target.packed import pack
+from eagle3_xla.train.loop import train
 
 LENGTHS = (19, 25, 12)  # documents of a row, then 4 of padding
 DRAFT_IDS = torch.arange(1, VOCABULARY, 2)
@@ -247,6 +251,20 @@ def test_rope_that_both_transformers_read_alike():
 
 def test_an_activation_that_is_said_twice():
     check(QWEN2 | GEMMA2, "gemma-2-2b-it")
+
+
+def test_rows_beyond_the_context(small_run, small_target, tmp_path, capsys):
+    """A conversation may be as long as a row."""
+    shutil.copytree(small_target, tmp_path / "short")
+    config = json.loads((tmp_path / "short" / "config.json").read_text())
+    (tmp_path / "short" / "config.json").write_text(json.dumps(config | {"max_position_embeddings": 63}))
+    settings = [*small_run, f"target.path={tmp_path / 'short'}"]
+    line = "rows of 64 tokens are longer than the 63 positions that the target is used with"
+    assert main(["prepare", *[f"--{setting}" for setting in settings]]) == 2
+    assert f"setting data.row_length: {line}" in capsys.readouterr().err and not (tmp_path / "data").exists()
+    prepare(load_recipe(None, small_run))  # with a target of a longer context
+    with pytest.raises(UserError, match=f"{tmp_path / 'data'}: {line}"):
+        train(load_recipe(None, settings))
 
 
 @pytest.mark.parametrize("verb", ["prepare", "plan", "train"])

@@ -50,7 +50,7 @@ class DataConfig:
             "You are an expert who explains things clearly.",
         ]
     )
-    row_length: int = setting(1024, within="[8, 131072]")  # tokens in a packed row
+    row_length: int = setting(1024, within="[8, 131072]")  # tokens in a row, at most the context of the target
     # packed: several conversations in a row | bucketed: one, in the shortest row that holds it
     packing: str = setting("packed", among=("packed", "bucketed"))
     buckets: list[int] = field(default_factory=list)  # row lengths besides row_length when bucketed

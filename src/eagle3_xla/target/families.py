@@ -176,6 +176,17 @@ def context_length(config: Any) -> int:
     return config.original_max_position_embeddings if is_longrope(config) else config.max_position_embeddings
 
 
+def refuse_longer_rows(config: Any, row_length: int, where: str) -> None:
+    """Raises UserError for rows beyond the context of a config of `load_target_config`: one conversation may fill a
+    row, and would be trained on at positions that the target is never used at. where: what says `row_length`.
+    """
+    if row_length > config.max_position_embeddings:
+        raise UserError(
+            f"{where}: rows of {row_length} tokens are longer than the {config.max_position_embeddings} positions that "
+            "the target is used with; prepare the data with a data.row_length of at most that"
+        )
+
+
 def is_longrope(config: Any) -> bool:
     return _rope_type(getattr(config, "rope_scaling", None) or {}) == "longrope"
 

@@ -21,7 +21,7 @@ from eagle3_xla.draft.saved import NORM_FLAGS, layers_of, load_head, read_head
 from eagle3_xla.errors import UserError
 from eagle3_xla.outputs import claim_output, write_run_file
 from eagle3_xla.storage import Location
-from eagle3_xla.target.families import aux_layers, linear_rows, load_target_config, norm_offset
+from eagle3_xla.target.families import aux_layers, linear_rows, load_target_config, norm_offset, refuse_longer_rows
 from eagle3_xla.target.model import Target, TargetStates, open_target
 from eagle3_xla.target.states import StatesOf, StatesStore
 from eagle3_xla.train.heldout import HeldOut
@@ -103,6 +103,7 @@ def set_up(recipe: Recipe, stopping: list[str], hosts: Hosts) -> Run:
     backend = make_backend(recipe.xla, hosts)  # first: XLA devices must exist before autograd runs anywhere
     data = _read_data(recipe, backend, config.vocab_size)
 
+    refuse_longer_rows(config, data.manifest["row_length"], recipe.data.prepared)
     # The frozen target, and the run that is already there, which goes on if it is the same.
     warm_head = None
     if settings.warm_start:  # keeps the head's own vocabulary: its lm_head rows mean nothing under another
