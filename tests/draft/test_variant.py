@@ -7,17 +7,20 @@ from dataclasses import replace
 import pytest
 import torch
 from safetensors.torch import load_file
+from transformers import LlamaConfig
 
 from eagle3_xla.config import load_recipe
 from eagle3_xla.data.prepare import prepare
 from eagle3_xla.doctor.run import doctor
+from eagle3_xla.draft.model import draft_config
 from eagle3_xla.draft.saved import load_head
 from eagle3_xla.errors import UserError
 from eagle3_xla.evaluate.options import EvalOptions
 from eagle3_xla.evaluate.run import evaluate
 from eagle3_xla.export import export
+from eagle3_xla.target.families import load_target_config
 from eagle3_xla.train.loop import train
-from eagle3_xla.train.setup import set_up
+from eagle3_xla.train.setup import refuse_other_head, set_up
 from eagle3_xla.train.step import TrainStep
 from eagle3_xla.xla.hosts import Hosts
 from eagle3_xla.xla.plain import PlainBackend
@@ -68,6 +71,21 @@ def test_a_warm_start_from_the_other_variant_is_refused(head, small_run):
     prepare(recipe)
     with pytest.raises(UserError, match=r"its fc_norm is True \(setting draft.variant\); its norm_output is True"):
         train(recipe)
+
+
+def test_a_warm_start_from_other_attention_heads_or_rope_is_refused(small_target):
+    wanted = draft_config(load_target_config(str(small_target)), 128)
+    for same in (None, {"type": "default"}, {"rope_type": "default", "factor": None}):
+        other = LlamaConfig(**wanted.to_dict() | {"rope_scaling": same})
+        refuse_other_head(other, wanted, "head", None, (1, 3, 4))
+    linear = [{"type": "linear", "factor": 4}, {"rope_type": "linear", "factor": 4.0}]
+    refuse_other_head(*(LlamaConfig(**wanted.to_dict() | {"rope_scaling": s}) for s in linear), "head", None, (1, 3, 4))
+    for change, line in (
+        ({"head_dim": 16}, "made for another target: head_dim is 16, not 8"),
+        ({"rope_scaling": linear[0]}, "rope_scaling is {'factor': 4, 'rope_type': 'linear'}, not {}"),
+    ):
+        with pytest.raises(UserError, match=line):
+            refuse_other_head(LlamaConfig(**wanted.to_dict() | change), wanted, "head", None, (1, 3, 4))
 
 
 @pytest.fixture(scope="module")

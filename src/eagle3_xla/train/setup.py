@@ -11,6 +11,7 @@ from transformers import LlamaConfig
 
 from eagle3_xla import checkpoint as checkpoints
 from eagle3_xla import storage
+from eagle3_xla.checks import shown
 from eagle3_xla.config import Recipe
 from eagle3_xla.data.batches import Batches
 from eagle3_xla.data.prepare import load_prepared, row_settings
@@ -102,8 +103,8 @@ def set_up(recipe: Recipe, stopping: list[str], hosts: Hosts) -> Run:
     config = load_target_config(recipe.target.path)  # a target that is not supported, before anything else
     backend = make_backend(recipe.xla, hosts)  # first: XLA devices must exist before autograd runs anywhere
     data = _read_data(recipe, backend, config.vocab_size)
-
     refuse_longer_rows(config, data.manifest["row_length"], recipe.data.prepared)
+
     # The frozen target, and the run that is already there, which goes on if it is the same.
     warm_head = None
     if settings.warm_start:  # keeps the head's own vocabulary: its lm_head rows mean nothing under another
@@ -287,12 +288,16 @@ def refuse_other_head(
         "intermediate_size",
         "num_attention_heads",
         "num_key_value_heads",
+        "head_dim",
         "vocab_size",
         "rope_theta",
     )
     differences = [
         f"{n} is {getattr(warm, n)}, not {getattr(wanted, n)}" for n in names if getattr(warm, n) != getattr(wanted, n)
     ]
+    scalings = _rope_scaling(warm), _rope_scaling(wanted)
+    if scalings[0] != scalings[1]:
+        differences.append(f"rope_scaling is {shown(scalings[0])}, not {shown(scalings[1])}")
     for name in NORM_FLAGS:
         if getattr(warm, name, False) != getattr(wanted, name, False):
             differences.append(f"its {name} is {getattr(warm, name, False)} (setting draft.variant)")
@@ -304,3 +309,13 @@ def refuse_other_head(
         differences.append(f"its aux layers are {list(layers)}, not {list(of_target)}")
     if differences:
         raise UserError(f"train.warm_start: the head at {path} was made for another target: {'; '.join(differences)}")
+
+
+def _rope_scaling(config: LlamaConfig) -> dict:
+    """What scales RoPE, whichever way it is written; {}: nothing."""
+    scaling = config.rope_scaling or {}
+    kind = scaling.get("rope_type", scaling.get("type", "default"))
+    if kind == "default":
+        return {}
+    fields = {name: value for name, value in scaling.items() if name != "type" and value is not None}
+    return fields | {"rope_type": kind}
