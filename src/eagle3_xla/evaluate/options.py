@@ -62,6 +62,12 @@ class EvalOptions:
             raise UserError(f"a chain of {self.draft_tokens} drafts takes as many steps, not --steps {self.steps}")
         if not 1 <= self.steps <= self.draft_tokens:
             raise UserError(f"--steps {self.steps}: choose 1 to --draft-tokens ({self.draft_tokens})")
+        most = self.topk + (self.steps - 1) * self.topk**2
+        if self.topk > 1 and self.draft_tokens > most:
+            raise UserError(
+                f"--draft-tokens {self.draft_tokens}: a tree of --topk {self.topk} and --steps {self.steps} has at "
+                f"most {most} drafts"
+            )
 
 
 def sampling_in_words(temperature: float, top_p: float) -> str:
