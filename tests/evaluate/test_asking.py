@@ -83,7 +83,7 @@ def test_teacher_forced_figures_are_those_of_decoding(small_pair, length, seed):
 def test_the_length_that_pays(small_pair):
     """Figures of rounds that were counted: no time is asserted."""
     prompts = [list(range(start, start + 10)) for start in (5, 50, 90)]
-    pilot = MeasuringDecoder(*small_pair, LONGEST, slots=2)
+    pilot = MeasuringDecoder(*small_pair, slots=2)
 
     best, rows = pilot.lengths(prompts, 40, set(), [Choice()] * 3)
     assert 1 <= best <= len(rows) <= LONGEST
@@ -95,6 +95,11 @@ def test_the_length_that_pays(small_pair):
         share *= row["acceptance_conditional"]
         tokens += share
         assert row["tokens_per_second"] == pytest.approx(2 * tokens / row["seconds"])
+    target, head, d2t = small_pair
+    narrow = copy.deepcopy(head)
+    narrow.window = 3
+    _, rows = MeasuringDecoder(target, narrow, d2t, slots=2).lengths(prompts, 20, set(), [Choice()] * 3)
+    assert len(rows) == 3
     with pytest.raises(UserError, match="--draft-tokens auto finds the length of a chain"):
         EvalOptions(draft_tokens=0, topk=2)
 

@@ -9,17 +9,25 @@ import time
 from collections.abc import Sequence
 from statistics import median
 
+import torch
+
+from eagle3_xla.draft.model import Eagle3Head
 from eagle3_xla.evaluate.decode import Choice, SpeculativeDecoder
+from eagle3_xla.target.model import Target
 
 LONGEST = 8
 LEAST_PROMPTS, MOST_TOKENS = 4, 64  # of the first prompts, in tokens of an answer: some rounds of each length
 
 
 class MeasuringDecoder(SpeculativeDecoder):
-    """A chain whose every round has the next length, 1 to LONGEST and again."""
+    """A chain whose every round has the next length, 1 to `longest` and again: to LONGEST, or what the head sees."""
+
+    def __init__(self, target: Target, head: Eagle3Head, d2t: torch.Tensor, slots: int = 1):
+        self.longest = min(LONGEST, head.window or LONGEST)
+        super().__init__(target, head, d2t, self.longest, slots=slots)
 
     def _round(self, running: list) -> None:
-        self.draft_tokens = self.steps = self.draft_tokens % LONGEST + 1
+        self.draft_tokens = self.steps = self.draft_tokens % self.longest + 1
         started = time.perf_counter()
         super()._round(running)
         seconds = time.perf_counter() - started
@@ -37,7 +45,7 @@ class MeasuringDecoder(SpeculativeDecoder):
         self.decode_all(prompts[:few], min(max_new_tokens, MOST_TOKENS), stop_ids, choices[:few])
         texts = max((len(accepted) for _, _, accepted in self.rounds), default=0)
         rows, share, tokens = [], 1.0, 1.0
-        for length in range(1, LONGEST + 1):
+        for length in range(1, self.longest + 1):
             seconds = [s for n, s, accepted in self.rounds if n == length and len(accepted) == texts]
             if not seconds:  # the answers are too short for more
                 break

@@ -17,7 +17,7 @@ from eagle3_xla.draft.model import Eagle3Head
 from eagle3_xla.draft.saved import SavedHead, layers_of, load_head, read_head
 from eagle3_xla.errors import UserError
 from eagle3_xla.evaluate.decode import Choice, Decoder, Generation, SpeculativeDecoder, Watch
-from eagle3_xla.evaluate.draft_length import LONGEST, MeasuringDecoder
+from eagle3_xla.evaluate.draft_length import MeasuringDecoder
 from eagle3_xla.evaluate.fingerprint import measured
 from eagle3_xla.evaluate.forced import teacher_forced
 from eagle3_xla.evaluate.options import EvalOptions
@@ -81,7 +81,7 @@ def evaluate(
     lengths = {}
     if not options.draft_tokens:
         choices = [_choice(options, i) for i in range(len(ids))]
-        pilot = MeasuringDecoder(target, head, pair.d2t, LONGEST, slots=options.batch_size)
+        pilot = MeasuringDecoder(target, head, pair.d2t, slots=options.batch_size)
         best, rows = pilot.lengths(ids, options.max_new_tokens, stop_ids, choices)
         options = replace(options, draft_tokens=best)
         lengths = {"draft_lengths": rows}
