@@ -52,6 +52,7 @@ def test_shipped_recipes_load(name, tmp_path):
         ("data.train={a:1}", "setting data.train is a list"),
         ("data.train=my.jsonl", r"setting data.train is a list; give it as \[my.jsonl\]"),
         ("data.buckets=64", r"setting data.buckets is a list; give it as \[64\]"),
+        ("data.buckets=[64]", r"setting data.buckets is \[64\], which data.packing=packed has no use for"),
         ("data.languages=null", r"setting data.languages is a list; give it as \[...\]"),
         ("data.train.0=a", "setting data.train is a list"),
         ("target.path=a\0b", "setting target.path=a.*not valid YAML"),

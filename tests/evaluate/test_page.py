@@ -131,6 +131,10 @@ def test_it_replaces_only_its_own(page, capsys):
     assert cli.main(words) == 2 and file.read_text() == "<html>mine"
     assert "report.html was not written by `eval --report`; move it" in capsys.readouterr().err
     file.write_text(before)
+    page, without = words.index("--report"), [*words]
+    del without[page : page + 2]
+    assert cli.main(without) == 2
+    assert "--run gives the report its curves: without --report" in capsys.readouterr().err
     words[words.index("--run") + 1] = str(file.parent / "nothing")
     assert cli.main([*words, "--limit", "1"]) == 2
     said = capsys.readouterr().err

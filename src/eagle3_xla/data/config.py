@@ -96,7 +96,12 @@ class DataConfig:
             raise UserError("setting data.decontaminate names an empty path; name files of evaluation prompts")
         if self.drop_system + self.vary_system > 1:
             raise UserError("settings data.drop_system and data.vary_system are shares; their sum must be at most 1")
-        if self.packing == "bucketed" and not all(8 <= length < self.row_length for length in self.buckets):
+        if self.buckets and self.packing != "bucketed":
+            raise UserError(
+                f"setting data.buckets is {self.buckets}, which data.packing={self.packing} has no use for; set "
+                "data.packing to bucketed, or data.buckets to []"
+            )
+        if not all(8 <= length < self.row_length for length in self.buckets):
             raise UserError(
                 f"setting data.buckets is {self.buckets}; lengths from 8 to below data.row_length are expected"
             )

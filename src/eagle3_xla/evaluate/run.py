@@ -63,7 +63,9 @@ def evaluate(
     with the head as it grows (decode.py).
     """
     page = place_of(report) if report else None
-    if report and run:
+    if run and not report:
+        raise UserError("--run gives the report its curves: without --report it has no effect")
+    if run:
         readable_run(run)
     if not options.force and (problem := first_failure(draft, target_path)):
         raise UserError(f"{draft} fails a rule of `doctor`, {problem}; --force measures it all the same")
