@@ -33,7 +33,7 @@ if [ -n "$head" ]; then
   # A longrope target: its head has the positions that the target was first trained with.
   if grep -q '"longrope"' "$target/config.json" 2>/dev/null; then
     context="$(sed -n 's/.*"original_max_position_embeddings": *\([0-9]\{1,\}\).*/\1/p' "$target/config.json")"
-    command+=(--context-length "${context%%$'\n'*}")
+    [ -z "$context" ] || command+=(--context-length "${context%%$'\n'*}")
   fi
 fi
 [ -n "$dry_run" ] || check_engine sglang sglang

@@ -11,7 +11,7 @@ import pytest
 from eagle3_xla.arguments import parser
 from eagle3_xla.cli import VERBS, _overrides, main
 from eagle3_xla.config import load_recipe
-from eagle3_xla.guide import EXAMPLES, next_step
+from eagle3_xla.guide import EXAMPLES, _here, next_step
 from eagle3_xla.target.families import SGLANG, VLLM
 
 
@@ -191,6 +191,7 @@ def test_what_follows_on_gap_can_be_pushed():
     assert push[:3] == ["eagle3-xla", "push", "a head"] and "--dry-run" in push
     gap[-1] = "gs://b/head"
     assert following({"ok": True}, *gap).startswith("copy gs://b/head to this machine, then eagle3-xla bench ")
+    assert _here("gs://b/a/x", "gs://b/x")[1:] == ("target", "head")
 
 
 def test_every_verb_teaches(capsys):

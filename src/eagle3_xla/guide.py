@@ -126,7 +126,9 @@ def _here(*locations: str) -> tuple[str, ...]:
     """What is to be done first with those in a bucket, and what each is called then: engines, `push` and --fix take
     folders of a machine."""
     away = [location for location in locations if storage.is_url(location)]
-    names = (storage.base_name(location) if location in away else location for location in locations)
+    names = [storage.base_name(location) if location in away else location for location in locations]
+    if len(set(names)) < len(names):
+        names = ["target", "head"]
     return f"copy {' and '.join(away)} to this machine, then " if away else "", *names
 
 

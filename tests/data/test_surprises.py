@@ -103,7 +103,7 @@ DAMAGED = {
     "null": "manifest.json is not a JSON object but null",
     "[" * 100_000: "manifest.json is not readable JSON",
     '{"key": 1}': "manifest.json: key is 1; a text",
-    "target": "manifest.json: target is null; a text",
+    "target": "manifest.json was written by an earlier version; run `eagle3-xla prepare` again",
     "settings": "manifest.json: settings is null; a mapping",
     "row_length": "manifest.json: row_length is null; a whole number from 8",
     "vocab_size": "manifest.json: vocab_size is null",

@@ -71,6 +71,19 @@ def test_a_thought_that_was_cut_off_is_shown_as_it_was_written(prompted, templat
         text = coder.tokenizer.decode(encoded.ids)
         assert text.endswith("<|im_start|>user\na<|im_end|>\n<|im_start|>assistant\n<think>\nOkay, let")
         assert coder.tokenizer.decode(spans(encoded.ids, encoded.mask)[-1]) == written
+    # With its whole thought beside it the answer itself was cut off.
+    messages[-1] = {"role": "assistant", "content": "It is", "reasoning_content": "Okay."}
+    [encoded] = coder.encode([Chat(messages, False, "test", "here:1")])
+    masked = coder.tokenizer.decode(spans(encoded.ids, encoded.mask)[-1])
+    assert masked == "<think>\nOkay.\n</think>\n\nIt is".removeprefix(prompted)
+
+
+def test_an_answer_ends_after_its_text_not_within_its_thought(template_targets):
+    coder = encoder(template_targets["qwen3"])
+    answer = {"role": "assistant", "content": "4", "reasoning_content": "say 4 <|im_end|> then"}
+    [encoded] = coder.encode([Chat([{"role": "user", "content": "a"}, answer], True, "test", "here:1")])
+    [masked] = spans(encoded.ids, encoded.mask)
+    assert coder.tokenizer.decode(masked) == "<think>\nsay 4 <|im_end|> then\n</think>\n\n4<|im_end|>"
 
 
 def test_gpt_oss_answers_of_regenerate(template_targets, tmp_path):

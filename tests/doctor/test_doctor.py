@@ -31,6 +31,7 @@ from eagle3_xla.errors import UserError
 from eagle3_xla.evaluate.options import EvalOptions
 from eagle3_xla.evaluate.run import evaluate
 from eagle3_xla.target.families import SGLANG, VLLM
+from eagle3_xla.target.known import plan_config
 
 IDS = "eagle_aux_hidden_state_layer_ids"
 
@@ -377,6 +378,7 @@ def test_a_dtype_that_sglang_makes_of_the_target_alone(exported_head, tmp_path):
         (Qwen2Config(dtype="float32"), "float16"),
         (Qwen2Config(dtype="bfloat16"), "bfloat16"),
         (Gemma3TextConfig(dtype=torch.float32), "bfloat16"),
+        (plan_config("openai/gpt-oss-20b"), "bfloat16"),  # MXFP4, without a dtype
     ):
         found = dtype(head, Target("target", config, None))
         assert found.status == ("pass" if of_target == "float16" else "warn"), found

@@ -80,9 +80,13 @@ def test_a_warm_start_from_other_attention_heads_or_rope_is_refused(small_target
         refuse_other_head(other, wanted, "head", None, (1, 3, 4))
     linear = [{"type": "linear", "factor": 4}, {"rope_type": "linear", "factor": 4.0}]
     refuse_other_head(*(LlamaConfig(**wanted.to_dict() | {"rope_scaling": s}) for s in linear), "head", None, (1, 3, 4))
+    yarn = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 256}
+    written = [yarn, yarn | {"beta_fast": 32, "beta_slow": 1}]  # these are what it is without them
+    alike = (LlamaConfig(**wanted.to_dict() | {"rope_scaling": scaling}) for scaling in written)
+    refuse_other_head(*alike, "head", None, (1, 3, 4))
     for change, line in (
         ({"head_dim": 16}, "made for another target: head_dim is 16, not 8"),
-        ({"rope_scaling": linear[0]}, "rope_scaling is {'factor': 4, 'rope_type': 'linear'}, not {}"),
+        ({"rope_scaling": linear[0]}, r"rope_scaling.factor is 4, not None; "),
     ):
         with pytest.raises(UserError, match=line):
             refuse_other_head(LlamaConfig(**wanted.to_dict() | change), wanted, "head", None, (1, 3, 4))

@@ -102,13 +102,14 @@ def test_the_same_chats_under_another_path_are_the_same(misbehaving, questions, 
 def test_gpt_oss_thoughts(name, misbehaving, questions, tmp_path):
     """Taken where a server sets them apart or shows gpt-oss's channels; refused where it runs them into the text."""
     apart = {"content": "Hello!", "reasoning_content": "We greet."}
+    final = {"content": "finalHello!", "reasoning_content": "We greet."}  # as it wrote it: its thoughts came apart
     shown = "<|channel|>analysis<|message|>We greet.<|end|><|start|>assistant<|channel|>final<|message|>Hello!"
     flat = ["analysisWe greet.assistantfinalHello!", *["analysisWe gre", "finalHello!"] * (name != "m")]
-    for number, message in enumerate([apart, {"content": shown}, *({"content": text} for text in flat)]):
+    for number, message in enumerate([apart, final, {"content": shown}, *({"content": text} for text in flat)]):
         answer = {"choices": [{"message": message, "finish_reason": "stop"}]}
         server = misbehaving(lambda messages, n, answer=answer: answer)
         server.model["id"], out = name, tmp_path / str(number)
-        if message["content"] in flat or message is apart and name == "m":
+        if message in [{"content": text} for text in flat] or "reasoning_content" in message and name == "m":
             asked = "under a model name with gpt-oss in it"
             with pytest.raises(RunError, match=f"start the server with(out)? a reasoning parser .*{asked}"):
                 run(out, questions, [server], limit=1)
@@ -116,7 +117,8 @@ def test_gpt_oss_thoughts(name, misbehaving, questions, tmp_path):
             continue
         run(out, questions, [server], limit=1)
         assert [m for m in rows_of(out)[0]["messages"] if m["role"] == "assistant"] == [
-            {"role": "assistant", "content": "Hello!", "reasoning_content": "We greet."}
+            {"role": "assistant", "content": "Hello!" if message is not final else "finalHello!"}
+            | {"reasoning_content": "We greet."}
         ] * 2
         assert {key for body in server.bodies for m in body["messages"] for key in m} == {"role", "content"}
 

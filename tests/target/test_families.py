@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from target.family_models import CONFIGS, LLAMA3, SHALLOW, SHALLOW_AUX, VOCABULARY, WINDOW, YARN, small_model
-from transformers import CONFIG_MAPPING
+from transformers import CONFIG_MAPPING, AutoConfig
 
 from eagle3_xla.cli import main
 from eagle3_xla.config import load_recipe
@@ -17,7 +17,15 @@ from eagle3_xla.draft.model import Eagle3Head, draft_config
 from eagle3_xla.errors import UserError
 from eagle3_xla.evaluate.decode import SpeculativeDecoder, decode_plain
 from eagle3_xla.plan.depth import layer_kinds, with_layers
-from eagle3_xla.target.families import FAMILIES, ONLY, SHAPE, WITHOUT_EFFECT, check, load_target_config
+from eagle3_xla.target.families import (
+    FAMILIES,
+    ONLY,
+    SHAPE,
+    WITHOUT_EFFECT,
+    check,
+    load_target_config,
+    refuse_longer_rows,
+)
 from eagle3_xla.target.model import Target, TargetStates, Teacher, load_target
 from eagle3_xla.target.packed import pack
 from eagle3_xla.train.loop import train
@@ -262,6 +270,9 @@ def test_rows_beyond_the_context(small_run, small_target, tmp_path, capsys):
     line = "rows of 64 tokens are longer than the 63 positions that the target is used with"
     assert main(["prepare", *[f"--{setting}" for setting in settings]]) == 2
     assert f"setting data.row_length: {line}" in capsys.readouterr().err and not (tmp_path / "data").exists()
+    yarn = {"rope_type": "yarn", "factor": 2.0, "original_max_position_embeddings": 32}  # 63 positions without it
+    scaled = AutoConfig.for_model(**config | {"max_position_embeddings": 63, "rope_scaling": yarn})
+    refuse_longer_rows(scaled, 64, "here")
     prepare(load_recipe(None, small_run))  # with a target of a longer context
     with pytest.raises(UserError, match=f"{tmp_path / 'data'}: {line}"):
         train(load_recipe(None, settings))

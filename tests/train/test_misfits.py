@@ -103,7 +103,7 @@ def test_reused_states_of_held_out_rows_of_two_lengths(small_run, chat_file, tmp
 
 
 def test_a_bucket_that_fills_no_batch(small_run, capsys):
-    recipe = load_recipe(None, [*small_run, "data.packing=bucketed", "data.row_length=96", "data.buckets=[64, 80]"])
+    recipe = load_recipe(None, [*small_run, "data.packing=bucketed", "data.row_length=72", "data.buckets=[52, 64]"])
     (_, _, many), (length, _, few) = prepare(recipe)["train"]["buckets"]
     recipe.train.batch_size, recipe.train.epochs, recipe.loss.ttt_length = few + 1, 1, 1
     assert train(recipe)["micro_steps"] == many // (few + 1) > 0

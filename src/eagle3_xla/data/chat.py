@@ -65,7 +65,8 @@ class ChatEncoder:
         if self.thinks:  # a prompt that tells the model not to think holds an empty thought, which is not the model's
             prompts.insert(0, self._render(prefixes, chat, add_generation_prompt=True, enable_thinking=False))
         turns = self._render([messages[: i + 1] for i in answers], chat)
-        if not chat.complete and self._closes_thought(prompts[-1][-1], messages[-1]["content"], turns[-1]):
+        cut = not (chat.complete or shortened)
+        if cut and self._closes_thought(prompts[-1][-1], messages[-1], turns[-1]):
             turns[-1] = prompts[-1][-1] + messages[-1]["content"]
         text = turns[-1]
         shown: list[tuple[int, int] | None] = []
@@ -87,10 +88,12 @@ class ChatEncoder:
             spans = [(start - len(default), end - len(default)) for start, end in spans]
         return text, spans, shortened
 
-    def _closes_thought(self, prompt: str, answer: str, turn: str) -> bool:
+    def _closes_thought(self, prompt: str, answer: dict, turn: str) -> bool:
         """Whether `turn` ends a thought within which the answer was cut off: the target never wrote that end."""
-        opened = prompt.rstrip().endswith("<think>") or answer.lstrip().startswith("<think>")
-        return opened and "</think>" not in answer and "</think>" in turn.removeprefix(prompt)
+        said = answer["content"]
+        opened = prompt.rstrip().endswith("<think>") or said.lstrip().startswith("<think>")
+        whole = "</think>" in said or "reasoning_content" in answer
+        return opened and not whole and "</think>" in turn.removeprefix(prompt)
 
     def _place(self, text: str, turn: str, prompts: list[str], answer: dict) -> tuple[int | None, str]:
         """Where in `text` the answer starts that `turn` adds to its prompt, and its text with what follows it.
@@ -117,9 +120,10 @@ class ChatEncoder:
 
         The first after its text: templates may end the whole conversation by another one (Phi-3).
         """
-        content = answer["content"].strip()
-        if content in body and not answer.get("tool_calls"):
-            after = body.index(content) + len(content)
+        content, thoughts = answer["content"].strip(), answer.get("reasoning_content", "").strip()
+        at = body.find(content, body.find(thoughts) + len(thoughts) if thoughts in body else 0)
+        if at >= 0 and not answer.get("tool_calls"):
+            after = at + len(content)
             found = [(body.find(stop, after), stop) for stop in self.stops]
             return min(((at, stop) for at, stop in found if at >= 0), default=(len(body), ""))
         found = [(body.rfind(stop), stop) for stop in self.stops]

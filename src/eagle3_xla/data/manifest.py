@@ -17,8 +17,14 @@ def read_manifest(folder: Path) -> dict:
     def field(name: str, least: int, most: int) -> int:
         return number(manifest.get(name), f"{file}: {name}", least, most, whole=True)
 
-    for name in ("key", "inputs", "target"):
+    for name in ("key", "inputs"):
         text(manifest.get(name), f"{file}: {name}")
+    if "target" not in manifest:
+        raise UserError(
+            f"{file} was written by an earlier version; run `eagle3-xla prepare` again (a run that began on it goes on "
+            "if its rows come out the same)"
+        )
+    text(manifest["target"], f"{file}: target")
     mapping(manifest.get("settings"), f"{file}: settings")
     row_length = field("row_length", 8, LONGEST_ROW)
     field("draft_vocab_size", 1, field("vocab_size", 1, MOST_TOKENS))

@@ -275,6 +275,8 @@ def dtype(head: SavedHead, target: Target) -> Finding:
         return Finding("torch_dtype", "warn", message + ": engines cast them unasked", {"torch_dtype": kind})
     ours = _sglang_auto(given, head.config.get("model_type"))
     of_target = _sglang_auto(target.config.dtype, target.config.model_type)
+    if (getattr(target.config, "quantization_config", None) or {}).get("quant_method") == "mxfp4":
+        of_target = "bfloat16"  # arg_groups/model_overrides/gpt_oss.py: of both
     if ours == of_target:
         return Finding("torch_dtype", "pass", f"{given}")
     message = f"{given}: SGLang's --dtype auto makes {ours} of the head and {of_target} of the target, and stops at "

@@ -9,6 +9,7 @@ from eagle3_xla import storage
 from eagle3_xla.config import Recipe
 from eagle3_xla.data.manifest import MANIFEST
 from eagle3_xla.data.prepare import load_prepared
+from eagle3_xla.draft.saved import load_head
 from eagle3_xla.errors import UserError
 from eagle3_xla.plan.report import verdict_screen
 from eagle3_xla.storage import Location
@@ -119,8 +120,12 @@ def as_the_run(recipe: Recipe) -> tuple[Recipe, list[str]]:
     if prepared_manifest(recipe):
         manifest = load_prepared(recipe.data.prepared)[3]
         taken = {name: manifest[name] for name in ("row_length", "draft_vocab_size")}
+        source = "the prepared data"
+        if recipe.train.warm_start:
+            taken["draft_vocab_size"] = len(load_head(recipe.train.warm_start)[1])
+            source += " or the head of train.warm_start"
         notes = [
-            f"data.{name} is {value}, that of the prepared data, not {getattr(recipe.data, name)}"
+            f"data.{name} is {value}, that of {source}, not {getattr(recipe.data, name)}"
             for name, value in taken.items()
             if value != getattr(recipe.data, name)
         ]

@@ -58,7 +58,7 @@ class Servers:
         self.servers = [_Server(url.rstrip("/").removesuffix("/v1")) for url in urls]
         self.sampling, self.timeout, self.rest = sampling, timeout, rest
         self.model, self.last_answer, self.answers, self.refusals = "", -1.0, 0, 0
-        self.gpt_oss = False
+        self.gpt_oss = self.sets_apart = False  # the second: thoughts came beside the text
         self.known: set[str] = set()  # URLs
         self.answered = PROBE  # of the questions, the last
         self.http = httpx.AsyncClient(
@@ -167,7 +167,8 @@ class Servers:
             text, thoughts = text_of(message.get("content"), "assistant"), text_of(thoughts or "", "assistant")
         except Unusable as problem:
             raise self._refusal(f"{where}, but {problem}") from None
-        if any(flattened.match(text) for flattened in FLATTENED[: 1 + self.gpt_oss]):
+        self.sets_apart = self.sets_apart or bool(thoughts)
+        if not self.sets_apart and any(flattened.match(text) for flattened in FLATTENED[: 1 + self.gpt_oss]):
             raise RunError(
                 f"{where}, with gpt-oss's thoughts run into the text; start the server with a reasoning parser for "
                 "gpt-oss, under a model name with gpt-oss in it"

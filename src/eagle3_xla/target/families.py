@@ -180,10 +180,13 @@ def refuse_longer_rows(config: Any, row_length: int, where: str) -> None:
     """Raises UserError for rows beyond the context of a config of `load_target_config`: one conversation may fill a
     row, and would be trained on at positions that the target is never used at. where: what says `row_length`.
     """
-    if row_length > config.max_position_embeddings:
+    scaling, longest = getattr(config, "rope_scaling", None) or {}, config.max_position_embeddings
+    if _rope_type(scaling) in ("yarn", "linear"):  # max_position_embeddings may be that without it (Qwen3's own advice)
+        longest = max(longest, int(scaling["factor"] * scaling.get("original_max_position_embeddings", longest)))
+    if row_length > longest:
         raise UserError(
-            f"{where}: rows of {row_length} tokens are longer than the {config.max_position_embeddings} positions that "
-            "the target is used with; prepare the data with a data.row_length of at most that"
+            f"{where}: rows of {row_length} tokens are longer than the {longest} positions that the target is used "
+            "with; prepare the data with a data.row_length of at most that"
         )
 
 

@@ -2,16 +2,17 @@
 
 import dataclasses
 import hashlib
+import math
 import sys
 from pathlib import Path
 from typing import Any
 
 import torch
 from transformers import LlamaConfig
+from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
 from eagle3_xla import checkpoint as checkpoints
 from eagle3_xla import storage
-from eagle3_xla.checks import shown
 from eagle3_xla.config import Recipe
 from eagle3_xla.data.batches import Batches
 from eagle3_xla.data.prepare import load_prepared, row_settings
@@ -295,9 +296,10 @@ def refuse_other_head(
     differences = [
         f"{n} is {getattr(warm, n)}, not {getattr(wanted, n)}" for n in names if getattr(warm, n) != getattr(wanted, n)
     ]
-    scalings = _rope_scaling(warm), _rope_scaling(wanted)
-    if scalings[0] != scalings[1]:
-        differences.append(f"rope_scaling is {shown(scalings[0])}, not {shown(scalings[1])}")
+    if not _rotates_alike(warm, wanted):
+        ours, its = (config.rope_scaling or {} for config in (wanted, warm))
+        fields = [name for name in sorted(ours.keys() | its.keys()) if ours.get(name) != its.get(name)]
+        differences += [f"rope_scaling.{name} is {its.get(name)}, not {ours.get(name)}" for name in fields]
     for name in NORM_FLAGS:
         if getattr(warm, name, False) != getattr(wanted, name, False):
             differences.append(f"its {name} is {getattr(warm, name, False)} (setting draft.variant)")
@@ -311,11 +313,8 @@ def refuse_other_head(
         raise UserError(f"train.warm_start: the head at {path} was made for another target: {'; '.join(differences)}")
 
 
-def _rope_scaling(config: LlamaConfig) -> dict:
-    """What scales RoPE, whichever way it is written; {}: nothing."""
-    scaling = config.rope_scaling or {}
-    kind = scaling.get("rope_type", scaling.get("type", "default"))
-    if kind == "default":
-        return {}
-    fields = {name: value for name, value in scaling.items() if name != "type" and value is not None}
-    return fields | {"rope_type": kind}
+def _rotates_alike(warm: LlamaConfig, wanted: LlamaConfig) -> bool:
+    """Whether RoPE is the same, whichever way its scaling is written."""
+    ours, its = LlamaRotaryEmbedding(wanted), LlamaRotaryEmbedding(warm)
+    alike = ours.inv_freq.shape == its.inv_freq.shape and torch.allclose(ours.inv_freq, its.inv_freq)
+    return alike and math.isclose(ours.attention_scaling, its.attention_scaling, rel_tol=1e-6)
