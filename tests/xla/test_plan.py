@@ -12,7 +12,7 @@ import torch_xla
 
 from eagle3_xla.config import load_recipe
 from eagle3_xla.data.prepare import load_prepared, prepare
-from eagle3_xla.plan.verdict import planned_tokens
+from eagle3_xla.plan.verdict import as_the_run, planned_tokens
 from eagle3_xla.xla.tpu import find_topology, libtpu_flags
 
 RECIPE = "qwen2.5-7b-v4-32"
@@ -134,6 +134,16 @@ def test_prepared_data_says_how_long_a_run_is(small_run, tmp_path):
         lengths = [len(row["input_ids"]) for row in rows]
         assert (len(set(lengths)) == 1) == (packing == "packed")
         assert planned_tokens(recipe) == (sum(lengths) * 2, "data.prepared")  # two epochs
+
+
+def test_a_plan_is_of_the_rows_and_the_vocabulary_of_its_run(small_run, exported_head):
+    prepare(load_recipe(None, [*small_run, "data.draft_vocab_size=96"]))
+    asked = [*small_run, "data.row_length=48", "data.draft_vocab_size=64"]
+    recipe, notes = as_the_run(load_recipe(None, asked))
+    assert (recipe.data.row_length, recipe.data.draft_vocab_size) == (64, 96)
+    assert "data.row_length is 64, that of the prepared data, not 48" in notes[0] and len(notes) == 2
+    recipe, _ = as_the_run(load_recipe(None, [*asked, f"train.warm_start={exported_head}"]))
+    assert (recipe.data.row_length, recipe.data.draft_vocab_size) == (64, 128)  # the head keeps its own
 
 
 @pytest.mark.slow

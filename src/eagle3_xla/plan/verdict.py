@@ -9,7 +9,7 @@ from eagle3_xla import storage
 from eagle3_xla.config import Recipe
 from eagle3_xla.data.manifest import MANIFEST
 from eagle3_xla.data.prepare import load_prepared
-from eagle3_xla.draft.saved import load_head
+from eagle3_xla.draft.saved import load_head, read_head
 from eagle3_xla.errors import UserError
 from eagle3_xla.plan.report import verdict_screen
 from eagle3_xla.storage import Location
@@ -122,7 +122,7 @@ def as_the_run(recipe: Recipe) -> tuple[Recipe, list[str]]:
         taken = {name: manifest[name] for name in ("row_length", "draft_vocab_size")}
         source = "the prepared data"
         if recipe.train.warm_start:
-            taken["draft_vocab_size"] = len(load_head(recipe.train.warm_start)[1])
+            taken["draft_vocab_size"] = len(load_head(read_head(recipe.train.warm_start))[1])
             source += " or the head of train.warm_start"
         notes = [
             f"data.{name} is {value}, that of {source}, not {getattr(recipe.data, name)}"
