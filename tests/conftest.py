@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
 # The environments are installed without bytecode (launch/install.sh): what starts first writes it for the rest.
@@ -314,21 +315,23 @@ def installed_wheel(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="session")
 def quickstart_run(installed_wheel, tmp_path_factory) -> tuple[subprocess.CompletedProcess, Path]:
-    """The quickstart from an installed wheel and an empty folder, with the least training, broken off by a Ctrl-C while
-    it trains and started again: (the second process, folder)."""
+    """The quickstart from an installed wheel and an empty folder, with the least training, broken off by a Ctrl-C once
+    its data is there and started again: (the second process, folder)."""
     folder = tmp_path_factory.mktemp("quickstart")
     # A target of a real size: its steps gain more from optimised code than compiling that costs.
     flags = os.environ["XLA_FLAGS"].replace("optimization_level=0", "optimization_level=1")
     environment = {"PYTHONPATH": str(installed_wheel), "XLA_FLAGS": flags}
     arguments = ["quickstart", "--minutes", "0.1"]
     with open(folder / "first.log", "w") as log:
-        command = [sys.executable, "-m", "eagle3_xla", *arguments]
-        first = subprocess.Popen(command, stderr=log, stdout=log, env=os.environ | environment, cwd=folder)
-    metrics, deadline = folder / "quickstart" / "run" / "metrics.jsonl", time.monotonic() + 600
-    while not (metrics.is_file() and metrics.read_text()) and first.poll() is None and time.monotonic() < deadline:
+        command, own = [sys.executable, "-m", "eagle3_xla", *arguments], os.environ | environment
+        # A shell's background job ignores the signal, and so would this one.
+        heard = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
+        first = subprocess.Popen(command, stderr=log, stdout=log, env=own, cwd=folder, preexec_fn=heard)
+    manifest, deadline = folder / "quickstart" / "data" / "manifest.json", time.monotonic() + 600
+    while not manifest.is_file() and first.poll() is None and time.monotonic() < deadline:
         time.sleep(0.05)
     first.send_signal(signal.SIGINT)
-    said = f"{first.wait(120)} {(folder / 'first.log').read_text()}"
+    said = f"{first.wait(300)} {(folder / 'first.log').read_text()}"
     assert said.startswith("1 ") and "interrupted; start it again to continue" in said, said
     done = run_cli(*arguments, environment=environment, timeout=900, cwd=folder)
     return done, folder / "quickstart"

@@ -35,15 +35,13 @@ def test_quickstart(quickstart_run, installed_wheel):
     assert result["eval"]["identical"] and result["tree"]["tau"] > 1.0
     assert "as a tree of 7" in done.stdout and "--speculative-num-draft-tokens 8 --dtype bfloat16" in done.stdout
     assert result["continued"] and "an earlier start had begun it" in done.stdout
-    assert "continued after step" in done.stderr
     assert result["training"]["tau"] > 1.05  # held-out rows; a few steps on 2,000 tokens
     assert load_file(out / "head" / "model.safetensors")["lm_head.weight"].shape == (8192, 576)
     assert "before training" in (out / "report.html").read_text() and result["eval"]["by_source"]
     assert list((out / "run" / "tensorboard").rglob("events.out.tfevents.*"))
     rows = [json.loads(line) for line in (out / "run" / "metrics.jsonl").read_text().splitlines()]
     # The step and the held-out evaluation: nothing compiles after the first steps.
-    assert max(row["compilations"] for row in rows if "compilations" in row) == 2
-    assert [row["step"] for row in rows if "loss" in row] == list(range(1, result["training"]["micro_steps"] + 1))
+    assert {row["compilations"] for row in rows if "compilations" in row} == {2}
 
 
 @pytest.mark.parametrize("minutes", [float("nan"), float("inf"), -1, 0, 0.000001, 1e9])
