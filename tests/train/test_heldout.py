@@ -125,13 +125,13 @@ def test_held_out_rows_are_as_long_as_all_of_their_source(small_run, chat_file, 
     lines, other, python = chat_file.read_text().splitlines(), tmp_path / "other.jsonl", tmp_path / "python.jsonl"
     other.write_text("\n".join(sorted(lines, key=len)[:20]))  # most of them short
     python.write_text("\n".join(line for line in lines if "Python" in line))  # all of them long
-    settings = ["data.row_length=80", "data.packing=bucketed", "data.buckets=[63, 65]"]
+    settings = ["data.row_length=64", "data.packing=bucketed", "data.buckets=[47, 50]"]
     settings += [f"data.train=[{python}]", f"data.heldout=[{chat_file}, {other}]", "train.heldout_rows=1"]
     recipe = load_recipe(None, [*small_run, *settings, "train.reuse_states=true"])
     prepare(recipe)
     _, rows, _, manifest = load_prepared(recipe.data.prepared)
     source, lengths = np.asarray(rows["source"]), np.array([len(ids) for ids in rows["input_ids"]])
-    assert set(lengths) == {63, 65, 80}
+    assert set(lengths) == {47, 50, 64}
     for limit, count in ((1, 1), (2, 2), (3, 2), (16, 16), (64, 52)):
         chosen = HeldOut(rows, manifest["heldout_sources"], manifest["heldout"]["buckets"], limit, 2).rows
         assert len(chosen) == count

@@ -47,7 +47,7 @@ def test_few_layers_extended_are_all_layers(forks, tmp_path, draft):
     # 13: with 12 the larger of the few that are compiled, 8 and 12, would be all of them.
     target = small_config(tmp_path, num_hidden_layers=13, layer_types=["full_attention"] * 13)
     settings = [target, "plan.topology=v4-8", "xla.dp=2", "xla.tp=2", "data.row_length=128"]
-    settings += ["data.draft_vocab_size=512", "train.batch_size=2", "loss.ttt_length=2"]
+    settings += ["data.draft_vocab_size=512", "train.batch_size=2", "loss.ttt_length=1"]
     settings += [f"xla.draft_data_parallel={str(draft == 'rows over all chips').lower()}"]
     done = forks.run_code(PLANS, "plan.layers=0; plan.layers=8", *settings)
     every, few = map(json.loads, done.stdout.splitlines())
