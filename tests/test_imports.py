@@ -10,6 +10,7 @@ import eagle3_xla
 ROOT = Path(eagle3_xla.__file__).parent
 ORDER = [
     "storage",
+    "local_copies",
     "errors",
     "settings",
     "config",

@@ -7,7 +7,7 @@ import random
 import gcsfs
 import pytest
 
-from eagle3_xla import storage
+from eagle3_xla import local_copies, storage
 
 
 @pytest.fixture(params=["path", "url"])
@@ -71,13 +71,13 @@ def test_copies_are_made_once_for_each_version(gcs):
     url = f"{gcs.url}/versions"
     for name, content in (("a.txt", "one"), ("below/b.txt", "two"), ("big.bin", "left out")):
         storage.write(f"{url}/{name}", content)
-    folder = storage.local_folder(url, without=".bin")
+    folder = local_copies.local_folder(url, without=".bin")
     assert storage.files(folder).keys() == {"a.txt", "below/b.txt"} and (folder / "a.txt").read_text() == "one"
     requests = gcs.requests
-    assert storage.local_folder(url, without=".bin") == folder
+    assert local_copies.local_folder(url, without=".bin") == folder
     assert gcs.requests == requests + 1  # the listing alone
     storage.write(f"{url}/a.txt", "three")
-    renewed = storage.local_folder(url, without=".bin")
+    renewed = local_copies.local_folder(url, without=".bin")
     assert (renewed / "a.txt").read_text() == "three" and (folder / "a.txt").read_text() == "one"
     assert (renewed / "below/b.txt").resolve() == (folder / "below/b.txt").resolve()
     assert storage.read_range(f"{url}/a.txt", 1, 3) == b"hre"
@@ -86,7 +86,7 @@ def test_copies_are_made_once_for_each_version(gcs):
 def test_what_grows_while_it_is_copied(gcs, monkeypatch):
     """gcsfs asks for a file's size once and sends it in parts when it is large."""
     url = f"{gcs.url}/growing-meanwhile"
-    local = storage.LocalFolder(url)
+    local = local_copies.LocalFolder(url)
     log = local.path / "metrics.jsonl"
     log.write_bytes(b"x" * (6 << 20))
     sent = gcsfs.core.upload_chunk
@@ -106,7 +106,7 @@ def test_what_grows_while_it_is_copied(gcs, monkeypatch):
 
 def test_what_grows_is_copied_when_it_has_changed(gcs):
     url = f"{gcs.url}/growing"
-    first = storage.LocalFolder(url)
+    first = local_copies.LocalFolder(url)
     (first.path / "metrics.jsonl").write_text("1\n")
     (first.path / "other").write_text("same")
     first.upload()
@@ -115,7 +115,7 @@ def test_what_grows_is_copied_when_it_has_changed(gcs):
     requests = gcs.requests
     first.upload()
     assert gcs.requests == requests + 1
-    again = storage.LocalFolder(url)
+    again = local_copies.LocalFolder(url)
     again.restore("metrics.jsonl")
     again.restore("never written")
     assert storage.files(again.path).keys() == {"metrics.jsonl"}

@@ -25,7 +25,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-from eagle3_xla import storage
+from eagle3_xla import local_copies, storage
 from eagle3_xla.checks import mapping, number, text
 from eagle3_xla.config import Recipe
 from eagle3_xla.errors import UserError
@@ -95,7 +95,7 @@ def load_best(folder: Location, warn: Callable[[str], object]) -> Checkpoint | N
 def load(path: Location) -> Checkpoint:
     """Read one checkpoint folder. Raises UserError when it is missing or damaged."""
     sums, meta = _verified_meta(path)
-    with storage.as_local_file(storage.join(path, STATE)) as state:
+    with local_copies.as_local_file(storage.join(path, STATE)) as state:
         if not _listed(sums, STATE, _sha256(state)):
             raise UserError(f"checkpoint {path} is damaged (the checksum of {STATE} does not hold)")
         tensors = {name: value.clone() for name, value in load_file(state).items()}  # the file is memory-mapped

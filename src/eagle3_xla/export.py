@@ -16,7 +16,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from eagle3_xla import checkpoint as checkpoints
-from eagle3_xla import storage
+from eagle3_xla import local_copies, storage
 from eagle3_xla.draft.saved import (
     ARCHITECTURE,
     EXPORTED,
@@ -71,7 +71,7 @@ def _holds_our_head(out: Location) -> bool:
     if not storage.exists(storage.join(out, EXPORTED)):
         return False
     try:
-        with safe_open(storage.local_file(storage.join(out, EXPORTED)), framework="pt") as file:
+        with safe_open(local_copies.local_file(storage.join(out, EXPORTED)), framework="pt") as file:
             return RECORD in (file.metadata() or {})
     except (OSError, SafetensorError):
         return False

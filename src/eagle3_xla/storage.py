@@ -3,7 +3,7 @@
 What is written is there whole or not at all: a file on a disk by a rename, an object by the store's own promise. A
 folder (`whole_folder`) is renamed too; object stores have no rename, so there its last file is written last and
 removed first, and without it the folder counts as absent. They have no append either: what grows lies in a folder of
-this machine and is copied (`LocalFolder`). What needs a real file reads a copy in ~/.cache/eagle3-xla.
+this machine and is copied (local_copies.py).
 
 Every failure is an OSError whose message is one line and names the location.
 """
@@ -160,6 +160,20 @@ def remove(location: Location, first: str = "") -> None:
                 store.rm(name, recursive=True)
 
 
+def version(location: Location) -> str:
+    """What changes with the content of a URL's file."""
+    with _in_one_line(location):
+        store, path = _store(location)
+        return _version(store.info(path))
+
+
+def download(location: Location, file: Path) -> None:
+    """Copy a URL's file to this machine."""
+    with _in_one_line(location):
+        store, path = _store(location)
+        store.get_file(path, str(file))
+
+
 def upload(file: Path, location: Location) -> None:
     """Copy a file of this machine to a URL."""
     with _in_one_line(location):
@@ -224,107 +238,22 @@ def remove_unfinished(parent: Location, last: str, prefix: str = "") -> None:
             shutil.rmtree(path)
 
 
-def cache_folder() -> Path:
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "eagle3-xla"
+def cached(kind: str, what: str) -> Path:
+    """The place in ~/.cache/eagle3-xla of this kind of copy of `what`."""
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "eagle3-xla"
+    return cache / kind / hashlib.sha256(what.encode()).hexdigest()[:24]
 
 
 @contextlib.contextmanager
 def scratch(location: Location) -> Iterator[Path]:
     """An empty folder of this machine for what is on its way to or from `location`; one that a kill left is reused."""
-    folder = cache_folder() / "scratch" / _hash(str(location))
+    folder = cached("scratch", str(location))
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
     try:
         yield folder
     finally:
         shutil.rmtree(folder, ignore_errors=True)
-
-
-@contextlib.contextmanager
-def as_local_file(location: Location) -> Iterator[Path]:
-    """The file itself, or a copy of a URL's that lives as long as the block."""
-    if not is_url(location):
-        yield Path(location)
-        return
-    with scratch(location) as folder:
-        _download(location, folder / base_name(location))
-        yield folder / base_name(location)
-
-
-def local_file(location: Location, version: str | None = None) -> Path:
-    """The file itself, or a copy of a URL's in the cache, made once for each `version` (default: asked for)."""
-    if not is_url(location):
-        return Path(location)
-    if version is None:
-        with _in_one_line(location):
-            store, path = _store(location)
-            version = _version(store.info(path))
-    copy = cache_folder() / "files" / _hash(f"{location} {version}") / base_name(location)
-    if not copy.exists():
-        copy.parent.mkdir(parents=True, exist_ok=True)
-        partial = copy.with_name(f"{PARTIAL}{os.getpid()}")  # several processes may want it
-        try:
-            _download(location, partial)
-            os.replace(partial, copy)
-        finally:
-            partial.unlink(missing_ok=True)
-    return copy
-
-
-def local_folder(location: Location, without: str = "") -> Path:
-    """The folder itself, or one of links to the cached copies of a URL's files, but those whose names end in `without`.
-
-    Raises FileNotFoundError when nothing is there.
-    """
-    if not is_url(location):
-        return Path(location)
-    versions = {n: v for n, v in files(location).items() if not (without and n.endswith(without))}
-    if not versions:
-        raise FileNotFoundError(f"{location}: no such folder")
-    folder = cache_folder() / "folders" / _hash(f"{location} {versions}")
-    for name, version in versions.items():
-        link, copy = folder / name, local_file(join(location, name), version)
-        link.parent.mkdir(parents=True, exist_ok=True)
-        with contextlib.suppress(FileExistsError):
-            link.symlink_to(copy)
-    return folder
-
-
-def work_folder(location: Location) -> Path:
-    """The folder itself, or one of this machine for what belongs to a URL's and outlives the process."""
-    folder = cache_folder() / "work" / _hash(str(location)) if is_url(location) else Path(location)
-    folder.mkdir(parents=True, exist_ok=True)
-    return folder
-
-
-class LocalFolder:
-    """A folder of this machine for files that grow. path: `location` itself, or one in the cache whose changed files
-    `upload` copies to the URL; it starts empty but for what `restore` fetches."""
-
-    def __init__(self, location: Location):
-        self.location = location
-        self._sent: dict[str, str] = {}
-        self.path = cache_folder() / "growing" / _hash(str(location)) if is_url(location) else Path(location)
-        if is_url(location):
-            shutil.rmtree(self.path, ignore_errors=True)
-        self.path.mkdir(parents=True, exist_ok=True)
-
-    def restore(self, name: str) -> None:
-        """Fetch a file that an earlier run uploaded, if it did."""
-        source = join(self.location, name)
-        if is_url(source) and exists(source):
-            _download(source, self.path / name)
-
-    def upload(self) -> None:
-        """Copy what has changed since the last time."""
-        if not is_url(self.location):
-            return
-        for name, version in files(self.path).items():
-            if self._sent.get(name) != version and not name.startswith("."):  # .work, .partial-*
-                target = join(self.location, name)
-                with scratch(target) as folder:  # a copy: the store refuses a file that grows on its way
-                    upload(Path(shutil.copy(self.path / name, folder)), target)
-                self._sent[name] = version
 
 
 class _Stream(io.RawIOBase):
@@ -367,12 +296,6 @@ def _version(info: dict) -> str:
     return " ".join(str(info[name]) for name in names if info.get(name) is not None)
 
 
-def _download(location: Location, file: Path) -> None:
-    with _in_one_line(location):
-        store, path = _store(location)
-        store.get_file(path, str(file))
-
-
 @contextlib.contextmanager
 def _in_one_line(location: Location) -> Iterator[None]:
     """Each store has errors of its own: all become an OSError of one line that names the location."""
@@ -387,10 +310,6 @@ def _in_one_line(location: Location) -> Iterator[None]:
         denied = isinstance(error, PermissionError) or re.search(r"Forbidden|, 40[13]$", reason)
         kind = PermissionError if denied else OSError
         raise kind(f"{location}: {'access is denied' if denied else 'the store failed'} ({reason})") from error
-
-
-def _hash(text: str) -> str:
-    return hashlib.sha256(text.encode()).hexdigest()[:24]
 
 
 def _fsync(path: Path) -> None:

@@ -15,7 +15,7 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
-from eagle3_xla import storage
+from eagle3_xla import local_copies, storage
 from eagle3_xla.errors import UserError
 
 PACKAGED = "package:"  # package:train.jsonl is a file shipped in eagle3_xla/data/chats
@@ -32,7 +32,7 @@ def data_file(name: str) -> Path:
     """
     if storage.is_url(name):
         try:
-            return storage.local_folder(name) if storage.is_folder(name) else storage.local_file(name)
+            return local_copies.local_folder(name) if storage.is_folder(name) else local_copies.local_file(name)
         except FileNotFoundError as error:
             raise UserError(str(error)) from None
     if name.startswith(PACKAGED):

@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 
-from eagle3_xla import storage
+from eagle3_xla import local_copies, storage
 from eagle3_xla.checks import listing, number, parse_json
 from eagle3_xla.config import Recipe
 from eagle3_xla.data import sources
@@ -51,7 +51,7 @@ def prepare(recipe: Recipe, overwrite: bool = False) -> dict:
     always = stop_ids | {token for token in tokenizer.all_special_ids if token < vocab_size}
     _check(data, vocab_size, len(always))
     place = claim_output(data.prepared, "prepare", overwrite=overwrite)
-    out = storage.work_folder(place)
+    out = local_copies.work_folder(place)
     _refuse_foreign_files(out, overwrite)
     prints = {split: [sources.fingerprint(sources.resolve(s)) for s in getattr(data, split)] for split in SPLITS}
     inputs = _inputs_key(data, prints, tokenizer, stop_ids, vocab_size)
@@ -127,7 +127,7 @@ def load_prepared(folder: str, vocab_size: int | None = None, target: str = "") 
     """
     if not folder or not storage.exists(storage.join(folder, MANIFEST)):
         raise UserError(f"no prepared data at {folder!r} (setting data.prepared); run `eagle3-xla prepare` first")
-    path = storage.local_folder(folder)
+    path = local_copies.local_folder(folder)
     manifest = read_manifest(path)
     if vocab_size not in (None, manifest["vocab_size"]):
         raise UserError(

@@ -4,7 +4,7 @@ import datetime
 import re
 from typing import Any, overload
 
-from eagle3_xla import storage
+from eagle3_xla import local_copies, storage
 from eagle3_xla.checks import listing, mapping, number, text
 from eagle3_xla.errors import UserError
 
@@ -29,7 +29,7 @@ def small_files(path: str) -> str:
     if not storage.is_url(path):
         return path
     try:
-        return str(storage.local_folder(path, without=".safetensors"))
+        return str(local_copies.local_folder(path, without=".safetensors"))
     except FileNotFoundError as error:
         raise UserError(f"no target at {path!r}: {error}") from None
 

@@ -15,7 +15,7 @@ from transformers.activations import ACT2FN
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
-from eagle3_xla import storage
+from eagle3_xla import local_copies, storage
 from eagle3_xla.checks import mapping, number, parse_json, read_json, shown
 from eagle3_xla.draft.model import Eagle3Head
 from eagle3_xla.errors import UserError
@@ -92,7 +92,7 @@ def read_head(folder: Location) -> SavedHead:
     """Raises UserError when there is no head at all, or a config.json whose fields are of the wrong type."""
     if not storage.exists(storage.join(folder, "config.json")):
         raise UserError(f"no head at {folder} (config.json is expected)")
-    folder = storage.local_folder(folder)
+    folder = local_copies.local_folder(folder)
     if not (folder / "config.json").is_file():
         raise UserError(f"no head at {folder} (config.json is expected)")
     head = SavedHead(folder, read_json(folder / "config.json"))

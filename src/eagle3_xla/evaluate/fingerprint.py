@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 
-from eagle3_xla import __version__, storage
+from eagle3_xla import __version__, local_copies, storage
 from eagle3_xla.checks import read_json
 from eagle3_xla.data.prompts import fingerprint as prompts_fingerprint
 from eagle3_xla.draft.saved import read_head
@@ -85,7 +85,7 @@ def _rows(tensor: Any) -> list[bytes]:
 
 def _folder(path: str) -> Path | None:
     if Path(path).is_dir() or storage.is_url(path) and storage.is_folder(path):
-        return storage.local_folder(path)
+        return local_copies.local_folder(path)
     from huggingface_hub import try_to_load_from_cache
     from huggingface_hub.errors import HFValidationError
 

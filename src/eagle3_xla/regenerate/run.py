@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any
 
 from tqdm import tqdm
 
-from eagle3_xla import storage
+from eagle3_xla import local_copies, storage
 from eagle3_xla.checks import read_json
 from eagle3_xla.config import Recipe
 from eagle3_xla.data import sources
@@ -70,7 +70,7 @@ def regenerate(recipe: Recipe, out: Location, options: Options) -> dict:
     if options.concurrency < 1 or options.limit < 0 or not 0 < options.timeout < math.inf:
         raise UserError("--concurrency must be 1 or more, --limit 0 or more, --timeout positive and finite")
     recipe = replace(recipe, data=_chats_to_ask(recipe.data, options.chats))
-    place = storage.LocalFolder(claim_output(out, "regenerate"))
+    place = local_copies.LocalFolder(claim_output(out, "regenerate"))
     for name in ("chats.jsonl", "dropped.jsonl", "regenerate.json"):
         place.restore(name)
     if not storage.exists(storage.join(out, RUN_FILE)):
@@ -84,7 +84,7 @@ def regenerate(recipe: Recipe, out: Location, options: Options) -> dict:
     return {"out": str(storage.join(out, "chats.jsonl"))} | counts
 
 
-async def _uploading(place: storage.LocalFolder, work: Awaitable[dict]) -> dict:
+async def _uploading(place: local_copies.LocalFolder, work: Awaitable[dict]) -> dict:
     """The result of `work`; meanwhile what it has written goes to the URL now and then, if it is one."""
 
     done = asyncio.Event()

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
-from eagle3_xla import storage
+from eagle3_xla import local_copies, storage
 from eagle3_xla.data.tokenizer import UNREADABLE, first_line
 from eagle3_xla.errors import UserError
 from eagle3_xla.target.experts import RoutedExperts
@@ -64,7 +64,7 @@ def load_target(path: str, dtype: torch.dtype) -> nn.Module:
         return model
     try:
         model, found = AutoModelForCausalLM.from_pretrained(
-            storage.local_folder(path) if storage.is_url(path) else path,
+            local_copies.local_folder(path) if storage.is_url(path) else path,
             config=config,
             dtype=dtype,
             attn_implementation=plain_attention(config),

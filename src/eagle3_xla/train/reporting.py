@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from eagle3_xla import storage
+from eagle3_xla import local_copies
 from eagle3_xla.errors import UserError
 from eagle3_xla.loss.metrics import add_up, rates
 from eagle3_xla.train.config import TrainConfig
@@ -60,7 +60,7 @@ class Reporter:
         self._complained = False
         self.tracker = None
         if self.speaks:
-            self.local = storage.LocalFolder(config.out)
+            self.local = local_copies.LocalFolder(config.out)
             self.local.restore("metrics.jsonl")
             self.file = self.local.path / "metrics.jsonl"
             self.heldout = _drop_after(self.file, start or -1)  # no checkpoint: step 0 is evaluated again too

@@ -12,7 +12,7 @@ from transformers import LlamaConfig
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
 from eagle3_xla import checkpoint as checkpoints
-from eagle3_xla import storage
+from eagle3_xla import local_copies, storage
 from eagle3_xla.config import Recipe
 from eagle3_xla.data.batches import Batches
 from eagle3_xla.data.prepare import load_prepared, row_settings
@@ -228,7 +228,7 @@ def _keep_states(recipe: Recipe, backend: Backend, data: Data, key: str, states_
     lengths = data.batches.buckets + data.batches.unfilled
     if len(lengths) > 1 or len(buckets_of(data.manifest, "heldout", 0)) > 1:
         raise UserError("train.reuse_states needs rows of one length; set it to false")
-    every = storage.work_folder(storage.join(recipe.data.prepared, "states"))
+    every = local_copies.work_folder(storage.join(recipe.data.prepared, "states"))
     own = every / hashlib.sha256(key.encode()).hexdigest()[:16]
     if backend.hosts.index == 0:
         _say_what_else_lies_there(every, own)
