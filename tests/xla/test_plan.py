@@ -12,7 +12,7 @@ import torch_xla
 
 from eagle3_xla.config import load_recipe
 from eagle3_xla.data.prepare import load_prepared, prepare
-from eagle3_xla.plan.verdict import as_the_run, planned_tokens
+from eagle3_xla.plan.rows import as_the_run, planned_tokens
 from eagle3_xla.xla.tpu import find_topology, libtpu_flags
 
 RECIPE = "qwen2.5-7b-v4-32"

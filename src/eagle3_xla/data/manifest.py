@@ -2,11 +2,19 @@
 
 from pathlib import Path
 
+from eagle3_xla import storage
 from eagle3_xla.checks import listing, mapping, number, read_json, text
 from eagle3_xla.errors import UserError
+from eagle3_xla.storage import Location
 
 MANIFEST = "manifest.json"
 LONGEST_ROW, MOST_TOKENS, MOST_ROWS = 131_072, 1 << 24, 1 << 40
+
+
+def prepared_manifest(folder: str) -> Location | None:
+    """The manifest of a prepared folder (data.prepared), None while there is none."""
+    manifest = storage.join(folder, MANIFEST)
+    return manifest if folder and storage.exists(manifest) else None
 
 
 def read_manifest(folder: Path) -> dict:

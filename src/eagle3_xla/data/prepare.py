@@ -23,7 +23,7 @@ from eagle3_xla.config import Recipe
 from eagle3_xla.data import sources
 from eagle3_xla.data.config import DataConfig, Source
 from eagle3_xla.data.documents import Documents, tokenize
-from eagle3_xla.data.manifest import MANIFEST, read_manifest
+from eagle3_xla.data.manifest import MANIFEST, prepared_manifest, read_manifest
 from eagle3_xla.data.mix import Mix, mix
 from eagle3_xla.data.rows import SPLIT_FILES, write_rows
 from eagle3_xla.data.tokenizer import load_config, load_tokenizer, shows_reasoning, stop_token_ids
@@ -125,7 +125,7 @@ def load_prepared(folder: str, vocab_size: int | None = None, target: str = "") 
     vocab_size, target: of the target that they are for, and where it lies, if that is known. Raises UserError when
     there is no such folder, it is damaged or was prepared for another target.
     """
-    if not folder or not storage.exists(storage.join(folder, MANIFEST)):
+    if not prepared_manifest(folder):
         raise UserError(f"no prepared data at {folder!r} (setting data.prepared); run `eagle3-xla prepare` first")
     path = local_copies.local_folder(folder)
     manifest = read_manifest(path)

@@ -4,9 +4,9 @@ from typing import Any
 
 import torch
 
-from eagle3_xla import storage
 from eagle3_xla.config import Recipe
 from eagle3_xla.data.batches import anchor_count
+from eagle3_xla.data.manifest import prepared_manifest
 from eagle3_xla.data.prepare import load_prepared
 from eagle3_xla.draft.model import Eagle3Head, draft_config
 from eagle3_xla.target.model import Target
@@ -83,7 +83,7 @@ def _frozen(target: Target) -> dict[str, torch.Tensor]:
 
 def _listed_positions(recipe: Recipe, backend: AotBackend) -> int | None:
     """How many positions a group of the prepared data lists (loss/rows.py), None when all are computed or unknown."""
-    if not recipe.data.prepared or not storage.exists(storage.join(recipe.data.prepared, "manifest.json")):
+    if not prepared_manifest(recipe.data.prepared):
         return None
     rows, _, _, manifest = load_prepared(recipe.data.prepared)
     return training_batches(recipe, rows, manifest, backend)[1].listed.get(recipe.data.row_length)

@@ -15,8 +15,9 @@ from tqdm import tqdm
 import eagle3_xla
 from eagle3_xla import storage
 from eagle3_xla.config import Recipe
+from eagle3_xla.data.manifest import prepared_manifest
 from eagle3_xla.errors import UserError
-from eagle3_xla.plan.verdict import plan, prepared_manifest
+from eagle3_xla.plan.verdict import plan
 from eagle3_xla.target.known import plan_config
 from eagle3_xla.xla.tpu import find_topology
 
@@ -109,7 +110,7 @@ def _key(recipe: Recipe) -> str:
     digest.update(plan_config(recipe.target.path).to_json_string().encode())
     digest.update(" ".join(metadata.version(name) for name in COMPILER).encode())
     digest.update(os.environ.get("LIBTPU_INIT_ARGS", "").encode())  # torch_xla's defaults add to it (xla/tpu.py)
-    if manifest := prepared_manifest(recipe):
+    if manifest := prepared_manifest(recipe.data.prepared):
         digest.update(storage.read(manifest))
     for file in sorted(Path(eagle3_xla.__file__).parent.rglob("*.py")):
         digest.update(file.read_bytes())

@@ -5,14 +5,10 @@ import os
 import time
 from typing import Any
 
-from eagle3_xla import storage
 from eagle3_xla.config import Recipe
-from eagle3_xla.data.manifest import MANIFEST
-from eagle3_xla.data.prepare import load_prepared
-from eagle3_xla.draft.saved import load_head, read_head
 from eagle3_xla.errors import UserError
 from eagle3_xla.plan.report import verdict_screen
-from eagle3_xla.storage import Location
+from eagle3_xla.plan.rows import as_the_run, planned_tokens
 from eagle3_xla.target.known import plan_config
 from eagle3_xla.train.flops import flops_per_token
 
@@ -110,50 +106,6 @@ def _refuse_indivisible(recipe: Recipe, target: Any) -> None:
             raise UserError(
                 f"xla.tp is {recipe.xla.tp}, which does not divide the target's {name} {getattr(target, name)}"
             )
-
-
-def as_the_run(recipe: Recipe) -> tuple[Recipe, list[str]]:
-    """The recipe with the rows and the draft vocabulary of the prepared data, which the run takes whatever the settings
-    say, and what is to be said of that. Raises UserError for prepared data that is damaged.
-    """
-    notes = []
-    if prepared_manifest(recipe):
-        manifest = load_prepared(recipe.data.prepared)[3]
-        taken = {name: manifest[name] for name in ("row_length", "draft_vocab_size")}
-        source = "the prepared data"
-        if recipe.train.warm_start:
-            taken["draft_vocab_size"] = len(load_head(read_head(recipe.train.warm_start))[1])
-            source += " or the head of train.warm_start"
-        notes = [
-            f"data.{name} is {value}, that of {source}, not {getattr(recipe.data, name)}"
-            for name, value in taken.items()
-            if value != getattr(recipe.data, name)
-        ]
-        recipe = dataclasses.replace(recipe, data=dataclasses.replace(recipe.data, **taken))
-    if recipe.train.reuse_states:
-        notes.append("train.reuse_states spares the target's forward, which is in these figures: the run needs less")
-    return recipe, notes
-
-
-def planned_tokens(recipe: Recipe) -> tuple[int | None, str | None]:
-    """Positions of the whole run, padding included, and where the number is from: the prepared data in all epochs, or
-    what `plan.tokens` assumes while nothing is prepared.
-
-    Raises UserError for prepared data that is damaged.
-    """
-    if not prepared_manifest(recipe):
-        return (recipe.plan.tokens, "plan.tokens") if recipe.plan.tokens else (None, None)
-    from eagle3_xla.train.loader import buckets_of
-
-    rows, _, _, manifest = load_prepared(recipe.data.prepared)
-    positions = sum(length * count for length, _, count in buckets_of(manifest, "train", len(rows)))
-    return positions * recipe.train.epochs, "data.prepared"
-
-
-def prepared_manifest(recipe: Recipe) -> Location | None:
-    """The manifest of the prepared data, None while there is none."""
-    manifest = storage.join(recipe.data.prepared, MANIFEST)
-    return manifest if recipe.data.prepared and storage.exists(manifest) else None
 
 
 def _advice(recipe: Recipe, at_rest: bool) -> str:
