@@ -17,6 +17,7 @@ from eagle3_xla.data.vocab import d2t_t2d
 from eagle3_xla.draft.model import Eagle3Head, draft_config
 from eagle3_xla.errors import UserError
 from eagle3_xla.export import export
+from eagle3_xla.plan.rows import run_graphs
 from eagle3_xla.target.families import load_target_config
 from eagle3_xla.target.model import TargetStates
 from eagle3_xla.target.states import StatesStore
@@ -105,12 +106,16 @@ def test_reused_states_of_held_out_rows_of_two_lengths(small_run, chat_file, tmp
 def test_a_bucket_that_fills_no_batch(small_run, capsys):
     recipe = load_recipe(None, [*small_run, "data.packing=bucketed", "data.row_length=72", "data.buckets=[52, 64]"])
     (_, _, many), (length, _, few) = prepare(recipe)["train"]["buckets"]
-    recipe.train.batch_size, recipe.train.epochs, recipe.loss.ttt_length = few + 1, 1, 1
+    recipe.train.batch_size, recipe.train.epochs = few + 1, 1
+    recipe.loss.ttt_length, recipe.loss.ttt_warmup = 2, 0.5
     assert train(recipe)["micro_steps"] == many // (few + 1) > 0
     said = capsys.readouterr().err
     left_out = f"{few} rows of {length} tokens fill no batch of {few + 1} and are not trained on; lower"
     assert said.count(f"{left_out} train.batch_size or leave {length} out of data.buckets\n") == 1
-    assert "graphs (step 1, " in said
+    graphs = run_graphs(recipe)  # as `plan` counts them
+    counts = ", ".join(f"{name} {count}" for name, count in graphs.items())
+    assert f"compile budget: {sum(graphs.values())} graphs ({counts})" in said
+    assert counts.startswith("step, TTT 1 1, step, TTT 2 1, evaluation ")
 
 
 class Rows(list):

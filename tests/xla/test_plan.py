@@ -12,8 +12,9 @@ import torch_xla
 
 from eagle3_xla.config import load_recipe
 from eagle3_xla.data.prepare import load_prepared, prepare
-from eagle3_xla.plan.rows import as_the_run, planned_tokens
-from eagle3_xla.xla.tpu import find_topology, libtpu_flags
+from eagle3_xla.plan.rows import as_the_run, planned_tokens, run_graphs
+from eagle3_xla.plan.verdict import loaded_graphs
+from eagle3_xla.xla.tpu import V5E, Memory, find_topology, libtpu_flags
 
 RECIPE = "qwen2.5-7b-v4-32"
 
@@ -144,6 +145,22 @@ def test_a_plan_is_of_the_rows_and_the_vocabulary_of_its_run(small_run, exported
     assert "data.row_length is 64, that of the prepared data, not 48" in notes[0] and len(notes) == 2
     recipe, _ = as_the_run(load_recipe(None, [*asked, f"train.warm_start={exported_head}"]))
     assert (recipe.data.row_length, recipe.data.draft_vocab_size) == (64, 128)  # the head keeps its own
+
+
+def test_the_code_of_more_graphs_than_usual_is_said():
+    """A run keeps its graphs loaded; what is compiled is one step."""
+    name, memory = "qwen2.5-3b-v5e-8", Memory(6624456704, 321021952, 321020416, 7234632704, 456700928)
+
+    def said(*settings):
+        graphs = run_graphs(load_recipe(name, settings))
+        return sum(graphs.values()), loaded_graphs(graphs, memory, V5E.hbm_bytes)
+
+    assert said() == (3, []) and said("train.gradient_accumulation=1") == (2, [])
+    count, (note,) = said("loss.ttt_warmup=0.3")
+    assert count == 9 and "9 graphs loaded (gradients, TTT 1 1, gradients, TTT 2 1, " in note
+    assert note.endswith("may need up to 2.98 GiB; with that it does not fit: 16.31 of 15.75 GiB")
+    count, (note,) = said("data.packing=bucketed", "data.buckets=[512]")
+    assert count == 5 and note.endswith("may need up to 1.28 GiB")
 
 
 @pytest.mark.slow

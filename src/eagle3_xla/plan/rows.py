@@ -2,7 +2,10 @@
 
 import dataclasses
 
+import numpy as np
+
 from eagle3_xla.config import Recipe
+from eagle3_xla.data.batches import Batches
 from eagle3_xla.data.manifest import prepared_manifest
 from eagle3_xla.data.prepare import load_prepared
 from eagle3_xla.draft.saved import load_head, read_head
@@ -44,3 +47,34 @@ def planned_tokens(recipe: Recipe) -> tuple[int | None, str | None]:
     rows, _, _, manifest = load_prepared(recipe.data.prepared)
     positions = sum(length * count for length, _, count in buckets_of(manifest, "train", len(rows)))
     return positions * recipe.train.epochs, "data.prepared"
+
+
+def run_graphs(recipe: Recipe) -> dict[str, int]:
+    """The graphs that the run compiles, as its CompileBudget plans them. While no data is prepared, of rows of all the
+    lengths that the settings name.
+
+    Raises UserError for prepared data that is damaged.
+    """
+    from eagle3_xla.plan.lowering import TOTAL_STEPS
+    from eagle3_xla.train.budget import planned_graphs
+    from eagle3_xla.train.heldout import HeldOut
+    from eagle3_xla.train.loader import buckets_of
+
+    settings = recipe.train
+    if not prepared_manifest(recipe.data.prepared):
+        lengths = len({*recipe.data.buckets, recipe.data.row_length})
+        return planned_graphs(recipe, TOTAL_STEPS, lengths, lengths if settings.heldout_rows else 0)
+    _, rows, _, manifest = load_prepared(recipe.data.prepared)
+    batches, batch = _batches(recipe, manifest), settings.batch_size * recipe.xla.dp
+    updates = settings.epochs * batches.steps_per_epoch // settings.gradient_accumulation
+    buckets = buckets_of(manifest, "heldout", len(rows))
+    heldout = HeldOut(rows, manifest["heldout_sources"], buckets, settings.heldout_rows, batch)
+    return planned_graphs(recipe, updates, len(batches.buckets), len(heldout.lengths))
+
+
+def _batches(recipe: Recipe, manifest: dict) -> Batches:
+    """The run's, without what its rows hold."""
+    from eagle3_xla.train.loader import buckets_of
+
+    buckets = buckets_of(manifest, "train", manifest["train"]["rows"])
+    return Batches(np.empty(0), buckets, recipe.train.batch_size, recipe.xla.dp, recipe.train.seed)

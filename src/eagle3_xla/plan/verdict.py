@@ -7,10 +7,11 @@ from typing import Any
 
 from eagle3_xla.config import Recipe
 from eagle3_xla.errors import UserError
-from eagle3_xla.plan.report import verdict_screen
-from eagle3_xla.plan.rows import as_the_run, planned_tokens
+from eagle3_xla.plan.report import GIB, verdict_screen
+from eagle3_xla.plan.rows import as_the_run, planned_tokens, run_graphs
 from eagle3_xla.target.known import plan_config
 from eagle3_xla.train.flops import flops_per_token
+from eagle3_xla.xla.tpu import DoesNotFit, Memory, compiler_flags, find_topology
 
 
 def plan(recipe: Recipe) -> dict:
@@ -26,8 +27,6 @@ def compile_verdict(recipe: Recipe) -> dict:
     """
     # The step is lowered for virtual CPU devices, one for each chip.
     os.environ.update(PJRT_DEVICE="CPU", CPU_NUM_DEVICES=str(recipe.xla.dp * recipe.xla.tp))
-    from eagle3_xla.xla.tpu import DoesNotFit, compiler_flags, find_topology
-
     topology = find_topology(recipe.plan.topology)
     if recipe.xla.dp * recipe.xla.tp != topology.chips:
         raise UserError(
@@ -50,7 +49,7 @@ def compile_verdict(recipe: Recipe) -> dict:
     mesh = {"dp": recipe.xla.dp, "tp": recipe.xla.tp, "draft_data_parallel": recipe.xla.draft_data_parallel}
     layers: dict[str, int] = {"extrapolated": recipe.plan.layers not in (0, target.num_hidden_layers)}
     layers |= {"layers": target.num_hidden_layers, "compiled_layers": recipe.plan.layers or target.num_hidden_layers}
-    total, of = planned_tokens(recipe)
+    (total, of), graphs = planned_tokens(recipe), run_graphs(recipe)
     disk = disk_bytes(recipe, target, total)
     verdict = {"topology": topology.name, "chips": topology.chips, "mesh": mesh, **layers, "disk_bytes": disk}
     verdict |= {"notes": notes} if notes else {}
@@ -61,6 +60,7 @@ def compile_verdict(recipe: Recipe) -> dict:
         refused = {"fits": False, "hbm_bytes_per_chip": refusal.needed, "hbm_limit_bytes": limit}
         return verdict | refused | {"largest_buffers": buffers, "advice": _advice(recipe, refusal.at_rest)}
     step, memory = compiled.time, compiled.memory
+    notes += loaded_graphs(graphs, memory, limit)
     tokens = recipe.train.batch_size * recipe.xla.dp * recipe.data.row_length
     rate = tokens / step.total
     hours = total / rate / 3600 if total else None
@@ -68,6 +68,7 @@ def compile_verdict(recipe: Recipe) -> dict:
     model_flops = flops_per_token(target, dataclasses.replace(recipe, train=forward))
     price = recipe.plan.price_per_chip_hour
     host = host_seconds(compiled.arguments)
+    verdict |= {"notes": notes} if notes else {}
     return verdict | {
         "fits": True,
         "hbm_bytes_per_chip": memory.total,
@@ -106,6 +107,20 @@ def _refuse_indivisible(recipe: Recipe, target: Any) -> None:
             raise UserError(
                 f"xla.tp is {recipe.xla.tp}, which does not divide the target's {name} {getattr(target, name)}"
             )
+
+
+def loaded_graphs(graphs: dict[str, int], memory: Memory, limit: int) -> list[str]:
+    """What is to be said of a run with more graphs than one of a step and one of the evaluation: it keeps the code of
+    all in HBM, and `memory` is of one step. graphs: `run_graphs`'.
+    """
+    others = sum(graphs.values()) - 1 - graphs.get("update", 0)  # the compiled step has the update's code
+    if others <= graphs["evaluation"] <= 1:
+        return []
+    most = memory.total + others * memory.code
+    counts = ", ".join(f"{name} {count}" for name, count in graphs.items())
+    note = f"the run keeps {sum(graphs.values())} graphs loaded ({counts}): beside this step, the code of the others "
+    note += f"may need up to {others * memory.code / GIB:.2f} GiB"
+    return [note + f"; with that it does not fit: {most / GIB:.2f} of {limit / GIB:.2f} GiB" * (most > limit)]
 
 
 def _advice(recipe: Recipe, at_rest: bool) -> str:

@@ -5,14 +5,24 @@ from typing import Any
 
 import torch
 
+from eagle3_xla.config import Recipe
 from eagle3_xla.errors import RunError
+from eagle3_xla.train.step import step_names
 from eagle3_xla.xla.backend import Backend
+
+
+def planned_graphs(recipe: Recipe, updates: int, row_lengths: int, heldout_lengths: int) -> dict[str, int]:
+    """Function -> shapes of its batches, of a run of so many updates; row_lengths, heldout_lengths: how many lengths
+    the rows of its batches have."""
+    planned = dict.fromkeys(step_names(recipe, updates).values(), row_lengths)
+    planned |= {"update": 1} if recipe.train.gradient_accumulation > 1 else {}
+    return planned | {"evaluation": heldout_lengths}
 
 
 class CompileBudget:
     """Counts the compilations of a run's functions; each is compiled once for each shape of batch.
 
-    planned: function -> shapes of its batches; with `allow` a further compilation is told to `say` instead of raised.
+    planned: as `planned_graphs` gives it; with `allow` a further compilation is told to `say` instead of raised.
     """
 
     def __init__(self, backend: Backend, planned: dict[str, int], say: Callable[[str], None], allow: bool = False):

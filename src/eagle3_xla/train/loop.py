@@ -14,7 +14,7 @@ from eagle3_xla import storage
 from eagle3_xla.config import Recipe
 from eagle3_xla.errors import UserError
 from eagle3_xla.storage import Location
-from eagle3_xla.train.budget import CompileBudget
+from eagle3_xla.train.budget import CompileBudget, planned_graphs
 from eagle3_xla.train.flops import flops_per_token
 from eagle3_xla.train.reporting import Reporter
 from eagle3_xla.train.saving import Saver
@@ -90,7 +90,7 @@ class Loop:
             run.recipe.data, row_length=data.manifest["row_length"], draft_vocab_size=len(data.draft_ids)
         )
         recipe = dataclasses.replace(run.recipe, data=prepared)
-        return {length: flops_per_token(run.target_config, recipe, length) for length in run.step.lengths}
+        return {length: flops_per_token(run.target_config, recipe, length) for length in run.step.names}
 
     def _compile_budget(self, allow_recompile: bool) -> CompileBudget:
         run, say = self.run, self.reporter.say
@@ -98,8 +98,8 @@ class Loop:
             f"{run.backend.description}: {run.data.total_steps} steps of {run.data.rows_per_step} x "
             f"{run.data.manifest['row_length']} tokens"
         )
-        planned = dict.fromkeys(run.step.graphs, len(run.data.batches.buckets))
-        planned |= {"evaluation": len(run.data.heldout.lengths)} | ({"update": 1} if "update" in planned else {})
+        lengths, heldout_lengths = len(run.data.batches.buckets), len(run.data.heldout.lengths)
+        planned = planned_graphs(run.recipe, run.step.updates, lengths, heldout_lengths)
         say(f"compile budget: {sum(planned.values())} graphs ({', '.join(f'{n} {c}' for n, c in planned.items())})")
         return CompileBudget(run.backend, planned, say, allow_recompile)
 

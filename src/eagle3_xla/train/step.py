@@ -29,6 +29,13 @@ class _WithHead(torch.nn.Module):
         return function(*arguments)
 
 
+def step_names(recipe: Recipe, updates: int) -> dict[int, str]:
+    """TTT length -> name of its micro-steps' graph, of a run of so many updates."""
+    lengths = sorted({recipe.loss.ttt_length_at(update, updates) for update in range(updates)})
+    what = "step" if recipe.train.gradient_accumulation == 1 else "gradients"
+    return {length: what if len(lengths) == 1 else f"{what}, TTT {length}" for length in lengths}
+
+
 def _directly(name: str, function: Callable, *batch: dict[str, torch.Tensor]) -> Any:
     return function(*batch)
 
@@ -59,8 +66,8 @@ class TrainStep:
         # One graph a micro-step when each one updates; else the gradients' (added to buffers that exist before the
         # first micro-step) and the small one of the optimizer, so that target and unroll are compiled once.
         # And one for each TTT length (`loss.ttt_warmup`).
-        self.updates, loss = optimizer.total_steps, recipe.loss
-        self.lengths = sorted({loss.ttt_length_at(update, self.updates) for update in range(self.updates)})
+        self.updates = optimizer.total_steps
+        self.names = step_names(recipe, self.updates)
         state = [*self._parameters, *optimizer.changing()]
         self._evaluate = backend.compile(self._evaluate_eager, self._parameters)
         if self.accumulation == 1:
@@ -77,11 +84,11 @@ class TrainStep:
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Micro-step number `micro_step` (from 0); every `gradient_accumulation`-th updates the weights.
 
-        call(name, function, *batch) runs one of `graphs` (CompileBudget.run). Returns the step's metrics, a device
-        vector that `unpack_metrics` reads, and at an update the norm of the gradients.
+        call(name, function, *batch) runs one of the graphs of train/budget.py (CompileBudget.run). Returns the step's
+        metrics, a device vector that `unpack_metrics` reads, and at an update the norm of the gradients.
         """
         length = self.length(micro_step)
-        name = self._name(length)
+        name = self.names[length]
         if self.accumulation == 1:
             return call(name, self._steps[length], batch)
         metrics = call(name, self._steps[length], batch)
@@ -91,16 +98,6 @@ class TrainStep:
     def length(self, micro_step: int) -> int:
         """TTT length of micro-step number `micro_step`."""
         return self.recipe.loss.ttt_length_at(micro_step // self.accumulation, self.updates)
-
-    @property
-    def graphs(self) -> dict[str, tuple[Callable, int]]:
-        """Name -> (compiled function, how often it runs for one update); all but `update` take a batch."""
-        steps = {self._name(length): (step, self.accumulation) for length, step in self._steps.items()}
-        return steps if self.accumulation == 1 else steps | {"update": (self._update, 1)}
-
-    def _name(self, length: int) -> str:
-        what = "step" if self.accumulation == 1 else "gradients"
-        return what if len(self.lengths) == 1 else f"{what}, TTT {length}"
 
     def _of_each_length(self, function: Callable, state: list[torch.Tensor]) -> dict[int, Callable]:
         """TTT length -> function(length, batch), compiled."""
@@ -112,7 +109,7 @@ class TrainStep:
 
             return self.backend.compile(step, state)
 
-        return {length: of(length) for length in self.lengths}
+        return {length: of(length) for length in self.names}
 
     def evaluate(self, batch: dict[str, torch.Tensor]) -> torch.Tensor:
         """Metrics of a batch without gradients; the chain's are of the rows at which decoding would draft."""
