@@ -138,12 +138,16 @@ def test_prepared_data_says_how_long_a_run_is(small_run, tmp_path):
 
 
 def test_a_plan_is_of_the_rows_and_the_vocabulary_of_its_run(small_run, exported_head):
-    prepare(load_recipe(None, [*small_run, "data.draft_vocab_size=96"]))
     asked = [*small_run, "data.row_length=48", "data.draft_vocab_size=64"]
+    warm = [*asked, f"train.warm_start={exported_head}"]
+    recipe, notes = as_the_run(load_recipe(None, warm))  # before anything is prepared
+    assert (recipe.data.row_length, recipe.data.draft_vocab_size) == (48, 128)
+    assert notes == ["data.draft_vocab_size is 128, that of the head of train.warm_start, not 64"]
+    prepare(load_recipe(None, [*small_run, "data.draft_vocab_size=96"]))
     recipe, notes = as_the_run(load_recipe(None, asked))
     assert (recipe.data.row_length, recipe.data.draft_vocab_size) == (64, 96)
     assert "data.row_length is 64, that of the prepared data, not 48" in notes[0] and len(notes) == 2
-    recipe, _ = as_the_run(load_recipe(None, [*asked, f"train.warm_start={exported_head}"]))
+    recipe, _ = as_the_run(load_recipe(None, warm))
     assert (recipe.data.row_length, recipe.data.draft_vocab_size) == (64, 128)  # the head keeps its own
 
 

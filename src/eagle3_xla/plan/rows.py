@@ -12,23 +12,24 @@ from eagle3_xla.draft.saved import load_head, read_head
 
 
 def as_the_run(recipe: Recipe) -> tuple[Recipe, list[str]]:
-    """The recipe with the rows and the draft vocabulary of the prepared data, which the run takes whatever the settings
-    say, and what is to be said of that. Raises UserError for prepared data that is damaged.
+    """The recipe with the rows and the draft vocabulary of the prepared data, and the vocabulary of the head of a warm
+    start, which the run takes whatever the settings say, and what is to be said of that. Raises UserError for prepared
+    data or a head that is damaged.
     """
-    notes = []
+    taken, sources = {}, {}
     if prepared_manifest(recipe.data.prepared):
         manifest = load_prepared(recipe.data.prepared)[3]
         taken = {name: manifest[name] for name in ("row_length", "draft_vocab_size")}
-        source = "the prepared data"
-        if recipe.train.warm_start:
-            taken["draft_vocab_size"] = len(load_head(read_head(recipe.train.warm_start))[1])
-            source += " or the head of train.warm_start"
-        notes = [
-            f"data.{name} is {value}, that of {source}, not {getattr(recipe.data, name)}"
-            for name, value in taken.items()
-            if value != getattr(recipe.data, name)
-        ]
-        recipe = dataclasses.replace(recipe, data=dataclasses.replace(recipe.data, **taken))
+        sources = dict.fromkeys(taken, "the prepared data")
+    if recipe.train.warm_start:
+        taken["draft_vocab_size"] = len(load_head(read_head(recipe.train.warm_start))[1])
+        sources["draft_vocab_size"] = "the head of train.warm_start"
+    notes = [
+        f"data.{name} is {value}, that of {sources[name]}, not {getattr(recipe.data, name)}"
+        for name, value in taken.items()
+        if value != getattr(recipe.data, name)
+    ]
+    recipe = dataclasses.replace(recipe, data=dataclasses.replace(recipe.data, **taken))
     if recipe.train.reuse_states:
         notes.append("train.reuse_states spares the target's forward, which is in these figures: the run needs less")
     return recipe, notes
