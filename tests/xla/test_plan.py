@@ -78,6 +78,7 @@ REFUSED = [
     (["--xla.device=cpu"], "xla.device is cpu"),
     (["--target.path=/nowhere"], "no target at '/nowhere'"),
     (["--xla-flags=--xla_a=1 nonsense"], "setting plan.xla_flags: 'nonsense' is no flag; --xla_NAME=VALUE"),
+    (["--data.row_length=65536"], "setting data.row_length: rows of 65536 tokens are longer than the 32768 positions"),
     (["--plan.layers=7"], "plan.layers is 7; the target has 28: give 0 for all of them, or from 8 to 24"),
 ]
 

@@ -6,9 +6,11 @@ import time
 from typing import Any
 
 from eagle3_xla.config import Recipe
+from eagle3_xla.data.manifest import prepared_manifest
 from eagle3_xla.errors import UserError
 from eagle3_xla.plan.report import GIB, verdict_screen
 from eagle3_xla.plan.rows import as_the_run, planned_tokens, run_graphs
+from eagle3_xla.target.families import refuse_longer_rows
 from eagle3_xla.target.known import plan_config
 from eagle3_xla.train.flops import flops_per_token
 from eagle3_xla.xla.tpu import DoesNotFit, Memory, compiler_flags, find_topology
@@ -39,6 +41,8 @@ def compile_verdict(recipe: Recipe) -> dict:
     target = plan_config(recipe.target.path)
     _refuse_indivisible(recipe, target)
     recipe, notes = as_the_run(recipe)
+    prepared = prepared_manifest(recipe.data.prepared)
+    refuse_longer_rows(target, recipe.data.row_length, recipe.data.prepared if prepared else "setting data.row_length")
 
     from eagle3_xla.plan.compiled import compile_step
     from eagle3_xla.plan.disk import disk_bytes
