@@ -4,6 +4,7 @@ import contextlib
 import fcntl
 import json
 import os
+import re
 from importlib import resources
 from pathlib import Path
 
@@ -13,7 +14,8 @@ import torch_xla
 from eagle3_xla.config import load_recipe
 from eagle3_xla.data.prepare import load_prepared, prepare
 from eagle3_xla.plan.rows import as_the_run, planned_tokens, run_graphs
-from eagle3_xla.plan.verdict import loaded_graphs
+from eagle3_xla.plan.verdict import advice, loaded_graphs
+from eagle3_xla.target.known import plan_config
 from eagle3_xla.xla.tpu import V5E, Memory, find_topology, libtpu_flags
 
 RECIPE = "qwen2.5-7b-v4-32"
@@ -66,6 +68,38 @@ def test_what_cannot_fit_is_said_before_compiling(forks, small_run, tmp_path):
     ):
         assert part in done.stdout
     assert "xla.remat" not in done.stdout  # no activation is the reason
+
+
+@pytest.mark.parametrize(
+    "settings, advised",
+    [
+        (["xla.dp=16", "xla.tp=1"], ["batch_size=8 gradient_accumulation=2", "tp=2 dp=8 gradient_accumulation=2"]),
+        ([], ["batch_size=8 gradient_accumulation=2"]),  # tp is 4, as many as the target's key-value heads
+        (["train.batch_size=12"], ["batch_size=4 gradient_accumulation=3"]),  # the draft phase deals them to 4 devices
+        (["train.batch_size=4"], []),
+        (
+            ["xla.dp=8", "xla.tp=2", "train.batch_size=6"],
+            ["batch_size=2 gradient_accumulation=3"],  # 4 devices of a replica can't deal 6 rows
+        ),
+        (
+            ["xla.dp=8", "xla.tp=2", "train.batch_size=5", "xla.draft_data_parallel=false"],
+            ["batch_size=1 gradient_accumulation=5", "tp=4 dp=4 gradient_accumulation=2"],
+        ),
+    ],
+)
+def test_what_helps_is_accepted_and_the_same_update(settings, advised):
+    recipe = load_recipe(RECIPE, settings)
+    ways = [way for way in advice(recipe, plan_config(recipe.target.path), at_rest=False).split("; ") if "=" in way]
+    found = [re.findall(r"(\w+\.\w+=\w+)", way) for way in ways]
+    assert found.pop(0) == ["xla.remat=true"]
+    assert [" ".join(each).replace("train.", "").replace("xla.", "") for each in found] == advised
+
+    def rows(recipe):
+        return recipe.xla.dp * recipe.train.batch_size * recipe.train.gradient_accumulation
+
+    changed = [load_recipe(RECIPE, settings + each) for each in found]
+    assert {rows(each) for each in changed} <= {rows(recipe)}
+    assert {each.xla.dp * each.xla.tp for each in changed} <= {16}
 
 
 REFUSED = [

@@ -62,7 +62,7 @@ def compile_verdict(recipe: Recipe) -> dict:
     except DoesNotFit as refusal:
         buffers = [{"bytes": size, "shape": shape, "name": name} for size, shape, name in refusal.largest]
         refused = {"fits": False, "hbm_bytes_per_chip": refusal.needed, "hbm_limit_bytes": limit}
-        return verdict | refused | {"largest_buffers": buffers, "advice": _advice(recipe, refusal.at_rest)}
+        return verdict | refused | {"largest_buffers": buffers, "advice": advice(recipe, target, refusal.at_rest)}
     step, memory = compiled.time, compiled.memory
     notes += loaded_graphs(graphs, memory, limit)
     tokens = recipe.train.batch_size * recipe.xla.dp * recipe.data.row_length
@@ -106,11 +106,14 @@ def compile_verdict(recipe: Recipe) -> dict:
 
 
 def _refuse_indivisible(recipe: Recipe, target: Any) -> None:
-    for name in ("num_key_value_heads", "num_attention_heads", "intermediate_size", "moe_intermediate_size"):
-        if getattr(target, name, 0) % recipe.xla.tp:
-            raise UserError(
-                f"xla.tp is {recipe.xla.tp}, which does not divide the target's {name} {getattr(target, name)}"
-            )
+    if name := _indivisible(target, recipe.xla.tp):
+        raise UserError(f"xla.tp is {recipe.xla.tp}, which does not divide the target's {name} {getattr(target, name)}")
+
+
+def _indivisible(target: Any, tp: int) -> str | None:
+    """The size of the target that tp devices can't share."""
+    names = ("num_key_value_heads", "num_attention_heads", "intermediate_size", "moe_intermediate_size")
+    return next((name for name in names if getattr(target, name, 0) % tp), None)
 
 
 def loaded_graphs(graphs: dict[str, int], memory: Memory, limit: int) -> list[str]:
@@ -127,17 +130,30 @@ def loaded_graphs(graphs: dict[str, int], memory: Memory, limit: int) -> list[st
     return [note + f"; with that it does not fit: {most / GIB:.2f} of {limit / GIB:.2f} GiB" * (most > limit)]
 
 
-def _advice(recipe: Recipe, at_rest: bool) -> str:
+def advice(recipe: Recipe, target: Any, at_rest: bool) -> str:
     """Settings that help; at_rest: weights and optimizer alone are too large, before any activation."""
-    ways = []
-    if not at_rest and not recipe.xla.remat:
+    ways, xla, train = [], recipe.xla, recipe.train
+    if not at_rest and not xla.remat:
         ways.append("xla.remat=true (TTT steps computed again in the backward pass)")
-    if not at_rest and recipe.train.batch_size > 1:
+
+    def dealt(batch: int, tp: int) -> bool:  # as load_recipe wants it
+        return not xla.draft_data_parallel or batch % tp == 0
+
+    rows = train.batch_size * train.gradient_accumulation  # of a replica in an update
+    smaller = [b for b in range(1, train.batch_size // 2 + 1) if rows % b == 0 and dealt(b, xla.tp)]
+    if not at_rest and smaller:
         ways.append(
-            f"train.batch_size={recipe.train.batch_size // 2} with "
-            f"train.gradient_accumulation={recipe.train.gradient_accumulation * 2} (the same update)"
+            f"train.batch_size={smaller[-1]} with train.gradient_accumulation={rows // smaller[-1]} (the same update)"
         )
-    ways.append("a larger xla.tp with a smaller xla.dp (fewer copies of the weights)")
+    chips, steps = xla.dp * xla.tp, xla.dp * train.gradient_accumulation
+    for tp in range(xla.tp + 1, chips + 1):
+        dp = chips // tp
+        if chips % tp == 0 and not _indivisible(target, tp) and steps % dp == 0 and dealt(train.batch_size, tp):
+            ways.append(
+                f"a larger xla.tp: xla.tp={tp} with xla.dp={dp} and train.gradient_accumulation={steps // dp} (fewer "
+                "copies of the weights, the same update)"
+            )
+            break
     shorter = "" if at_rest else "a shorter data.row_length, "
     ways.append(f"{shorter}a smaller data.draft_vocab_size, or a larger slice")
     return "; ".join(ways)
