@@ -163,13 +163,25 @@ def test_prepared_data_says_how_long_a_run_is(small_run, tmp_path):
     for packing in ("packed", "bucketed"):
         own = ["data.conversations=0", f"data.packing={packing}", "train.batch_size=4"]
         own += ["data.buckets=[52]"] if packing == "bucketed" else []
-        recipe = load_recipe(RECIPE, [*small_run, *own, f"data.prepared={tmp_path / packing}"])
+        recipe = load_recipe(RECIPE, [*small_run, *own, "xla.dp=1", "xla.tp=1", f"data.prepared={tmp_path / packing}"])
         assert planned_tokens(recipe) == (assumed, "plan.tokens") and assumed > 1e8
-        prepare(recipe)
+        buckets = prepare(recipe)["train"].get("buckets")
         rows = load_prepared(recipe.data.prepared)[0]
         lengths = [len(row["input_ids"]) for row in rows]
         assert (len(set(lengths)) == 1) == (packing == "packed")
         assert planned_tokens(recipe) == (sum(lengths) * 2, "data.prepared")  # two epochs
+    (short, _, many), (long, _, few) = buckets
+    recipe.train.batch_size = few + 1  # rows of a length that fills no batch are none of the run's
+    assert planned_tokens(recipe) == (short * many * 2, "data.prepared")
+    planned, notes = as_the_run(recipe)
+    assert planned.data.row_length == short
+    assert notes == [
+        f"data.row_length is {short}, that of the longest prepared rows that fill a batch of {few + 1}, not {long}"
+    ]
+    recipe.train.batch_size = many + few  # what no length fills, train refuses
+    planned, notes = as_the_run(recipe)
+    assert planned.data.row_length == long
+    assert notes == [f"the {many + few} prepared rows fill no batch of {many + few}, so a run refuses them"]
 
 
 def test_a_plan_is_of_the_rows_and_the_vocabulary_of_its_run(small_run, exported_head):

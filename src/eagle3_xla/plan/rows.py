@@ -16,15 +16,21 @@ def as_the_run(recipe: Recipe) -> tuple[Recipe, list[str]]:
     start, which the run takes whatever the settings say, and what is to be said of that. Raises UserError for prepared
     data or a head that is damaged.
     """
-    taken, sources = {}, {}
+    taken, sources, remarks = {}, {}, []
     if prepared_manifest(recipe.data.prepared):
         manifest = load_prepared(recipe.data.prepared)[3]
         taken = {name: manifest[name] for name in ("row_length", "draft_vocab_size")}
         sources = dict.fromkeys(taken, "the prepared data")
+        batches, batch = _batches(recipe, manifest), recipe.train.batch_size * recipe.xla.dp
+        if not batches.buckets:
+            remarks = [f"the {manifest['train']['rows']} prepared rows fill no batch of {batch}, so a run refuses them"]
+        elif (longest := max(length for length, _, _ in batches.buckets)) < taken["row_length"]:
+            taken["row_length"] = longest
+            sources["row_length"] = f"the longest prepared rows that fill a batch of {batch}"
     if recipe.train.warm_start:
         taken["draft_vocab_size"] = len(load_head(read_head(recipe.train.warm_start))[1])
         sources["draft_vocab_size"] = "the head of train.warm_start"
-    notes = [
+    notes = remarks + [
         f"data.{name} is {value}, that of {sources[name]}, not {getattr(recipe.data, name)}"
         for name, value in taken.items()
         if value != getattr(recipe.data, name)
@@ -36,17 +42,15 @@ def as_the_run(recipe: Recipe) -> tuple[Recipe, list[str]]:
 
 
 def planned_tokens(recipe: Recipe) -> tuple[int | None, str | None]:
-    """Positions of the whole run, padding included, and where the number is from: the prepared data in all epochs, or
-    what `plan.tokens` assumes while nothing is prepared.
+    """Positions of the whole run, padding included, and where the number is from: the prepared data in all epochs,
+    without rows of a length that fills no batch, or what `plan.tokens` assumes while nothing is prepared.
 
     Raises UserError for prepared data that is damaged.
     """
     if not prepared_manifest(recipe.data.prepared):
         return (recipe.plan.tokens, "plan.tokens") if recipe.plan.tokens else (None, None)
-    from eagle3_xla.train.loader import buckets_of
-
-    rows, _, _, manifest = load_prepared(recipe.data.prepared)
-    positions = sum(length * count for length, _, count in buckets_of(manifest, "train", len(rows)))
+    batches = _batches(recipe, load_prepared(recipe.data.prepared)[3])
+    positions = sum(length * count for length, _, count in batches.buckets or batches.unfilled)
     return positions * recipe.train.epochs, "data.prepared"
 
 
