@@ -5,7 +5,8 @@ import json
 import pytest
 
 from eagle3_xla.config import load_recipe
-from eagle3_xla.plan.search import candidates
+from eagle3_xla.errors import UserError
+from eagle3_xla.plan.search import candidates, search
 
 
 def test_every_candidate_has_the_rows_of_an_update():
@@ -17,6 +18,17 @@ def test_every_candidate_has_the_rows_of_an_update():
         assert candidate.xla.dp * candidate.train.batch_size * candidate.train.gradient_accumulation == 64
     batches = [[c.train.batch_size for c in mesh] for mesh in meshes]
     assert batches == [[1, 2, 4], [1, 2, 4, 8], [2, 4, 8], [1, 2, 4, 8, 16], [4, 8, 16]]
+
+
+def test_rows_that_no_mesh_takes_are_refused():
+    recipe = load_recipe("qwen2.5-7b-v4-32", ["train.batch_size=6", "xla.dp=1", "xla.tp=1"])
+    line = (
+        r"^6 rows of an update \(.*\) can't be dealt to the 16 chips of a v4-32; a multiple of 4 can, for a target of 4"
+    )
+    with pytest.raises(UserError, match=line):
+        search(recipe)
+    recipe.train.batch_size = 4
+    assert [mesh[0].xla.tp for mesh in candidates(recipe, 16, 4) if mesh] == [4]
 
 
 @pytest.mark.slow

@@ -3,6 +3,7 @@
 import dataclasses
 import hashlib
 import json
+import math
 import multiprocessing
 import os
 from concurrent.futures import Executor, ProcessPoolExecutor
@@ -28,8 +29,7 @@ def candidates(recipe: Recipe, chips: int, kv_heads: int) -> list[list[Recipe]]:
     """Recipes with the rows per update of `recipe`; in each list the mesh and the draft phase's layout are one and the
     batch per replica grows.
     """
-    train = recipe.train
-    rows = recipe.xla.dp * train.batch_size * train.gradient_accumulation
+    train, rows = recipe.train, _rows(recipe)
     meshes = []
     splits = [n for n in range(1, kv_heads + 1) if kv_heads % n == 0 and chips % n == 0]
     for tp, split_draft in [(tp, split) for tp in splits for split in (False, True) if tp > 1 or not split]:
@@ -42,6 +42,11 @@ def candidates(recipe: Recipe, chips: int, kv_heads: int) -> list[list[Recipe]]:
     return meshes
 
 
+def _rows(recipe: Recipe) -> int:
+    """Of an update."""
+    return recipe.xla.dp * recipe.train.batch_size * recipe.train.gradient_accumulation
+
+
 def search(recipe: Recipe) -> dict:
     """Verdicts of all candidates, the fastest that fits first.
 
@@ -50,9 +55,18 @@ def search(recipe: Recipe) -> dict:
 
     Verdicts are kept in the user's cache folder, by recipe, prepared data, topology, LIBTPU_INIT_ARGS, and versions of
     this package and the compiler.
+
+    Raises UserError when there is no candidate.
     """
     topology = find_topology(recipe.plan.topology)
-    meshes = candidates(recipe, topology.chips, plan_config(recipe.target.path).num_key_value_heads)
+    heads = plan_config(recipe.target.path).num_key_value_heads
+    meshes = candidates(recipe, topology.chips, heads)
+    if not any(meshes):
+        raise UserError(
+            f"{_rows(recipe)} rows of an update (xla.dp * train.batch_size * train.gradient_accumulation) can't be "
+            f"dealt to the {topology.chips} chips of a {topology.name}; a multiple of "
+            f"{topology.chips // math.gcd(topology.chips, heads)} can, for a target of {heads} key-value heads"
+        )
     rows, bar = [], tqdm(total=sum(map(len, meshes)), desc=f"plans for {topology.name}", unit="plan")
     forks = multiprocessing.get_context("forkserver")  # of a process that has imported everything, once
     forks.set_forkserver_preload(["eagle3_xla.plan.compiled"])
