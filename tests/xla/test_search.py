@@ -1,11 +1,13 @@
 """What `plan --search` compares, and that it does: the real compiler on a tiny target."""
 
 import json
+from importlib import metadata
 
 import pytest
 
 from eagle3_xla.config import load_recipe
 from eagle3_xla.errors import UserError
+from eagle3_xla.plan.search import _key as search_key
 from eagle3_xla.plan.search import candidates, search
 
 
@@ -29,6 +31,21 @@ def test_rows_that_no_mesh_takes_are_refused():
         search(recipe)
     recipe.train.batch_size = 4
     assert [mesh[0].xla.tp for mesh in candidates(recipe, 16, 4) if mesh] == [4]
+
+
+def test_the_key_of_a_verdict_is_of_all_that_shapes_it(tmp_path, monkeypatch):
+    def key():
+        return search_key(load_recipe("qwen2.5-7b-v4-32", [f"train.warm_start={tmp_path}"]))
+
+    keys = [key()]
+    for words in (32000, 16000):
+        (tmp_path / "config.json").write_text(json.dumps({"draft_vocab_size": words}))
+        keys.append(key())
+    assert keys[-1] == key()
+    version = metadata.version
+    monkeypatch.setattr(metadata, "version", lambda name: "0" if name == "transformers" else version(name))
+    keys.append(key())
+    assert len({*keys}) == 4
 
 
 @pytest.mark.slow

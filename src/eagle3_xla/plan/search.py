@@ -53,8 +53,8 @@ def search(recipe: Recipe) -> dict:
     A batch that doesn't fit is tried again with xla.remat, as are the larger ones of its mesh; one that still doesn't
     fit ends the mesh's list.
 
-    Verdicts are kept in the user's cache folder, by recipe, prepared data, topology, LIBTPU_INIT_ARGS, and versions of
-    this package and the compiler.
+    Verdicts are kept in the user's cache folder, by recipe, prepared data, a warm start's config, topology,
+    LIBTPU_INIT_ARGS, and versions of this package, transformers and the compiler.
 
     Raises UserError when there is no candidate.
     """
@@ -122,10 +122,12 @@ def _cache_folder() -> Path:
 def _key(recipe: Recipe) -> str:
     digest = hashlib.sha256(json.dumps(dataclasses.asdict(recipe), sort_keys=True).encode())
     digest.update(plan_config(recipe.target.path).to_json_string().encode())
-    digest.update(" ".join(metadata.version(name) for name in COMPILER).encode())
+    digest.update(" ".join(metadata.version(name) for name in (*COMPILER, "transformers")).encode())
     digest.update(os.environ.get("LIBTPU_INIT_ARGS", "").encode())  # torch_xla's defaults add to it (xla/tpu.py)
     if manifest := prepared_manifest(recipe.data.prepared):
         digest.update(storage.read(manifest))
+    if recipe.train.warm_start and storage.exists(head := storage.join(recipe.train.warm_start, "config.json")):
+        digest.update(storage.read(head))  # its draft vocabulary is the run's
     for file in sorted(Path(eagle3_xla.__file__).parent.rglob("*.py")):
         digest.update(file.read_bytes())
     return digest.hexdigest()[:32]
