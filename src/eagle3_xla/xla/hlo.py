@@ -40,10 +40,10 @@ class Instruction:
 
     @property
     def cycles(self) -> int | None:
-        """The compiler's estimate; None where it has none and writes the largest number (seen for a matmul that carries
-        a part of a collective, on the v6e)."""
+        """The compiler's estimate; None where it has none and writes no number, or the largest one (seen for a matmul
+        that carries a part of a collective, on the v6e)."""
         cycles = int(self.attribute(r'"estimated_cycles":"?(\d+)') or 0)
-        return None if cycles == 2**63 - 1 else cycles
+        return None if cycles in (0, 2**63 - 1) else cycles
 
     def matmul_flops(self, left: tuple[int, ...], right: tuple[int, ...]) -> int:
         """Of a dot or a convolution of operands of these shapes. The compiler writes batched matmuls as convolutions
