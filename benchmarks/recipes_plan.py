@@ -3,8 +3,8 @@
     nice -n 19 python benchmarks/recipes_plan.py [RECIPE ...] [--out DIR] [--section.key=value ...]
 
 Resumable: a recipe is compiled again when its lowered step, slice, compiler or flags are not those that the file has.
-Each is planned from 8 of its target's layers (`plan.layers`), which benchmarks/README.md compares with all. With --out,
-the files go to DIR, and the table is only printed.
+Each is planned from 8 of its target's layers, which benchmarks/README.md compares with all, or from as many as
+--plan.layers says (0: all). With --out, the files go to DIR, and the table is only printed.
 """
 
 import argparse
@@ -18,7 +18,7 @@ import time
 from importlib import metadata
 from pathlib import Path
 
-from eagle3_xla.config import Recipe, load_recipe, recipe_names
+from eagle3_xla.config import load_recipe, recipe_names
 from eagle3_xla.plan.search import COMPILER
 from eagle3_xla.plan.verdict import compile_verdict
 from eagle3_xla.target.known import plan_config
@@ -42,15 +42,9 @@ HEADS = (
 )
 
 
-def planned(name: str, overrides: list[str]) -> Recipe:
-    recipe = load_recipe(name, overrides)
-    recipe.plan.layers = recipe.plan.layers or FEW
-    return recipe
-
-
 def plan_one(name: str, overrides: list[str], file: Path) -> None:
     """Write the recipe's verdict, unless the file has it. In a process of its own: it has the slice's devices."""
-    recipe = planned(name, overrides)
+    recipe = load_recipe(name, [f"plan.layers={FEW}", *overrides])
     os.environ.update(PJRT_DEVICE="CPU", CPU_NUM_DEVICES=str(recipe.xla.dp * recipe.xla.tp))
     from eagle3_xla.plan.compiled import lowered_steps
     from eagle3_xla.xla.tpu import find_topology, libtpu_flags
