@@ -27,13 +27,11 @@ from eagle3_xla.xla.memory import keep_freed_memory
 from eagle3_xla.xla.mesh import mesh_devices, part_of_host
 from eagle3_xla.xla.processor import processor
 from eagle3_xla.xla.routing import local_take_rows, scanned
+from eagle3_xla.xla.tpu import PEAK_FLOPS
 
 # The head, by parameter name: column-parallel ones over their output rows, row-parallel ones over their inputs.
 HEAD_COLUMNS = ("q_proj", "k_proj", "v_proj", "gate_proj", "up_proj", "lm_head", "fc")
 HEAD_ROWS = ("o_proj", "down_proj")
-
-
-PEAK_FLOPS = {"v4": 275e12, "v5e": 197e12, "v5p": 459e12, "v6e": 918e12}  # bf16, a chip; Google's published figures
 
 
 class SpmdBackend:

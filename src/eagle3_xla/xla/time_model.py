@@ -6,7 +6,7 @@ The schedule of one chip is walked instruction by instruction.
 - Everything else is bound by memory: bytes read and written over the memory's rate. (The compiler's cycles for
   elementwise work are 2.5 to 5 times that bound.)
 - A collective takes the time of its bytes over the ICI links that its group has, see `Ici`. An asynchronous one runs
-  beside what is scheduled between its start and its done; prefetches into on-chip memory cost HBM time only. Fusions
+  beside what is scheduled between its start and its done; prefetches into on-chip memory count for nothing. Fusions
   in between may carry a part of it (`async_collective_fusion`, seen for the v5p); they take the time of their compute.
 - A hand-written kernel (the compiler has one for unmasked attention) counts for the bytes that it moves alone.
 - A while loop takes its body's time, times its trip count.
@@ -42,28 +42,24 @@ class StepTime:
     """Seconds of one step on one chip; collectives: exposed ones, what no compute hides.
 
     counts, bytes: of collectives by kind, loops unrolled; bytes are those of the larger side of each on one chip.
-    slowest: (seconds, description) of single instructions, times the loop's trips.
     """
 
     matmul: float = 0.0
     memory: float = 0.0
     collectives: float = 0.0
     hidden_collectives: float = 0.0
-    prefetch: float = 0.0
     counts: Counter = field(default_factory=Counter)
     bytes: Counter = field(default_factory=Counter)
-    slowest: list[tuple[float, str]] = field(default_factory=list)
 
     @property
     def total(self) -> float:
         return self.matmul + self.memory + self.collectives
 
     def add(self, other: "StepTime", times: float) -> None:
-        for name in ("matmul", "memory", "collectives", "hidden_collectives", "prefetch"):
+        for name in ("matmul", "memory", "collectives", "hidden_collectives"):
             setattr(self, name, getattr(self, name) + times * getattr(other, name))
         for name in ("counts", "bytes"):
             getattr(self, name).update({kind: round(times * n) for kind, n in getattr(other, name).items()})
-        self.slowest += [(times * seconds, what) for seconds, what in other.slowest]
 
 
 def host_seconds(arguments: int) -> float:
@@ -152,7 +148,6 @@ class _Walk:
                 seconds = self.ici.seconds(kind, size, groups)
                 time.counts[kind] += 1
                 time.bytes[kind] += size
-                time.slowest.append((seconds, f"{kind} of {_show(instruction)}"))
                 if opcode.endswith("-start") or instruction.name.startswith(FUSED_START):
                     wire_free = max(wire_free, clock) + seconds
                     ends[flight] = wire_free
@@ -161,18 +156,13 @@ class _Walk:
                     wire_free = max(wire_free, clock) + seconds
                     time.collectives += wire_free - clock
                     clock = wire_free
-            elif base in ("copy", "slice") and base != opcode:  # a prefetch; it costs HBM time, not a unit's
-                if opcode.endswith("-start"):
-                    moved = min((a.bytes for a in instruction.arrays if a.space == 0), default=0)
-                    time.prefetch += moved / self.hbm
-            else:
+            elif base not in ("copy", "slice") or base == opcode:  # else a prefetch, beside the units
                 seconds, matmul = self._compute(instruction, shapes)
                 clock += seconds
                 if matmul:
                     time.matmul += seconds
                 else:
                     time.memory += seconds
-                time.slowest.append((seconds, f"{'matmul' if matmul else 'memory'} {_show(instruction)}"))
         return time
 
     def _carries(self, instruction: Instruction) -> bool:
@@ -257,8 +247,3 @@ class _Walk:
             return False
         inside = self.computations.get(instruction.calls[0], [])
         return any(i.opcode in ("convolution", "dot") or self._is_matmul(i) for i in inside)
-
-
-def _show(instruction: Instruction) -> str:
-    arrays = [f"{a.dtype}[{','.join(map(str, a.shape))}]" for a in instruction.arrays]
-    return f"{instruction.name} {' '.join(arrays)}"

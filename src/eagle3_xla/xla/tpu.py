@@ -33,6 +33,7 @@ V4 = Chip("v4", "megacore_dense", int(31.75 * GIB), 275e12, 1.2e12, 1.05e9, 45e9
 V5E = Chip("v5e", "default", int(15.75 * GIB), 197e12, 0.82e12, 1.5e9, 45e9)
 V5P = Chip("v5p", "megacore", int(95.74 * GIB), 459e12, 2.765e12, 1.75e9, 90e9)
 V6E = Chip("v6e", "default", int(31.25 * GIB), 918e12, 1.64e12, 1.75e9, 90e9)
+PEAK_FLOPS = {chip.name: chip.peak_flops for chip in (V4, V5E, V5P, V6E)}
 
 
 class Topology(NamedTuple):
