@@ -7,12 +7,14 @@ import pytest
 
 from eagle3_xla.config import load_recipe
 from eagle3_xla.data.prepare import prepare
+from eagle3_xla.plan import compiled
 from eagle3_xla.plan.compiled import extended_memory
 from eagle3_xla.plan.depth import layer_period, with_layers
 from eagle3_xla.plan.disk import checkpoint_bytes, disk_bytes
 from eagle3_xla.target.known import plan_config
 from eagle3_xla.train.loop import train
-from eagle3_xla.xla.tpu import Memory
+from eagle3_xla.xla.aot import Argument, LoweredStep
+from eagle3_xla.xla.tpu import GIB, DoesNotFit, Memory, find_topology
 
 # Verdicts of a recipe with the settings after the first argument and, one after the other, each of the first's.
 PLANS = """
@@ -65,6 +67,22 @@ def test_memory_never_shrinks_with_depth():
     step, low, high = Memory(70, 20, 10, 400, 40), Memory(60, 2, 0, 300, 40), Memory(80, 2, 0, 200, 20)
     assert extended_memory(step, low, high, 5) == Memory(170, 20, 10, 400, 40)
     assert extended_memory(step, low, high._replace(temporaries=310, code=42), 5) == Memory(170, 20, 10, 450, 50)
+
+
+def test_a_refusal_of_few_layers_is_told_for_all(monkeypatch):
+    """The compiler refuses a step of 8 of 80 layers: the others' weights are needed beside what it says."""
+
+    def refuse(*_):
+        raise DoesNotFit(110 * GIB, [])
+
+    head, layer = Argument("head", "", 0, GIB), Argument("layer", "", 0, GIB // 100)
+    steps = [LoweredStep(b"", arguments, []) for arguments in ([head, *[layer] * 8], [layer] * 8, [layer] * 12)]
+    monkeypatch.setattr(compiled, "lowered_steps", lambda *_: steps)
+    monkeypatch.setattr(compiled, "compile_for", refuse)
+    recipe = load_recipe("qwen2.5-72b-v5p-16", ["plan.layers=8"])
+    with pytest.raises(DoesNotFit) as refusal:
+        compiled.compile_step(recipe, plan_config(recipe.target.path), find_topology(recipe.plan.topology))
+    assert refusal.value.needed == 110 * GIB + 72 * layer.bytes
 
 
 def test_a_flag_that_the_compiler_lacks(forks, tmp_path):

@@ -68,12 +68,12 @@ def compile_step(recipe: Recipe, target: Any, topology: Topology) -> CompiledSte
     every = target.num_hidden_layers
     if not pair:
         _refuse_too_large(_resident(lowered), lowered, topology, at_rest=True)
-        return _compile(recipe, lowered, topology)
+        return _compile(recipe, lowered, topology, _resident(lowered))
     times = (every - recipe.plan.layers) / _more_layers(target)
     resident = _resident(lowered) + round(times * (_resident(pair[1]) - _resident(pair[0])))
     _refuse_too_large(resident, lowered, topology, at_rest=True)
-    step, high = (_compile(recipe, each, topology) for each in (lowered, pair[1]))
-    low = copy.deepcopy(step) if pair[0] is lowered else _compile(recipe, pair[0], topology)
+    step, high = (_compile(recipe, each, topology, resident) for each in (lowered, pair[1]))
+    low = copy.deepcopy(step) if pair[0] is lowered else _compile(recipe, pair[0], topology, resident)
 
     memory = extended_memory(step.memory, low.memory, high.memory, times)
     _refuse_too_large(memory.total, lowered, topology, at_rest=False)
@@ -100,8 +100,13 @@ def _extended(here: Any, few: Any, more: Any, times: float) -> Any:
     return here + round(times * (more - few))
 
 
-def _compile(recipe: Recipe, lowered: LoweredStep, topology: Topology) -> CompiledStep:
-    executable = compile_for(topology, lowered.hlo, lowered.state, recipe.plan.xla_flags)
+def _compile(recipe: Recipe, lowered: LoweredStep, topology: Topology, resident: int) -> CompiledStep:
+    """resident: bytes of the arguments of the step with all layers, which is what a refusal is of."""
+    try:
+        executable = compile_for(topology, lowered.hlo, lowered.state, recipe.plan.xla_flags)
+    except DoesNotFit as refusal:
+        needed = refusal.needed + resident - _resident(lowered)
+        raise DoesNotFit(needed, refusal.largest, refusal.at_rest) from None
     time = model_time(executable.text, topology)
     donated = set(lowered.state) <= executable.donated
     return CompiledStep(executable.memory, executable.flops, time, donated, len(lowered.arguments))
