@@ -2,7 +2,7 @@
 
     bash launch/test.sh tests/engines/full.py --quickstart quickstart
 
-In each engine: greedy output with the head, chain and tree, is the output without it; acceptance length within 2% of
+In each engine: greedy output with the head, chain and trees, is the output without it; acceptance length within 2% of
 our own; broken heads are caught by `doctor` and explained by `gap`. Prints the figures with -s.
 """
 
@@ -28,6 +28,7 @@ from eagle3_xla.serve.gap import gap
 OPTIONS = EvalOptions(limit=20, max_new_tokens=48)
 CHAIN = {"steps": 5, "topk": 1, "draft_tokens": 6}
 TREE = {"steps": 5, "topk": 4, "draft_tokens": 8}  # the root included, as SGLang counts
+DEEP_TREE = {"steps": 6, "topk": 4, "draft_tokens": 24}  # drafts whose parents have another rank than they
 
 
 @pytest.fixture(scope="session")
@@ -60,7 +61,7 @@ def decoded(trained, prompts):
 def test_output_and_acceptance(engine, trained, prompts, decoded):
     without, none = served(engine, trained, prompts)
     assert none is None and len(without) == 20
-    for shape in (CHAIN, TREE) if engine == "sglang" else (CHAIN,):
+    for shape in (CHAIN, TREE, DEEP_TREE) if engine == "sglang" else (CHAIN,):
         ours = decoded(shape)
         tokens, acceptance_length = served(engine, trained, prompts, trained.head, shape)
         print(f"\n{engine} {shape}: served {acceptance_length:.4f}, eval {tau(ours):.4f}")

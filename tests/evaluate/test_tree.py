@@ -43,6 +43,21 @@ def test_trees_keep_the_targets_output(trained, small_pair):
     assert tau(tree_accepted) > tau(chain_accepted) > 1.0  # a wide tree holds the chain
 
 
+def test_the_head_attends_by_rank(small_pair):
+    """As SGLang drafts: rank j of a step sees rank j of all steps so far, whatever its parent."""
+    seen = []
+
+    class Recording(SpeculativeDecoder):
+        def _head_rows(self, first, tokens, hidden, known, own, positions):
+            seen.append((own, positions))
+            return super()._head_rows(first, tokens, hidden, known, own, positions)
+
+    Recording(*small_pair, draft_tokens=15, topk=4, steps=4).decode([*range(5, 15)], 2, set())
+    for step, (own, positions) in enumerate(seen[-3:]):  # of the one round
+        assert own.tolist() == [[[row % 4 == rank for row in range(4 * (step + 1))] for rank in range(4)]]
+        assert positions.tolist() == [[10 + step] * 4]
+
+
 def test_sampled_output_is_the_targets_own(trained, small_pair):
     target, head, d2t = small_pair
     prompt = list(range(5, 15))

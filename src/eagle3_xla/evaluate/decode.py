@@ -10,8 +10,12 @@ products of another shape, which can turn a choice between two tokens that are e
 
 A tree grows as in EAGLE-2 and SGLang (`--speculative-num-steps`, `--speculative-eagle-topk`): each step expands the
 topk likeliest nodes of the last one by topk drafts each; of all nodes the `draft_tokens` likeliest are checked
-(SGLang's `--speculative-num-draft-tokens` counts the root too: one more). A node attends to its own ancestors. A
-chain is the tree with topk 1.
+(SGLang's `--speculative-num-draft-tokens` counts the root too: one more). A chain is the tree with topk 1.
+
+In the target a node attends to its own ancestors. In the head it attends, of the drafts, to those of its own rank among
+the topk of every step so far, whatever its parent. That is SGLang's attention and not EAGLE-2's: there a rank has its
+own cache slots (`per_step_draft_out_cache_loc`, `generate_draft_decode_kv_indices` of 0.5.21), and these aren't
+reordered when the topk likeliest of a step descend from other ranks. Only the fed-back hidden state is the parent's.
 
 Drafts are always the head's likeliest tokens; only the target's choice is sampled. A draft is then accepted with the
 target's probability of it, which is the rule of vLLM for greedy drafts and of SGLang's tree verification.
@@ -263,7 +267,7 @@ class SpeculativeDecoder(Decoder):
     ):
         super().__init__(target, slots)
         self.head, self.draft_tokens, self.topk, self.steps = head, draft_tokens, topk, steps or draft_tokens
-        if head.window and head.window < self.steps:  # a node's ancestors would fall out of its sight
+        if head.window and head.window < self.steps:  # a draft's own branch would fall out of its sight
             raise UserError(f"the head sees {head.window} positions: drafts of {self.steps} steps don't fit")
         self.d2t, self.draft_ids = d2t, (d2t + torch.arange(len(d2t), device=d2t.device)).to(target.device)
 
@@ -285,7 +289,6 @@ class SpeculativeDecoder(Decoder):
         # hidden [B, nodes of a frontier, H] predicts the children of the frontier's nodes.
         trees = [Tree([text.generation.tokens[-1]]) for text in running]
         frontiers: list[list[int]] = [[0] for _ in trees]
-        fed: list[list[int]] = [[] for _ in trees]
         for step in range(self.steps):
             logits = self.head.logits(hidden).float()
             top = logits.topk(self.topk)
@@ -302,8 +305,7 @@ class SpeculativeDecoder(Decoder):
                 [above.index(tree.parents[node]) for node in frontier]
                 for tree, above, frontier in zip(trees, parents, frontiers)
             ]
-            fed = [[*nodes, *frontier] for nodes, frontier in zip(fed, frontiers)]
-            own = torch.tensor([tree.visible(f, nodes) for tree, f, nodes in zip(trees, frontiers, fed)])
+            own = torch.eye(self.topk, dtype=torch.bool).repeat(1, step + 1).expand(len(trees), -1, -1)
             tokens = [[tree.tokens[node] for node in frontier] for tree, frontier in zip(trees, frontiers)]
             positions = torch.tensor(known)[:, None].expand(-1, len(frontiers[0])) + step
             hidden = self._head_rows(0, tokens, self.head.fed_back(hidden[texts, places]), known, own, positions)
@@ -341,7 +343,7 @@ class SpeculativeDecoder(Decoder):
         start = torch.tensor(known, device=device)[:, None]
         places = start + torch.arange(own.shape[-1], device=device)
         positions, mask = positions.to(device), _visible(start, places, own.to(device), length)
-        if self.head.window:  # of the rows that all see, row i is position i; a node's ancestors are never too far
+        if self.head.window:  # of the rows that all see, row i is position i; a draft's branch is never too far
             mask = mask & (positions[:, :, None] - torch.arange(length, device=device) < self.head.window)
         embedded = self.head.embedded(self.target.embed_tokens(torch.tensor(tokens, device=device)).to(hidden.dtype))
         self.draft_cache.place(first, places[:, own.shape[-1] - own.shape[1] :], length)
