@@ -5,6 +5,7 @@ import json
 
 import pytest
 import torch
+from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
 from eagle3_xla.config import load_recipe
 from eagle3_xla.data.prepare import load_prepared, prepare
@@ -15,7 +16,7 @@ from eagle3_xla.draft.model import Eagle3Head, draft_config
 from eagle3_xla.draft.saved import load_head
 from eagle3_xla.evaluate.decode import Choice, Generation, SpeculativeDecoder, decode_plain
 from eagle3_xla.evaluate.options import EvalOptions
-from eagle3_xla.evaluate.run import acceptance_by_position, evaluate, prompt_ids, summary
+from eagle3_xla.evaluate.run import acceptance_by_position, evaluate, load_pair, prompt_ids, summary
 from eagle3_xla.loss.metrics import AcceptanceSums
 from eagle3_xla.loss.rows import shift_left
 from eagle3_xla.target.model import Target, load_target
@@ -99,6 +100,15 @@ def test_evaluate(trained, small_target, chat_file):
     assert figures["acceptance"][0] == figures["acceptance_conditional"][0]
     assert len(figures["acc_all_positions"]) == 5 and 0 < figures["target_calls_per_token"] <= 1
     json.dumps(figures)
+
+
+def test_bfloat16_keeps_the_rotations(trained, small_target):
+    options = EvalOptions(dtype="bfloat16")
+    target, head = load_pair(str(small_target), str(trained), options).on(options)
+    assert head.fc.weight.dtype == target.draft_rows.dtype == torch.bfloat16
+    for frequencies in (head.rotary.inv_freq, target.model.model.rotary_emb.inv_freq):
+        assert frequencies.dtype == torch.float32
+        assert torch.equal(frequencies, LlamaRotaryEmbedding(head.config).inv_freq)
 
 
 def test_figures_by_hand():

@@ -41,7 +41,9 @@ class Pair(NamedTuple):
 
     def on(self, options: EvalOptions) -> tuple[Target, Eagle3Head]:
         target = Target(self.model, draft_ids_of(self.d2t), self.layers).to(options.device)
-        head = self.head.to(options.device, getattr(torch, options.dtype))
+        head = self.head.to(options.device)
+        for parameter in head.parameters():  # buffers stay float32: bfloat16 frequencies would be other rotations
+            parameter.data = parameter.data.to(getattr(torch, options.dtype))
         pack(self.model, head)
         return target, head
 
