@@ -5,8 +5,10 @@ draft step costs what it costs; deeper drafts are accepted less often. All of it
 decoded with every length in turns.
 """
 
+import sys
 import time
 from collections.abc import Sequence
+from itertools import cycle, islice
 from statistics import median
 
 import torch
@@ -16,7 +18,7 @@ from eagle3_xla.evaluate.decode import Choice, SpeculativeDecoder
 from eagle3_xla.target.model import Target
 
 LONGEST = 8
-LEAST_PROMPTS, MOST_TOKENS = 4, 64  # of the first prompts, in tokens of an answer: some rounds of each length
+LEAST_ANSWERS, MOST_TOKENS = 4, 64  # to the first prompts, in tokens of each: some rounds of each length
 
 
 class MeasuringDecoder(SpeculativeDecoder):
@@ -39,15 +41,23 @@ class MeasuringDecoder(SpeculativeDecoder):
     ) -> tuple[int, list[dict[str, float]]]:
         """(the best length, of each length from 1 on its figures): tokens_per_second expected of it, seconds of a round
         of as many texts as there are at most, acceptance of its deepest draft if all before were accepted.
+
+        Only rounds with every slot taken are timed. So there are twice as many answers as slots, the first prompts
+        again where they are too few: the slot of a short answer is taken again. Says on stderr what stays unmeasured.
         """
         self.rounds: list[tuple[int, float, list[int]]] = []
-        few = max(self.slots, LEAST_PROMPTS)
-        self.decode_all(prompts[:few], min(max_new_tokens, MOST_TOKENS), stop_ids, choices[:few])
-        texts = max((len(accepted) for _, _, accepted in self.rounds), default=0)
+        texts = self.slots = min(self.slots, len(prompts))
+        asked = islice(cycle(zip(prompts, choices)), max(2 * texts, LEAST_ANSWERS))
+        some, of_them = zip(*asked)
+        self.decode_all(some, min(max_new_tokens, MOST_TOKENS), stop_ids, of_them)
         rows, share, tokens = [], 1.0, 1.0
         for length in range(1, self.longest + 1):
             seconds = [s for n, s, accepted in self.rounds if n == length and len(accepted) == texts]
-            if not seconds:  # the answers are too short for more
+            if not seconds:
+                print(
+                    f"--draft-tokens auto: the answers are too short to time chains of {length} or more drafts",
+                    file=sys.stderr,
+                )
                 break
             tried = [a for n, _, accepted in self.rounds if n >= length for a in accepted if a >= length - 1]
             conditional = sum(a >= length for a in tried) / len(tried) if tried else 0.0
