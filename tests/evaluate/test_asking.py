@@ -74,7 +74,12 @@ def test_teacher_forced_figures_are_those_of_decoding(small_pair, length, seed):
             tried[k] += 1
             hit[k] += k < accepted
         start += accepted + 1
+    computed = []  # positions of each step
+    hook = head.midlayer.register_forward_hook(lambda layer, given, hidden: computed.append(hidden.shape[1]))
     sums = teacher_forced(target, head, d2t, prompt, decoded.tokens, steps)[1]
+    hook.remove()
+    assert computed == [length + len(decoded.tokens)] * steps + [len(decoded.tokens)] * steps
+    assert teacher_forced(target, head, d2t, prompt, decoded.tokens[:1], steps)[1].drafts.tolist() == [0] * steps
     assert sums.chain_drafts.tolist() == tried and sums.chain_hits.tolist() == hit
     assert hit[1] > 0 if length == 5 else hit[0] > 3
     assert sums.drafts[0] == len(decoded.tokens) - 1 > tried[0]

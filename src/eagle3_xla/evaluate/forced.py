@@ -2,6 +2,7 @@
 
 import torch
 
+from eagle3_xla.data.batches import list_rows
 from eagle3_xla.data.vocab import draft_ids_of
 from eagle3_xla.draft.model import Eagle3Head
 from eagle3_xla.loss.config import LossConfig
@@ -19,11 +20,12 @@ def teacher_forced(
 
     The first: hits are the target's choices, over every position, the prompt's included, which is how others count.
     The second: hits are the answer's own tokens, which in the target's own answer are its choices, sampled ones too, so
-    a draft that hits is one that would be accepted there; its chain's sums are of the positions where decoding drafts.
+    a draft that hits is one that would be accepted there; its chain's sums are of the positions where decoding drafts,
+    and only the answer's positions are computed.
     """
     ids = torch.tensor([prompt + answer], device=target.device)
-    everywhere = torch.ones_like(ids, dtype=torch.bool)
-    written = torch.arange(ids.shape[1], device=target.device)[None] >= len(prompt)
+    everywhere = {"loss_mask": torch.ones_like(ids, dtype=torch.bool)}
+    written = torch.arange(ids.shape[1])[None] >= len(prompt)
     batch = {
         "input_ids": ids,
         "position_ids": torch.arange(ids.shape[1], device=target.device)[None],
@@ -34,10 +36,11 @@ def teacher_forced(
     t2d[draft_ids_of(d2t)] = True
     d2t = d2t.to(target.device)
 
-    def sums(loss_mask: torch.Tensor, choices: torch.Tensor, rows: str) -> AcceptanceSums:
-        masked, config = batch | {"loss_mask": loss_mask}, LossConfig(ttt_length=steps, rows=rows)
-        known = (states.hidden, choices, states.logsumexp)
+    def sums(masked: dict[str, torch.Tensor], choices: torch.Tensor, rows: str) -> AcceptanceSums:
+        masked = batch | {name: tensor.to(target.device) for name, tensor in masked.items()}
+        known, config = (states.hidden, choices, states.logsumexp), LossConfig(ttt_length=steps, rows=rows)
         teacher = target.teacher(*(teacher_positions(masked, x) for x in known))
         return unroll(head, target.embed_tokens, masked, states.aux, teacher, t2d, d2t, config, decoding=True).sums
 
-    return sums(everywhere, states.argmax, "specforge"), sums(written, shift_left(ids, 1), "serving")
+    listed = {"loss_mask": written} | list_rows(written, 1, len(answer))
+    return sums(everywhere, states.argmax, "specforge"), sums(listed, shift_left(ids, 1), "serving")
