@@ -37,7 +37,7 @@ EXAMPLES = {
   eagle3-xla doctor some-head --target Qwen/Qwen2.5-7B-Instruct --fix""",
     "eval": """
   eagle3-xla eval --target quickstart/target --draft work/head --prompts prompts.jsonl --limit 20
-  eagle3-xla eval --target T --draft H --prompts prompts.jsonl --topk 4 --draft-tokens 8        a tree
+  eagle3-xla eval --target T --draft H --prompts prompts.jsonl --topk 4 --draft-tokens 7        a tree
   eagle3-xla eval --target T --draft H --prompts mt-bench --turns 0 --thinking off              every turn of a set
   eagle3-xla eval --target T --draft H --prompts prompts.jsonl --batch-size 1 --draft-tokens auto
   eagle3-xla eval --target T --draft H --prompts prompts.jsonl --temperature 0.7 --json > eval.json
