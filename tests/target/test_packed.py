@@ -4,6 +4,7 @@ import copy
 
 import torch
 
+from eagle3_xla.draft.model import Eagle3Head, draft_config
 from eagle3_xla.target.model import load_target
 from eagle3_xla.target.packed import pack
 
@@ -24,6 +25,15 @@ def test_the_logits_are_those_of_the_plain_layers(small_target):
     )
     assert torch.equal(packed.get_output_embeddings().weight, plain.get_output_embeddings().weight)
     assert torch.equal(head[0].weight, plain_head[0].weight)
+
+
+def test_of_a_head_what_it_calls_is_packed(small_target):
+    model = load_target(str(small_target), torch.float32)
+    head = Eagle3Head(draft_config(model.config, 96))
+    pack(model, head)
+    packed = [name for name, module in head.named_modules() if "forward" in vars(module)]
+    layer = ["self_attn.o_proj", "mlp.gate_proj", "mlp.up_proj", "mlp.down_proj"]
+    assert packed == ["fc", *(f"midlayer.{name}" for name in layer), "lm_head"]
 
 
 def test_other_types_are_left_alone(small_target):

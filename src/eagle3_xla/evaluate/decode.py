@@ -29,6 +29,7 @@ from typing import Any
 
 import torch
 
+from eagle3_xla.data.vocab import draft_ids_of
 from eagle3_xla.draft.model import Eagle3Head
 from eagle3_xla.errors import UserError
 from eagle3_xla.evaluate.tree import Tree
@@ -269,7 +270,7 @@ class SpeculativeDecoder(Decoder):
         self.head, self.draft_tokens, self.topk, self.steps = head, draft_tokens, topk, steps or draft_tokens
         if head.window and head.window < self.steps:  # a draft's own branch would fall out of its sight
             raise UserError(f"the head sees {head.window} positions: drafts of {self.steps} steps don't fit")
-        self.d2t, self.draft_ids = d2t, (d2t + torch.arange(len(d2t), device=d2t.device)).to(target.device)
+        self.draft_ids = draft_ids_of(d2t).to(target.device)
 
     def _start(self, slot: int, prompt: list[int], choose: Choice) -> _Text:
         text = super()._start(slot, prompt, choose)

@@ -9,6 +9,9 @@ from functools import partial
 import torch
 from torch import nn
 
+# Of these a head multiplies with slices of the weight (draft/model.py) and never calls the layer.
+SLICED = ("q_proj", "k_proj", "v_proj")
+
 
 def pack(model: nn.Module, *heads: nn.Module) -> None:
     """Pack the linear layers of a target and of heads in place where they are float32 on a CPU; again is nothing.
@@ -17,7 +20,7 @@ def pack(model: nn.Module, *heads: nn.Module) -> None:
     """
     if not torch.backends.mkldnn.is_available():
         return
-    of_heads = [module for head in heads for module in head.modules()]
+    of_heads = [module for head in heads for name, module in head.named_modules() if not name.endswith(SLICED)]
     kept = {model.get_output_embeddings(), *of_heads}
     for module in [*model.modules(), *of_heads]:
         if type(module) is not nn.Linear or "forward" in vars(module):
