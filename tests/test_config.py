@@ -55,14 +55,27 @@ def test_shipped_recipes_load(name, tmp_path):
         ("data.buckets=[64]", r"setting data.buckets is \[64\], which data.packing=packed has no use for"),
         ("data.languages=null", r"setting data.languages is a list; give it as \[...\]"),
         ("data.train.0=a", "setting data.train is a list"),
-        ("target.path=a\0b", "setting target.path=a.*not valid YAML"),
-        ('target.path="\\ud800"', "not valid YAML"),
+        ("target.path=a\0b", r"setting target.path is 'a\\x00b'; text in UTF-8 without NUL is expected"),
+        ("target.path=a\udcff", r"setting target.path is 'a\\udcff'; text in UTF-8"),
+        ("data.languages=[a\0b]", "setting data.languages=.*not valid YAML"),
+        ('data.languages=["\\ud800"]', "not valid YAML"),
         ("xla.draft_data_parallel=true xla.tp=3", "train.batch_size is 4, no multiple of xla.tp"),
     ],
 )
 def test_bad_settings(override, message):
     with pytest.raises(UserError, match=message):
         load_recipe(None, override.split())
+
+
+TEXTS = ["work/run #2", "2024_05_01", "001", "1e3", "12:30", "on", "null", "", "[a", "a: b", "'quoted'", "a=b"]
+
+
+@pytest.mark.parametrize("text", TEXTS)
+def test_a_text_setting_is_what_it_says(text, tmp_path):
+    recipe = load_recipe(None, [f"train.out={text}", f"plan.xla_flags={text}"])
+    assert (recipe.train.out, recipe.plan.xla_flags) == (text, text)
+    write_run_file(recipe, tmp_path, "train")
+    assert load_recipe(str(tmp_path / "run.yaml"), []) == recipe
 
 
 def test_bad_recipe_files(tmp_path):

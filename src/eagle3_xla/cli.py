@@ -135,7 +135,7 @@ class _Printable:
 
 
 def _overrides(rest: list[str], options: Namespace) -> list[str]:
-    """`--section.key=value` arguments as OmegaConf reads them. Anything else is bad usage."""
+    """`--section.key=value` arguments as load_recipe takes them. Anything else is bad usage."""
     takes_recipe = hasattr(options, "config")
     overrides = []
     for argument in rest:
@@ -240,8 +240,8 @@ def _plan(options: Namespace, overrides: list[str]) -> dict:
         from eagle3_xla.plan.search import search
         from eagle3_xla.plan.verdict import plan
 
-    overrides += [f"plan.topology='{options.topology}'"] if options.topology else []
-    overrides += [f"plan.xla_flags='{options.xla_flags}'"] if options.xla_flags else []
+    overrides += [f"plan.topology={options.topology}"] if options.topology else []
+    overrides += [f"plan.xla_flags={options.xla_flags}"] if options.xla_flags else []
     return (search if options.search else plan)(load_recipe(options.config, overrides))
 
 

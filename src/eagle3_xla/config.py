@@ -7,7 +7,7 @@ names the nearest known one. `run.yaml` beside every output holds the resolved r
 import contextlib
 import difflib
 from collections.abc import Iterator
-from dataclasses import dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -46,6 +46,8 @@ def recipe_names() -> list[str]:
 def load_recipe(name: str | None, overrides: list[str]) -> Recipe:
     """The recipe `name` (one that ships, or a YAML file) with `section.key=value` overrides.
 
+    The value of a text setting is what it says, every other one is YAML.
+
     Raises UserError on an unknown recipe, an unknown key, a value of the wrong type or outside its range.
     """
     schema = OmegaConf.structured(Recipe)
@@ -53,7 +55,7 @@ def load_recipe(name: str | None, overrides: list[str]) -> Recipe:
     changes: Any = OmegaConf.create({})
     for override in overrides:
         with _foreign(f"setting {override}"):
-            changes = OmegaConf.merge(changes, OmegaConf.from_dotlist([override]))
+            changes = OmegaConf.merge(changes, _given(override))
     merged: Any = schema
     for whose, layer in [*layers, ("command line", changes)]:
         with _foreign(whose):
@@ -64,6 +66,15 @@ def load_recipe(name: str | None, overrides: list[str]) -> Recipe:
         recipe: Any = OmegaConf.to_object(merged)
     _check(recipe)
     return recipe
+
+
+def _given(override: str) -> Any:
+    """`section.key=value`. YAML would make 20240501 of a folder 2024_05_01, and nothing of what follows on ` #`."""
+    name, equals, value = override.partition("=")
+    section, _, key = name.partition(".")
+    if equals and isinstance(asdict(Recipe()).get(section, {}).get(key), str):
+        return {section: {key: value}}
+    return OmegaConf.from_dotlist([override])
 
 
 def _read(name: str) -> list[tuple[str, DictConfig]]:

@@ -50,15 +50,15 @@ def check_values(values: Any, section: str) -> None:
 
 
 def _check_storable(name: str, value: object) -> None:
-    """Every number is finite and fits 64 bits, no text holds NUL."""
+    """Every number is finite and fits 64 bits, text is UTF-8 without NUL."""
     if dataclasses.is_dataclass(value):
         check_values(value, name)
     elif isinstance(value, list):
         for number, item in enumerate(value):
             _check_storable(f"{name}[{number}]", item)
     elif isinstance(value, str):
-        if "\0" in value:
-            raise UserError(f"setting {name} is {value!r}; it holds NUL")
+        if "\0" in value or value.encode(errors="ignore").decode() != value:
+            raise UserError(f"setting {name} is {value!r}; text in UTF-8 without NUL is expected")
     elif isinstance(value, int | float) and not (-STORABLE <= value < STORABLE and math.isfinite(value)):
         raise UserError(f"setting {name} is {value!r:.60}; a finite number is expected, whole ones below 2**63")
 

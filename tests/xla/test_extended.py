@@ -87,7 +87,7 @@ def test_a_refusal_of_few_layers_is_told_for_all(monkeypatch):
 
 def test_a_flag_that_the_compiler_lacks(forks, tmp_path):
     settings = [small_config(tmp_path), "plan.topology=v4-8", "xla.dp=2", "xla.tp=2"]
-    done = forks.run_code(PLANS, "plan.xla_flags='--xla_nonsense=1'", *settings)
+    done = forks.run_code(PLANS, "plan.xla_flags=--xla_nonsense=1", *settings)
     assert done.stdout == "setting plan.xla_flags: No such compile option: 'xla_nonsense'\n"
 
 
