@@ -14,6 +14,11 @@ usage() {
   exit 0
 }
 
+# ~/DIR as the folder that it means: a shell leaves it as it is after --option=.
+expand_home() {
+  if [[ $1 == \~/* ]]; then echo "$HOME/${1:2}"; else echo "$1"; fi
+}
+
 quoted() {
   local word words=()
   for word in "$@"; do

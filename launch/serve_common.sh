@@ -11,8 +11,8 @@ while [ $# -gt 0 ]; do
     --target | --head | --port)
       [ $# -gt 1 ] || die "$1 needs a value"
       set -- "$1=$2" "${@:3}" ;;
-    --target=*) target="${1#*=}" && shift ;;
-    --head=*) head="${1#*=}" && shift ;;
+    --target=*) target="$(expand_home "${1#*=}")" && shift ;;
+    --head=*) head="$(expand_home "${1#*=}")" && shift ;;
     --port=*) port="${1#*=}" && shift ;;
     --cpu) cpu=1 && shift ;;
     --dry-run) dry_run=1 && shift ;;

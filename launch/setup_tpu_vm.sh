@@ -17,7 +17,7 @@ while [ $# -gt 0 ]; do
       [ $# -gt 1 ] || die "$1 needs a value"
       set -- "$1=$2" "${@:3}" ;;
     --data=*) data="${1#*=}" && shift ;;
-    --to=*) to="${1#*=}" && shift ;;
+    --to=*) to="$(expand_home "${1#*=}")" && shift ;;
     --extras=*) extras="${1#*=}" && shift ;;
     --dry-run) dry_run=1 && shift ;;
     --help | -h) usage ;;

@@ -32,7 +32,7 @@ while [ $# -gt 0 ]; do
     --env=*)
       [[ $1 =~ ^--env=[A-Za-z_][A-Za-z0-9_]*= ]] || die "$1: --env=NAME=VALUE is expected"
       environment+=("${1#*=}") && shift ;;
-    --dir=*) dir="${1#*=}" && shift ;;
+    --dir=*) dir="${1#*=}" dir="${dir#\~/}" && shift ;;
     --restarts=*) restarts="${1#*=}" && shift ;;
     --recreate=*) recreate="${1#*=}" && shift ;;
     --setup=*) setup="${1#*=}" && shift ;;

@@ -194,6 +194,19 @@ def test_what_follows_on_gap_can_be_pushed():
     assert _here("gs://b/a/x", "gs://b/x")[1:] == ("target", "head")
 
 
+def test_a_tilde_is_the_home_folder(monkeypatch):
+    """After `=` a shell leaves it."""
+    monkeypatch.setenv("HOME", "/home/me")
+    asked = ["eval", "--target=~/t", "--draft=~/h", "--prompts=~/p.jsonl", "--report=~/r", "--run=a~/b"]
+    options = parser().parse_args(asked)
+    assert (options.target, options.draft, options.prompts) == ("/home/me/t", "/home/me/h", "/home/me/p.jsonl")
+    assert (options.report, options.run) == ("/home/me/r", "a~/b")
+    options = parser().parse_args(["push", "~/h", "--target=me/t", "--repo=~/x", "--results=~/a", "--results=~/b"])
+    assert (options.head, options.target, options.repo) == ("/home/me/h", "me/t", "~/x")
+    assert options.results == ["/home/me/a", "/home/me/b"]
+    assert parser().parse_args(["quickstart", "--out=~/x"]).out == "/home/me/x"
+
+
 def test_every_verb_teaches(capsys):
     assert EXAMPLES.keys() == VERBS.keys()
     for verb in VERBS:

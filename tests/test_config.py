@@ -78,6 +78,17 @@ def test_a_text_setting_is_what_it_says(text, tmp_path):
     assert load_recipe(str(tmp_path / "run.yaml"), []) == recipe
 
 
+def test_a_tilde_is_the_home_folder(monkeypatch, tmp_path):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "mine.yaml").write_text("target: {path: ~/target}\ndata: {heldout: [{path: ~/held.jsonl}]}\n")
+    given = ["data.prepared=~/data", "train.out=~/run", "train.warm_start=~/head", "data.train=[~/a, b~/~]"]
+    recipe = load_recipe("~/mine.yaml", [*given, "data.decontaminate=[~/c]"])
+    assert (recipe.target.path, recipe.data.heldout[0].path) == (f"{tmp_path}/target", f"{tmp_path}/held.jsonl")
+    assert (recipe.data.prepared, recipe.train.out) == (f"{tmp_path}/data", f"{tmp_path}/run")
+    assert recipe.train.warm_start == f"{tmp_path}/head" and recipe.data.decontaminate == [f"{tmp_path}/c"]
+    assert [source.path for source in recipe.data.train] == [f"{tmp_path}/a", "b~/~"]
+
+
 def test_bad_recipe_files(tmp_path):
     with pytest.raises(UserError, match="no recipe 'nonsense'; a YAML file or one of: .*smollm2-cpu"):
         load_recipe("nonsense", [])

@@ -10,7 +10,7 @@ import shtab
 
 from eagle3_xla import __version__
 from eagle3_xla.checks import expected, number
-from eagle3_xla.config import recipe_names
+from eagle3_xla.config import expand_home, recipe_names
 from eagle3_xla.data.prompts import SETS
 from eagle3_xla.errors import UserError
 from eagle3_xla.guide import EXAMPLES
@@ -114,6 +114,7 @@ def parser() -> Parser:
                 completion = shtab.DIRECTORY
             else:
                 continue
+            action.type = expand_home
             action.complete = completion  # type: ignore[attr-defined]  # where shtab looks for it
     return root
 

@@ -6,6 +6,7 @@ names the nearest known one. `run.yaml` beside every output holds the resolved r
 
 import contextlib
 import difflib
+import os
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field, fields
 from importlib import resources
@@ -65,7 +66,21 @@ def load_recipe(name: str | None, overrides: list[str]) -> Recipe:
     with _foreign(name or "command line"):
         recipe: Any = OmegaConf.to_object(merged)
     _check(recipe)
+    _expand_homes(recipe.target, recipe.data, recipe.train)
     return recipe
+
+
+def _expand_homes(target: TargetConfig, data: DataConfig, train: TrainConfig) -> None:
+    target.path, data.prepared = expand_home(target.path), expand_home(data.prepared)
+    train.out, train.warm_start = expand_home(train.out), expand_home(train.warm_start)
+    data.decontaminate = [expand_home(path) for path in data.decontaminate]
+    for source in [*data.train, *data.heldout]:
+        source.path = expand_home(source.path)
+
+
+def expand_home(path: str) -> str:
+    """`~/...` as the folder that it means: a shell leaves it as it is after `--option=` and in brackets."""
+    return os.path.expanduser(path) if path.partition("/")[0] == "~" else path
 
 
 def _given(override: str) -> Any:
@@ -101,7 +116,7 @@ def _read(name: str) -> list[tuple[str, DictConfig]]:
 
 def _recipe_file(name: str, folder: Path, wanted: str) -> Path:
     """A YAML file, relative to `folder`, or one of the recipes that ship."""
-    path = folder / name
+    path = folder / expand_home(name)
     if not path.is_file() and name in recipe_names():
         path = Path(str(resources.files("eagle3_xla.recipes") / f"{name}.yaml"))
     if not path.is_file():

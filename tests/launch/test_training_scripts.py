@@ -73,9 +73,10 @@ def test_torchrun_dry():
 
 
 def test_setup_dry():
-    done = script(SETUP, "--dry-run", "--data=gs://bucket/folder", "--to=somewhere")
+    done = script(SETUP, "--dry-run", "--data=gs://bucket/folder", "--to=~/somewhere", HOME="/home/me")
     assert done.returncode == 0, done.stderr
-    assert "'.[tpu]'" in done.stdout and "gcloud storage rsync --recursive gs://bucket/folder" in done.stdout
+    assert "'.[tpu]'" in done.stdout
+    assert "gcloud storage rsync --recursive gs://bucket/folder /home/me/somewhere" in done.stdout
     refused = script(SETUP, "--dry-run", "--data=bucket")
     assert refused.returncode == 2 and "gs://BUCKET/FOLDER is expected" in refused.stderr
 
@@ -106,13 +107,15 @@ def test_setup_outlasts_the_upgrades_of_a_new_vm(tmp_path):
 
 
 def test_xla_dist_dry():
-    arguments = ["--tpu=v", "--zone=z", "--env=A=b c", "--recreate=make it", "--", "python", "-c", "print('x')"]
+    arguments = ["--tpu=v", "--zone=z", "--env=A=b c", "--dir=~/a clone", "--recreate=make it"]
+    arguments += ["--", "python", "-c", "print('x')"]
     done = script(XLA_DIST, "--dry-run", *arguments)
     assert done.returncode == 0, done.stderr
     lines = [shlex.split(line) for line in done.stdout.splitlines()]
     ssh = next(words for words in lines if "ssh" in words)
     assert ssh[:6] == ["gcloud", "compute", "tpus", "tpu-vm", "ssh", "v"] and "--worker=all" in ssh
     start = shlex.split(ssh[-1].removeprefix("--command="))
+    assert start[:2] == ["cd", "a clone"]
     assert start[start.index("env") + 1 :] == ["A=b c", "python", "-c", "print('x')"]
     assert done.stdout.splitlines().count("make it") == 1
     assert script(XLA_DIST, "--dry-run", "--", "true").returncode == 2

@@ -20,9 +20,9 @@ def script(name: Path, *arguments, **environment) -> subprocess.CompletedProcess
     return subprocess.run(command, env=os.environ | environment, capture_output=True, text=True, timeout=60)
 
 
-def flags(name: Path, *arguments) -> dict[str, str]:
+def flags(name: Path, *arguments, **environment) -> dict[str, str]:
     """Flag -> value of the command that --dry-run prints last; a flag's last value counts."""
-    done = script(name, "--dry-run", *arguments)
+    done = script(name, "--dry-run", *arguments, **environment)
     assert done.returncode == 0, done.stderr
     words = shlex.split(done.stdout.splitlines()[-1])
     return {word: value for word, value in zip(words, words[1:]) if word.startswith("--")} | {"command": words[0]}
@@ -34,6 +34,8 @@ def test_published_flags():
     assert found["--model-path"] == "a target" and found["--speculative-draft-model-path"] == "a head"
     assert found["--speculative-algorithm"] == "EAGLE3" and found["--dtype"] == "bfloat16"
     assert (found["--speculative-num-steps"], found["--speculative-eagle-topk"]) == ("5", "4")
+    found = flags(SGLANG, "--target=~/t", "--head=~/h", HOME="/home/a me")
+    assert found["--model-path"] == "/home/a me/t" and found["--speculative-draft-model-path"] == "/home/a me/h"
     found = flags(SGLANG_JAX, *pair, "--port=8000")
     assert (found["--speculative-num-steps"], found["--speculative-eagle-topk"]) == ("3", "1")
     assert (found["--speculative-num-draft-tokens"], found["--tp-size"]) == ("4", "4")
