@@ -199,6 +199,9 @@ def _prepare(options: Namespace, overrides: list[str]) -> dict:
     config = load_target_config(recipe.target.path)  # before data is read
     refuse_longer_rows(config, recipe.data.row_length, "setting data.row_length")
     manifest = prepare(recipe, options.overwrite)
+    table = options.show is None and not options.json  # it has the warnings
+    for warning in [] if table else manifest["warnings"]:
+        print(f"warning: {warning}", file=sys.stderr)
     if options.show is None:
         return manifest
     from eagle3_xla.data.show import show_rows

@@ -131,6 +131,12 @@ def test_show_marks_what_is_trained_on(small_run, capsys):
     assert "row 1 of " in shown and "row 2 of " not in shown
     assert "<|im_start|>assistant\n    ⟦" in shown and shown.count("<|im_end|>⟧") >= 2
     assert shown.count("⟦") == shown.count("⟧")
+    for form, told in (["--show=1"], 2), (["--json"], 2), ([], 0), (["--show=1", "--quiet"], 0):
+        assert main(["prepare", *form, *settings, "--data.row_length=40"]) == 0
+        printed = capsys.readouterr()
+        said = [line for line in printed.err.splitlines() if line.startswith("warning: ")]
+        assert len(said) == told and (not told or "longer than data.row_length 40" in said[1]), printed.err
+        assert ("longer than data.row_length 40" in printed.out) == ("--show=1" not in form)
     assert main(["prepare", "--show", "0", *settings]) == 2
     assert "--show 0: a whole number from 1" in capsys.readouterr().err
 
