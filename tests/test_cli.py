@@ -5,12 +5,13 @@ import os
 import shlex
 import subprocess
 import sys
+from dataclasses import asdict
 
 import pytest
 
 from eagle3_xla.arguments import parser
 from eagle3_xla.cli import VERBS, _overrides, main
-from eagle3_xla.config import load_recipe
+from eagle3_xla.config import Recipe, load_recipe
 from eagle3_xla.guide import EXAMPLES, _here, next_step
 from eagle3_xla.target.families import SGLANG, VLLM
 
@@ -123,7 +124,10 @@ def test_config_shows_recipes_that_load_again(tmp_path, capsys):
     assert "  # of AdamW, at its highest; cosine decay to 0; in (0, 1000]; default: 0.0008\n  lr: 0.0003\n" in shown.out
     (tmp_path / "again.yaml").write_text(shown.out)
     assert load_recipe(str(tmp_path / "again.yaml"), []) == load_recipe("smollm2-cpu", ["train.lr=3e-4"])
-    assert shown.err == "next: eagle3-xla plan --config smollm2-cpu\n"
+    asked = "--config smollm2-cpu --train.lr=3e-4 --target.path=TARGET --data.prepared=DATA"
+    assert shown.err == f"next: eagle3-xla prepare {asked}\n"  # one chip is no slice
+    assert main(["config", "--show", "qwen2.5-7b-v4-32", "--train.lr=3e-4"]) == 0
+    assert capsys.readouterr().err == "next: eagle3-xla plan --config qwen2.5-7b-v4-32 --train.lr=3e-4\n"
     assert main(["config", "--diff", "qwen2.5-7b-v4-32", "qwen2.5-7b-v4-32-fast", "--json", "--quiet"]) == 0
     printed = capsys.readouterr()
     assert json.loads(printed.out)["differences"]["xla.dp"] == [4, 16] and not printed.err
@@ -147,13 +151,12 @@ def test_quiet_and_the_next_step(small_run, capsys):
         (["--config", "qwen2.5-7b-v4-32", "--server", "http://a"], "Qwen/Qwen2.5-7B-Instruct", "DATA"),
         (["--config", "smollm2-cpu", "--target", "my t", "--data.prepared=work/data"], "my t", "work/data"),
         (["--target", "t", "--chats", "c.jsonl"], "t", "DATA"),
+        (["--server", "http://a", "--chats", "c.jsonl"], "TARGET", "DATA"),
     ],
 )
 def test_what_follows_on_regenerate_can_be_prepared(arguments, target, prepared):
     options, rest = parser().parse_known_args(["regenerate", *arguments, "--out", "work/chats"])
-    following = shlex.split(next_step(options, _overrides(rest, options), {}))
-    options, rest = parser().parse_known_args(following[1:])
-    recipe = load_recipe(options.config, _overrides(rest, options))
+    recipe = recipe_of(shlex.split(next_step(options, _overrides(rest, options), {})))
     assert [source.path for source in recipe.data.train] == ["work/chats/chats.jsonl"]
     assert (recipe.target.path, recipe.data.prepared) == (target, prepared)
 
@@ -169,8 +172,50 @@ def test_what_follows_on_eval_serves_the_pair():
 
 
 def following(result: dict, *arguments: str) -> str:
-    options, _ = parser().parse_known_args(arguments)
-    return next_step(options, [], result)
+    options, rest = parser().parse_known_args(arguments)
+    return next_step(options, _overrides(rest, options), result)
+
+
+def recipe_of(command: list[str]) -> Recipe:
+    """What a printed command trains or prepares."""
+    options, rest = parser().parse_known_args(command[1:])
+    return load_recipe(options.config, _overrides(rest, options))
+
+
+def test_what_follows_on_plan_has_data_and_the_best_layout():
+    asked = ("plan", "--config", "qwen2.5-7b-v4-32", "--plan.layers=8")
+    prepare, train = map(shlex.split, following({"fits": True, "tokens_of": "plan.tokens"}, *asked).split(", then "))
+    assert prepare[:2] == ["eagle3-xla", "prepare"] and train[:3] == ["bash", "launch/train_torchrun.sh", "--slice"]
+    assert recipe_of(prepare).data.prepared == recipe_of(["eagle3-xla", "train", *train[3:]]).data.prepared != ""
+    asked += ("--data.prepared=gs://b/a data", "--train.out=gs://b/run")
+    given = shlex.join(("--config", *asked[2:]))
+    train = f"bash launch/train_torchrun.sh --slice {given}"
+    assert following({"fits": True, "tokens_of": "data.prepared"}, *asked) == train
+    unprepared = following({"fits": True, "tokens_of": None}, *asked)
+    assert unprepared == f"eagle3-xla prepare {given}, then {train}"
+    assert following({"fits": False}, *asked) == f"eagle3-xla plan {given} --search"
+
+    layout = {"dp": 16, "tp": 1, "draft_data_parallel": False, "remat": True, "batch_size": 2}
+    best = layout | {"gradient_accumulation": 2, "fits": True, "tokens_of": "data.prepared"}
+    found = shlex.split(following({"topology": "v4-32", "best": best}, *asked, "--search"))
+    recipe = recipe_of(["eagle3-xla", "train", *found[3:]])
+    now = asdict(recipe.xla) | asdict(recipe.train)
+    assert now | best == now | {"fits": True, "tokens_of": "data.prepared"}
+    for name, larger in (("v4-32", "--topology v4-64"), ("v5e-8", "--topology v5e-16"), ("v4-64", "no known slice")):
+        none = following({"topology": name, "best": None}, *asked, "--search")
+        assert none.startswith(f"nothing fits {name}") and larger in none and "train_torchrun" not in none
+
+
+def test_what_follows_keeps_the_recipes_own_places(tmp_path):
+    own, rest = tmp_path / "run.yaml", {"data": {"prepared": "work/a data"}, "target": {"path": "t"}}
+    own.write_text(json.dumps(rest | {"train": {"out": "work/a run"}}))
+    assert following({}, "prepare", "--config", str(own)) == f"eagle3-xla train --config {own}"
+    assert following({}, "train", "--config", str(own)) == "eagle3-xla export --checkpoint 'work/a run' --out HEAD"
+    regenerated = following({}, "regenerate", "--config", str(own), "--server=s", "--out=a, #1")
+    recipe = recipe_of(shlex.split(regenerated))
+    assert (recipe.data.prepared, recipe.data.train[0].path) == ("work/a data", "a, #1/chats.jsonl")
+    own.write_text(json.dumps({"target": {"path": "t"}}))
+    assert following({}, "prepare", "--config", str(own)) == f"eagle3-xla train --config {own} --train.out=RUN"
 
 
 def test_what_follows_on_doctor():

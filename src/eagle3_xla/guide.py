@@ -5,10 +5,13 @@ import shlex
 from argparse import Namespace
 
 from eagle3_xla import storage
+from eagle3_xla.config import Recipe, load_recipe
+from eagle3_xla.errors import UserError
 
 OWN_DATA = "--data.prepared=work/data '--data.train=[my-chats.jsonl]' '--data.heldout=[my-heldout.jsonl]'"
 SMALL = "--config smollm2-cpu --target.path=quickstart/target"
 LARGE = "--config qwen2.5-7b-v4-32 --data.prepared=gs://my-bucket/data"
+SEARCHED = {"xla": ("dp", "tp", "draft_data_parallel", "remat"), "train": ("batch_size", "gradient_accumulation")}
 EXAMPLES = {
     "quickstart": """
   eagle3-xla quickstart                      what fits the default budget
@@ -63,28 +66,35 @@ EXAMPLES = {
 
 def next_step(options: Namespace, overrides: list[str], result: dict) -> str:
     """The command, or the look at something, that follows on a verb's result."""
-    recipe = _recipe(options, overrides)
+    named = (options.diff or [options.show])[-1] if options.verb == "config" else getattr(options, "config", None)
+    recipe, given = load_recipe(named, overrides), _recipe(named, overrides)
+    prepared = _if_empty(recipe.data.prepared, "data.prepared", "DATA")
     match options.verb:
         case "quickstart":
             target = shlex.quote(f"--target.path={options.out}/target")
             return f"your own chats: eagle3-xla prepare --config smollm2-cpu {target} {OWN_DATA}"
         case "prepare":
-            return f"eagle3-xla train{recipe}{_unless(overrides, 'train.out', 'RUN')}"
+            return f"eagle3-xla train{given}{_if_empty(recipe.train.out, 'train.out', 'RUN')}"
         case "regenerate":
-            chats = f"{options.out.rstrip('/')}/chats.jsonl"
-            given = f"{recipe}{_unless(overrides, 'data.prepared', 'DATA')}"
-            given += _unless(overrides, "target.path", shlex.quote(options.target)) if options.target else ""
-            given += " --data.conversations=0" if recipe else ""  # its mix is in these chats already
-            return f"eagle3-xla prepare{given} " + shlex.quote(f"--data.train=[{chats}]")
-        case "plan" if options.search or result.get("fits"):
-            return f"bash launch/train_torchrun.sh --slice{recipe}{_unless(overrides, 'train.out', 'gs://BUCKET/run')}"
+            chats = json.dumps(f"{options.out.rstrip('/')}/chats.jsonl", ensure_ascii=False)  # which YAML reads too
+            if options.target and not any(override.startswith("target.path=") for override in overrides):
+                given += f" --target.path={shlex.quote(options.target)}"
+            else:
+                given += _if_empty(recipe.target.path, "target.path", "TARGET")
+            given += " --data.conversations=0" if recipe.data.conversations else ""  # its mix is in these chats already
+            return f"eagle3-xla prepare{given}{prepared} " + shlex.quote(f"--data.train=[{chats}]")
+        case "plan" if options.search and result["best"] is None:
+            return _larger(result["topology"], given)
+        case "plan" if options.search:
+            return _training(recipe, given, _chosen(recipe, result["best"]), result["best"])
+        case "plan" if result["fits"]:
+            return _training(recipe, given, "", result)
         case "plan":
-            return f"eagle3-xla plan{recipe} --search"
+            return f"eagle3-xla plan{given} --search"
         case "train" if result.get("ended") in ("SIGTERM", "SIGINT", "max_steps"):
-            return f"the same command again, it continues: eagle3-xla train{recipe}"
+            return f"the same command again, it continues: eagle3-xla train{given}"
         case "train":
-            out = next((o.partition("=")[2] for o in overrides if o.startswith("train.out=")), "RUN")
-            return f"eagle3-xla export --checkpoint {shlex.quote(out)} --out HEAD"
+            return f"eagle3-xla export --checkpoint {shlex.quote(recipe.train.out)} --out HEAD"
         case "export":
             return f"eagle3-xla doctor {shlex.quote(options.out)} --target TARGET"
         case "doctor" if result.get("ok"):
@@ -117,8 +127,13 @@ def next_step(options: Namespace, overrides: list[str], result: dict) -> str:
             return f"read {result.get('card')}, then the same command without --dry-run"
         case "push":
             return f"look at {result.get('url')}"
+        case "config" if named is None:
+            return "eagle3-xla plan --config RECIPE"
+        case "config" if _can_be_planned(recipe):
+            return f"eagle3-xla plan{given}"
         case "config":
-            return f"eagle3-xla plan --config {shlex.quote((options.diff or [options.show or 'RECIPE'])[-1])}"
+            target = _if_empty(recipe.target.path, "target.path", "TARGET")
+            return f"eagle3-xla prepare{given}{target}{prepared}"
     raise AssertionError(options.verb)
 
 
@@ -152,13 +167,52 @@ def _served(target: str, head: str, prompts: str, engines: dict[str, dict[str, i
     return f"{copied}{command}, then eagle3-xla bench --server URL --prompts {shlex.quote(prompts)}"
 
 
-def _recipe(options: Namespace, overrides: list[str]) -> str:
+def _recipe(named: str | None, overrides: list[str]) -> str:
     """The recipe's part of a command, as a shell reads it back."""
-    config = getattr(options, "config", None)
-    words = ["--config", config] if config else []
+    words = ["--config", named] if named else []
     words += [f"--{override}" for override in overrides]
     return "".join(f" {shlex.quote(word)}" for word in words)
 
 
-def _unless(overrides: list[str], name: str, value: str) -> str:
-    return "" if any(override.startswith(f"{name}=") for override in overrides) else f" --{name}={value}"
+def _if_empty(value: str, name: str, placeholder: str) -> str:
+    """A setting that the next command needs and the recipe lacks."""
+    return "" if value else f" --{name}={placeholder}"
+
+
+def _can_be_planned(recipe: Recipe) -> bool:
+    """Whether `plan` takes its target, device and mesh."""
+    from eagle3_xla.xla.tpu import find_topology
+
+    try:
+        chips = find_topology(recipe.plan.topology).chips
+    except UserError:
+        return False
+    return bool(recipe.target.path) and recipe.xla.device == "xla" and recipe.xla.dp * recipe.xla.tp == chips
+
+
+def _training(recipe: Recipe, given: str, chosen: str, verdict: dict) -> str:
+    """What trains on the slice, after `prepare` where nothing is prepared. given, chosen: the recipe's part of the
+    command, and settings over it; verdict: of `plan`."""
+    prepared = _if_empty(recipe.data.prepared, "data.prepared", "gs://BUCKET/data")
+    out = _if_empty(recipe.train.out, "train.out", "gs://BUCKET/run")
+    first = f"eagle3-xla prepare{given}{prepared}, then " if verdict["tokens_of"] != "data.prepared" else ""
+    return f"{first}bash launch/train_torchrun.sh --slice{given}{chosen}{prepared}{out}"
+
+
+def _chosen(recipe: Recipe, best: dict) -> str:
+    """The settings in which the best of a search differs from its recipe."""
+    names = [(section, name) for section, names in SEARCHED.items() for name in names]
+    changed = [(section, name) for section, name in names if best[name] != getattr(getattr(recipe, section), name)]
+    return "".join(f" --{section}.{name}={json.dumps(best[name])}" for section, name in changed)
+
+
+def _larger(name: str, given: str) -> str:
+    """A search over the smallest slice of twice the memory."""
+    from eagle3_xla.xla.tpu import TOPOLOGIES
+
+    memory = {topology.name: topology.chips * topology.chip.hbm_bytes for topology in TOPOLOGIES.values()}
+    larger = [other for other in memory if memory[other] >= 2 * memory[name]]
+    if not larger:
+        return f"nothing fits {name}, and no known slice is twice as large; a shorter data.row_length needs less"
+    smallest = min(larger, key=lambda other: memory[other])
+    return f"nothing fits {name}; on a larger slice: eagle3-xla plan{given} --search --topology {smallest}"
