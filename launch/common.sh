@@ -54,12 +54,16 @@ wait_for() {
   wait "$1" || status=$?
 }
 
-# Sets base to a Python that the package runs on and that can make virtual environments; fails without one.
+# Sets base to a Python that the package runs on and that can make virtual environments; without one it fails, and
+# no_python says why.
 find_python() {
-  local fits='import sys, ensurepip; sys.exit(not (3, 11) <= sys.version_info[:2] < (3, 14))'
+  local version fits='import sys; v = sys.version_info[:2]; print("python%d.%d" % v); sys.exit(not (3, 11) <= v < (3, 14))'
+  no_python=""
   for base in ${PYTHON:+"$PYTHON"} python3.11 python3.12 python3.13 python3; do
-    ! "$base" -c "$fits" 2>/dev/null || return 0
+    version="$("$base" -c "$fits" 2>/dev/null)" || continue
+    ! "$base" -c "import ensurepip" 2>/dev/null || return 0 # Debian and Ubuntu have it in a package of its own
+    [ -n "$no_python" ] || no_python="$base can't make virtual environments: sudo apt-get install $version-venv"
   done
-  base=""
+  base="" no_python="${no_python:-Python 3.11, 3.12 or 3.13 is needed; set PYTHON=/path/to/python3.11}"
   return 1
 }

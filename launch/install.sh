@@ -5,7 +5,7 @@ set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 declare -F die >/dev/null || source launch/common.sh
 
-[ -n "${base:-}" ] || find_python || die "Python 3.11, 3.12 or 3.13 is needed; set PYTHON=/path/to/python3.11"
+[ -n "${base:-}" ] || find_python || die "$no_python"
 extras="${extras:-dev}"
 python="$PWD/.venv/bin/python"
 [ -x "$python" ] && [ -z "$dry_run" ] || run "$base" -m venv .venv

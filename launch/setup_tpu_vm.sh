@@ -32,7 +32,7 @@ fi
 
 # The images of TPU VMs bring Ubuntu 22.04, whose own Python is 3.10.
 if ! find_python; then
-  [ -n "$dry_run" ] || command -v apt-get >/dev/null || die "Python 3.11 or newer is needed; set PYTHON=/path/to/it"
+  [ -n "$dry_run" ] || command -v apt-get >/dev/null || die "$no_python"
   # On a new VM Ubuntu's own upgrades hold apt's locks for some minutes; apt itself waits for dpkg's alone.
   apt=(sudo apt-get -qq -o DPkg::Lock::Timeout=600)
   tries 6 30 run "${apt[@]}" update || die "apt-get update failed, see above" 1

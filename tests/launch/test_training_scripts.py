@@ -106,6 +106,24 @@ def test_setup_outlasts_the_upgrades_of_a_new_vm(tmp_path):
     assert "DPkg::Lock::Timeout" in (tmp_path / "calls").read_text().splitlines()[-1]
 
 
+def test_a_python_that_can_not_make_environments_is_told_of(tmp_path):
+    """Ubuntu's own, without its package for that."""
+    (tmp_path / "bin").mkdir()
+    for tool in ("basename", "dirname"):
+        (tmp_path / "bin" / tool).symlink_to(shutil.which(tool))
+    shutil.copytree(LAUNCH, tmp_path / "clone" / "launch")
+    command = ["/bin/bash", tmp_path / "clone" / "launch" / "quickstart.sh"]
+    no_venv = "python3 can't make virtual environments: sudo apt-get install python3.12-venv"
+    no_python = "Python 3.11, 3.12 or 3.13 is needed; set PYTHON=/path/to/python3.11"
+    stubs = {"[[ $* != *ensurepip* ]] && echo python3.12": no_venv, "echo python3.10; exit 1": no_python}
+    for code, said in stubs.items():
+        (tmp_path / "bin" / "python3").write_text(f"#!/bin/bash\n{code}\n")
+        (tmp_path / "bin" / "python3").chmod(0o755)
+        environment = {"PATH": str(tmp_path / "bin")}
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=60)
+        assert (done.returncode, done.stderr) == (2, f"quickstart.sh: {said}\n")
+
+
 def test_xla_dist_dry():
     arguments = ["--tpu=v", "--zone=z", "--env=A=b c", "--dir=~/a clone", "--recreate=make it"]
     arguments += ["--", "python", "-c", "print('x')"]
