@@ -3,23 +3,38 @@
 #
 # Each engine pins another torch, so each has an environment of its own in CACHE (default: $EAGLE3_ENGINES, else
 # .engines in the repository). What is there already and whole is kept; two starts at once install once. Prints
-# NAME=PYTHON for each. Needs Python 3.11, flock and a package index; 2.5 to 3.5 GB each.
+# NAME=PYTHON for each. Needs flock, a package index and a Python (PYTHON, else as launch/common.sh finds it); 2.5 to
+# 3.5 GB each.
 #
-#   sglang          SGLang 0.5.21, unmodified; tests/engines/stand_ins takes the place of its CUDA kernel package
+#   sglang          SGLang 0.5.21, unmodified; tests/engines/stand_ins takes the place of its CUDA kernel package;
+#                   Python 3.11 or 3.12: the outlines-core that it pins has no build for a newer one
 #   vllm            vLLM 0.32.0, its CPU build
-#   sglang-0.5.1    the model classes of SGLang 0.5.1.post3, the last release that needs the patch
+#   sglang-0.5.1    the model classes of SGLang 0.5.1.post3, the last release that needs the patch; Python as sglang
 #   sglang-jax      what sglang-jax's source tree imports, not the tree itself; Python 3.12 (PYTHON312)
 set -euo pipefail
+source "$(dirname "${BASH_SOURCE[0]}")/../../launch/common.sh"
 
 cache="${EAGLE3_ENGINES:-$(dirname "${BASH_SOURCE[0]}")/../../.engines}"
 if [ "${1:-}" = -d ]; then
   cache="$2"
   shift 2
 fi
-[ $# -gt 0 ] || { echo "usage: environments.sh [-d CACHE] sglang|vllm|sglang-0.5.1|sglang-jax..." >&2; exit 2; }
+[ $# -gt 0 ] || die "no environment; give one of sglang, vllm, sglang-0.5.1, sglang-jax"
 mkdir -p "$cache"
 cache="$(cd "$cache" && pwd)"
-base="${PYTHON:-python3.11}"
+
+# Sets python to the one that makes environment $1.
+choose_python() {
+  if [ "$1" = sglang-jax ]; then
+    python="${PYTHON312:-python3.12}"
+    command -v "$python" >/dev/null || die "sglang-jax needs Python 3.12; set PYTHON312=/path/to/python3.12"
+    return
+  fi
+  find_python || die "$no_python"
+  python="$base"
+  [ "$1" = vllm ] || [[ "$("$python" -V)" != "Python 3.13"* ]] ||
+    die "$1 needs Python 3.11 or 3.12: outlines-core has no build for 3.13; set PYTHON=/path/to/python3.12"
+}
 
 pip() { "$environment/bin/python" -m pip --disable-pip-version-check "$@"; }
 uv() { "$environment/bin/python" -m uv pip "$@" --quiet --python "$environment/bin/python"; }
@@ -63,14 +78,14 @@ install_sglang-jax() {
 }
 
 for name in "$@"; do
-  declare -F "install_$name" >/dev/null || { echo "unknown environment $name" >&2; exit 2; }
+  declare -F "install_$name" >/dev/null || die "unknown environment $name"
   environment="$cache/$name"
   wanted="$(declare -f "install_$name" | cksum)"
   exec 9>"$cache/$name.lock"
   flock 9
   if [ "$(cat "$environment/installed" 2>/dev/null)" != "$wanted" ]; then
+    choose_python "$name"
     echo "installing $name into $environment (minutes, several GB, once)" >&2
-    [ "$name" = sglang-jax ] && python="${PYTHON312:-python3.12}" || python="$base"
     "$python" -m venv --clear "$environment"
     pip install -qq 'uv>=0.9,<1'
     "install_$name"

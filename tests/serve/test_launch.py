@@ -2,6 +2,7 @@
 
 import os
 import shlex
+import shutil
 import socket
 import subprocess
 import sys
@@ -94,6 +95,36 @@ def test_an_engine_without_the_patch_a_port_in_use_and_an_engine_that_dies(small
     # This package has no server to start: its Python says so and ends.
     done = script(SGLANG, *arguments, "--port", port, **environment)
     assert "the engine ended by itself (exit code 1)" in line(done, 1) and "No module named" in done.stderr
+
+
+def test_the_python_of_an_engines_environment(tmp_path):
+    """Any that there is, where its packages have builds for it."""
+    (tmp_path / "bin").mkdir()
+    for tool in "bash basename cat cksum dirname flock mkdir sed".split():
+        (tmp_path / "bin" / tool).symlink_to(shutil.which(tool))
+    command = ["bash", LAUNCH.parent / "tests/engines/environments.sh", "-d", tmp_path / "engines"]
+
+    def ended(name: str) -> tuple[int, str]:
+        environment = {"PATH": str(tmp_path / "bin")}
+        done = subprocess.run([*command, name], env=environment, capture_output=True, text=True, timeout=60)
+        return done.returncode, done.stderr.splitlines()[-1]
+
+    def install(version: str) -> None:
+        python = tmp_path / "bin" / f"python{version}"
+        python.write_text(f'#!/bin/bash\n[ "$1" != -m ] || {{ echo "$*" >&2; exit 3; }}\necho "Python {version}.1"\n')
+        python.chmod(0o755)
+
+    assert ended("vllm") == (2, "environments.sh: Python 3.11, 3.12 or 3.13 is needed; set PYTHON=/path/to/python3.11")
+    install("3.13")
+    assert ended("vllm") == (3, f"-m venv --clear {tmp_path}/engines/vllm")
+    assert ended("sglang")[0] == 2 and "sglang needs Python 3.11 or 3.12" in ended("sglang")[1]
+    assert ended("sglang-jax") == (
+        2,
+        "environments.sh: sglang-jax needs Python 3.12; set PYTHON312=/path/to/python3.12",
+    )
+    install("3.12")
+    for name in ("sglang", "sglang-0.5.1", "sglang-jax"):
+        assert ended(name) == (3, f"-m venv --clear {tmp_path}/engines/{name}")
 
 
 def test_shellcheck():
