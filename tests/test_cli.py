@@ -64,6 +64,19 @@ def refused_here(capsys, arguments: list[str], *parts: str) -> None:
             ["regenerate", "--out", "o", "--api-key", "KEY"],
             "eagle3-xla regenerate: unknown argument --api-key; did you mean --api-key-env?",
         ),
+        (
+            ["regenerate", "--target.path=t", "--server", "http://a"],
+            "eagle3-xla regenerate: the following arguments are required: --out",
+        ),
+        (
+            ["regenerate", "--target.path=t", "--ou=o"],
+            "eagle3-xla regenerate: unknown argument --ou; did you mean --out?",
+        ),
+        (
+            [],
+            "eagle3-xla: no verb; one of quickstart, prepare, regenerate, train, plan, export, doctor, eval, patch, "
+            "bench, gap, push, config",
+        ),
     ],
 )
 def test_refused_in_words(capsys, arguments, line):

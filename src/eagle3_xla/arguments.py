@@ -40,7 +40,11 @@ class Parser(argparse.ArgumentParser):
             near = difflib.get_close_matches(match[1], match[2].replace("'", "").split(", "), n=1)
             words = f"no verb {match[1]!r}; " + (f"did you mean {near[0]}?" if near else f"one of {match[2]}")
         elif "required" in words:  # perhaps it is there, but misspelt
-            for option in (word.partition("=")[0] for word in self.given if word.startswith("--")):
+            if words.endswith(": VERB"):
+                verbs = next(each.choices for each in self._actions if isinstance(each, argparse._SubParsersAction))
+                words = f"no verb; one of {', '.join(verbs)}"
+            given = [word.partition("=")[0] for word in self.given if word.startswith("--")]
+            for option in (option for option in given if "." not in option):  # those are settings
                 near = difflib.get_close_matches(option, self._option_string_actions, n=1)
                 if near and option not in self._option_string_actions:
                     words = f"unknown argument {option}; did you mean {near[0]}?"
