@@ -5,8 +5,10 @@ tests/test_docs.py compares.
 """
 
 import argparse
+import json
 import os
 import re
+import textwrap
 from pathlib import Path
 
 from eagle3_xla.arguments import parser
@@ -94,6 +96,31 @@ def families_table() -> str:
     return "\n".join(lines)
 
 
+def compiling() -> str:
+    """What the plans of the shipped recipes took, in minutes of CPU time, by slice and layout."""
+    verdicts = [json.loads(file.read_text()) for file in sorted((FOLDER.parent / "benchmarks/plans").glob("*.json"))]
+    minutes: dict[tuple[bool, bool], list[float]] = {}
+    for verdict in verdicts:
+        kind = verdict["topology"].startswith("v6e"), verdict["mesh"]["draft_data_parallel"]
+        minutes.setdefault(kind, []).append(verdict["cpu_seconds"] / 60)
+    memory = span([verdict["peak_gb"] for verdict in verdicts])
+    of_a_7b = span([verdict["cpu_seconds"] / 60 for verdict in verdicts if "-7b-" in verdict["recipe"]])
+    words = (
+        "Compiling takes minutes of a core or two. From 8 of the target's layers (`--plan.layers=8`) it took "
+        f"{memory} GB (`peak_gb` of the files in `benchmarks/plans`), and of CPU time (`cpu_seconds`) {of_a_7b} "
+        f"minutes for the recipes of a 7B. Of all recipes: {span(minutes[False, False])} on a v4, v5e or v5p; "
+        f"{span(minutes[False, True])} where the draft phase is over all chips (`xla.draft_data_parallel`), as the "
+        f"whole step is compiled twice then; {span(minutes[True, False])} on a v6e, and {span(minutes[True, True])} "
+        "there with both."
+    )
+    return textwrap.fill(words, 120, break_on_hyphens=False)
+
+
+def span(values: list[float]) -> str:
+    least, most = f"{min(values):.0f}", f"{max(values):.0f}"
+    return least if least == most else f"{least} to {most}"
+
+
 def filled(page: str, name: str, content: str) -> str:
     """The page with `content` at its mark."""
     marked = re.compile(rf"<!-- {name} -->(.*?<!-- end of {name} -->)?", re.DOTALL)
@@ -103,12 +130,13 @@ def filled(page: str, name: str, content: str) -> str:
 
 def pages() -> dict[str, str]:
     """File -> what it should hold."""
-    targets, recipes_page = ((FOLDER / name).read_text() for name in ("targets.md", "recipes.md"))
+    targets, recipes_page, tpu = ((FOLDER / name).read_text() for name in ("targets.md", "recipes.md", "tpu.md"))
     return {
         "settings.md": settings_page(),
         "verbs.md": verbs_page(),
         "targets.md": filled(targets, "families", families_table()),
         "recipes.md": filled(recipes_page, "recipes", recipes_table()),
+        "tpu.md": filled(tpu, "compiling", compiling()),
     }
 
 
