@@ -83,6 +83,20 @@ def test_refused_in_words(capsys, arguments, line):
     assert main(arguments) == 2 and capsys.readouterr().err.splitlines()[-1] == line
 
 
+@pytest.mark.parametrize(
+    "verb, kept", [("eval", False), ("plan", False), ("plan --search", True), ("train", True), ("prepare", True)]
+)
+def test_an_interrupted_verb_says_whether_it_continues(verb, kept, monkeypatch, capsys):
+    def interrupted(options, overrides):
+        raise KeyboardInterrupt
+
+    name, *arguments = verb.split()
+    monkeypatch.setitem(VERBS, name, interrupted)
+    assert main([name, *arguments, *["--target=t", "--draft=d", "--prompts=p"] * (name == "eval")]) == 1
+    expected = f"eagle3-xla {name}: interrupted" + "; start it again to continue" * kept
+    assert capsys.readouterr().err == f"{expected}\n"
+
+
 def test_a_reader_that_has_seen_enough_and_a_full_disk():
     command = [sys.executable, "-m", "eagle3_xla", "config", "--quiet"]
     reading, writing = os.pipe()

@@ -28,13 +28,14 @@ from eagle3_xla.errors import RunError, UserError
 from eagle3_xla.guide import next_step
 
 RAISE = "EAGLE3_XLA_RAISE"  # set: an unexpected error ends in its traceback; the tests run so
+CONTINUED = ("quickstart", "prepare", "regenerate", "train")  # and plan --search: a second start goes on with the first
 
 
 def main(arguments: list[str] | None = None) -> int:
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")  # XLA's C++ side logs compiler chatter as errors
     arguments = sys.argv[1:] if arguments is None else arguments
-    program = "eagle3-xla"
+    program, options = "eagle3-xla", Namespace(verb="")
     try:
         options, rest = parser().parse_known_args(arguments)
         program = f"eagle3-xla {options.verb}"
@@ -50,7 +51,8 @@ def main(arguments: list[str] | None = None) -> int:
     except UserError as error:
         return _fail(f"{program}: {error}", 2)
     except KeyboardInterrupt:
-        return _fail(f"{program}: interrupted; start it again to continue", 1)
+        kept = options.verb in CONTINUED or getattr(options, "search", False)
+        return _fail(f"{program}: interrupted{'; start it again to continue' * kept}", 1)
     except (RunError, OSError, SafetensorError) as error:  # the last: safetensors on a full disk
         return _fail(f"{program}: {error}", 1)
     except Exception as error:
