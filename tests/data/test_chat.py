@@ -1,7 +1,9 @@
 """Chats to tokens: the mask holds what the assistant wrote and its end of turn, and nothing else."""
 
 import functools
+import json
 import random
+import shutil
 import unicodedata
 
 import pytest
@@ -10,7 +12,7 @@ from data.conftest import SPECIAL
 from eagle3_xla.data.chat import ChatEncoder
 from eagle3_xla.data.clean import Chat, Unusable
 from eagle3_xla.data.config import DataConfig
-from eagle3_xla.data.tokenizer import TODAY, load_tokenizer, stop_token_ids
+from eagle3_xla.data.tokenizer import TODAY, answer_of, load_tokenizer, stop_token_ids
 
 WORDS = (
     "Hello world 12 3.14 naïve 你好 🙂👩‍🔬 <b>html</b> def\tf(x): `code` assistant user system -- ... \n \n\n     \r\n "
@@ -196,3 +198,21 @@ def test_what_a_template_cannot_show_is_left_out(template_targets):
     assert coder.encode([empty])[0].reason == "no_answer_tokens"
     coder.tokenizer.chat_template = "{{ raise_exception('roles must alternate') }}"
     assert "roles must alternate" in str(coder.encode([empty])[0])
+
+
+def test_a_tokenizer_saved_with_truncation_padding_and_clean_up(tokenizer_folder, tmp_path):
+    """As `save_pretrained` leaves it after a call with padding=True, truncation=True; Llama 3's own cleans up."""
+    saved = tmp_path / "target"
+    shutil.copytree(tokenizer_folder, saved)
+    whole = load_tokenizer(str(saved))
+    whole(["a", "b c"], padding=True, truncation=True, max_length=8)
+    whole.save_pretrained(saved)
+    stored = json.loads((saved / "tokenizer.json").read_text())
+    assert stored["truncation"] and stored["padding"]
+    config = json.loads((saved / "tokenizer_config.json").read_text())
+    (saved / "tokenizer_config.json").write_text(json.dumps(config | {"clean_up_tokenization_spaces": True}))
+    chats = [random_chat(random.Random(i), turns) for i, turns in enumerate((1, 4))]
+    for found, expected in zip(encoder(saved).encode(chats), encoder(tokenizer_folder).encode(chats), strict=True):
+        assert found.ids.tolist() == expected.ids.tolist() and found.mask.tolist() == expected.mask.tolist()
+    text = "a != b . It 's"
+    assert answer_of(load_tokenizer(str(saved)), whole(text)["input_ids"]) == (text, "")

@@ -78,7 +78,10 @@ def load_config(path: str) -> Any:
 
 
 def load_tokenizer(path: str) -> Any:
-    """The target's tokenizer. Raises UserError when there is none or it has no chat template."""
+    """The target's tokenizer, without what its files say of truncation, padding and the spaces before punctuation.
+
+    Raises UserError when there is none or it has no chat template.
+    """
     from transformers import AutoTokenizer, PreTrainedTokenizerFast
     from transformers.models.auto.tokenization_auto import get_tokenizer_config
 
@@ -87,7 +90,7 @@ def load_tokenizer(path: str) -> Any:
         # AutoTokenizer puts Qwen2's own splitter in the place of a generic tokenizer when it sees `model_type: qwen2`.
         generic = get_tokenizer_config(path).get("tokenizer_class") == "PreTrainedTokenizerFast"
         tokenizer = (PreTrainedTokenizerFast if generic else AutoTokenizer).from_pretrained(
-            path, trust_remote_code=False
+            path, trust_remote_code=False, clean_up_tokenization_spaces=False
         )
     except Exception as error:  # the Rust tokenizers raise plain Exceptions for a file that they can't read
         raise UserError(f"no tokenizer at {path!r}: {first_line(error)}") from None
@@ -95,6 +98,9 @@ def load_tokenizer(path: str) -> Any:
         raise UserError(f"the tokenizer at {path!r} has no chat template")
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
+    if tokenizer.is_fast:  # saved after a call with truncation or padding, its file holds them on
+        tokenizer.backend_tokenizer.no_truncation()
+        tokenizer.backend_tokenizer.no_padding()
     return tokenizer
 
 
