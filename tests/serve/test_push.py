@@ -57,10 +57,10 @@ VERDICT = Path(__file__).parents[2] / "benchmarks/plans/qwen2.5-1.5b-v5e-8.json"
 
 
 class Hub(BaseHTTPRequestHandler):
-    """The five calls that an upload makes; `received` holds the files of commits."""
+    """The calls that an upload makes; `received` holds the files of commits."""
 
     received: dict = {}
-    refuses = exists = False
+    refuses = exists = private = False
 
     def do_POST(self):
         body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
@@ -85,16 +85,24 @@ class Hub(BaseHTTPRequestHandler):
             return self.answer(commit | {"success": True})
         return self.answer({})
 
+    def do_HEAD(self):
+        self.answer(self.received[self.path.partition("/resolve/main/")[2]])
+
     def do_GET(self):
+        if "/resolve/" in self.path:
+            return self.do_HEAD()
         files = [{"type": "file", "oid": "0", "size": 1, "path": path} for path in self.received]
-        self.answer(files if "/tree/" in self.path else {"sha": "0", "siblings": [], "id": "me/head"})
+        about = {"sha": "0", "siblings": [], "id": "me/head", "private": self.private}
+        self.answer(files if "/tree/" in self.path else about)
 
     def answer(self, content, status=200):
-        body = json.dumps(content).encode()
+        body = content if isinstance(content, bytes) else json.dumps(content).encode()
         self.send_response(status)
-        self.send_header("Content-Length", str(len(body)))
+        for name, value in (("Content-Length", str(len(body))), ("ETag", '"0"'), ("X-Repo-Commit", "0" * 40)):
+            self.send_header(name, value)
         self.end_headers()
-        self.wfile.write(body)
+        if self.command != "HEAD":
+            self.wfile.write(body)
 
     def log_message(self, *args):
         pass
@@ -102,7 +110,7 @@ class Hub(BaseHTTPRequestHandler):
 
 @pytest.fixture
 def hub():
-    Hub.received, Hub.refuses, Hub.exists = {}, False, False
+    Hub.received, Hub.refuses, Hub.exists, Hub.private = {}, False, False, False
     server = ThreadingHTTPServer(("127.0.0.1", 0), Hub)
     threading.Thread(target=server.serve_forever, daemon=True).start()
     yield f"http://127.0.0.1:{server.server_port}"
@@ -124,6 +132,8 @@ def online(hub, monkeypatch):
     """This process's client of the hub, set to the stand-in; HF_TOKEN as a user sets it."""
     for name, value in (("ENDPOINT", hub), ("HF_HUB_OFFLINE", False), ("HF_HUB_DISABLE_XET", True)):
         monkeypatch.setattr(f"huggingface_hub.constants.{name}", value)
+    files = f"{hub}/{{repo_id}}/resolve/{{revision}}/{{filename}}"
+    monkeypatch.setattr("huggingface_hub.file_download.HUGGINGFACE_CO_URL_TEMPLATE", files)
     reset_sessions()  # one that an earlier test opened is offline for good
     monkeypatch.setenv("HF_TOKEN", "hf_test")
     return hub
@@ -200,7 +210,8 @@ def test_weights_of_any_name_arrive(shards, pushed, online, small_target):
         (head / "model.safetensors.index.json").write_text("{}")
     earlier = {"model.safetensors", "old.safetensors", "report.html", ".eval_results/acceptance_length.yaml"}
     own = {"notes.md", "other/model.safetensors"}
-    Hub.received |= dict.fromkeys(earlier | own, b"")  # another head's, and someone's own
+    push(head, str(small_target), "me/head", PushOptions([str(evaluated)]))
+    Hub.received |= dict.fromkeys(earlier | own, b"")  # an earlier head's, and someone's own
     push(head, str(small_target), "me/head", PushOptions([str(evaluated)]))
     assert not earlier & Hub.received.keys() and own < Hub.received.keys()
     for file in [*head.glob("*.safetensors"), *head.glob("*.json")]:
@@ -250,6 +261,31 @@ def test_what_is_not_uploaded(pushed, online, small_target, capsys):
     (head / "config.json").write_text(json.dumps(config | {"max_position_embeddings": 16}))
     assert "fails a rule of `doctor`, so it is not uploaded, max_position" in refused("--results", evaluated)
     assert not (head / "README.md").exists() and Hub.received == {}
+
+
+def test_a_repository_of_something_else_is_kept(pushed, online, small_target, capsys):
+    head, evaluated, _ = pushed
+    arguments = ["push", head, "--target", small_target, "--results", evaluated, "--repo", "me/head"]
+
+    def refused(*more) -> str:
+        assert cli.main([*map(str, arguments), *more]) == 2
+        return capsys.readouterr().err
+
+    assert "--repo me/head is the target; name a repository for the head" in refused("--base-model", "Me/head")
+    assert "--private: me/head is there already, and public" in refused("--private")
+    Hub.exists, model = True, {"model-00001-of-00002.safetensors": b"x", "config.json": b"{}"}
+    for readme, reason in (
+        ({"README.md": b"mine"}, "the README.md of me/head was not written by `push`, or was edited since; name"),
+        ({}, "me/head holds model-00001-of-00002.safetensors and no README.md of `push`, so it is not ours; name"),
+    ):
+        Hub.received = model | readme
+        assert reason in refused() and Hub.received == model | readme
+    assert cli.main([*map(str, arguments), "--overwrite", "--quiet"]) == 0 and not model.items() & Hub.received.items()
+    Hub.private, card = True, Hub.received["README.md"]
+    assert cli.main([*map(str, arguments), "--private"]) == 0  # our own once more
+    Hub.received["README.md"] = edited = card + b"mine"
+    capsys.readouterr()
+    assert "or was edited since" in refused() and Hub.received["README.md"] == edited
 
 
 QUERY_NORMS = {f"midlayer.self_attn.{name}_norm.weight": torch.ones(8) for name in "qk"}

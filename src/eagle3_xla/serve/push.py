@@ -1,16 +1,19 @@
 """`push`: a head to the Hugging Face hub, with a model card whose figures were measured on this very head.
 
 The card's table holds what `eval --json` and `bench --json` wrote; a head that `doctor` finds broken is not uploaded,
-and a README.md that someone wrote or edited is kept. The hub lists the figures from the card's `model-index`; what is
-written to `.eval_results/` it puts on a benchmark's leaderboard, so that is done for named benchmarks alone.
+and a README.md that someone wrote or edited is kept, here and on the hub. The hub lists the figures from the card's
+`model-index`; what is written to `.eval_results/` it puts on a benchmark's leaderboard, so that is done for named
+benchmarks alone.
 """
 
 import glob
 import hashlib
 import os
 import re
+import tempfile
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from eagle3_xla import storage
 from eagle3_xla.checks import of_this_machine
@@ -58,7 +61,7 @@ def push(folder: str | Path, target: str, repo: str, options: PushOptions) -> di
 
     target: folder or hub id of the model it drafts for. `left_out` names what the card lacks for want of a file.
     Raises UserError for a head that fails a rule of `doctor`, for results that are none or another head's, for a
-    README.md of someone else; RunError when the hub refuses.
+    README.md of someone else, for a repository of something else; RunError when the hub refuses.
     """
     if storage.is_url(folder):
         raise UserError(f"`push` writes its card into the head's folder; copy {folder} to this machine first")
@@ -66,6 +69,8 @@ def push(folder: str | Path, target: str, repo: str, options: PushOptions) -> di
     base = options.base_model or (target if not Path(target).is_dir() else None)
     for name, value in (("--repo", repo), ("--base-model", base)):
         _check_id(name, value)
+    if base and repo.lower() == base.lower():
+        raise UserError(f"--repo {repo} is the target; name a repository for the head")
     given = {"license": [options.license], "target-license": [options.target_license]}
     for name, values in (given | {"data-license": options.data_license}).items():
         for value in values:
@@ -107,7 +112,7 @@ def push(folder: str | Path, target: str, repo: str, options: PushOptions) -> di
     files = ["config.json", *(file.name for file in weights), "README.md"]
     files += [*([REPORT] if options.report else []), *([PLACE] if results else [])]
     summary = {"repo": repo, "card": str(readme), "files": files, "left_out": left_out, "url": None}
-    return summary if options.dry_run else summary | {"url": _upload(folder, files, repo, options.private)}
+    return summary if options.dry_run else summary | {"url": _upload(folder, files, repo, options)}
 
 
 def _place_report(page: Path, head: Path, overwrite: bool) -> None:
@@ -179,16 +184,18 @@ def _of_this_head(figures: Figures, folder: Path, target: str) -> Figures:
     return figures
 
 
-def _upload(head: Path, files: list[str], repo: str, private: bool) -> str:
+def _upload(head: Path, files: list[str], repo: str, options: PushOptions) -> str:
     from huggingface_hub import HfApi, get_token
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalTokenNotFoundError
 
     api, patterns = HfApi(), [glob.escape(file) for file in files]
     try:
-        url = api.create_repo(repo, private=private, exist_ok=True)
+        url = api.create_repo(repo, private=options.private, exist_ok=True)
+        there = api.list_repo_files(repo)
         # Of an earlier upload these would go on as this head's weights and figures.
-        of_a_head = [name for name in api.list_repo_files(repo) if re.fullmatch(r"[^/]*\.safetensors", name)]
+        of_a_head = [name for name in there if re.fullmatch(r"[^/]*\.safetensors", name)]
         removed = [name for name in (*of_a_head, INDEX, REPORT, PLACE) if name not in files]
+        _refuse_others(api, repo, [name for name in there if name in (*files, *removed)], options)
         api.upload_folder(
             repo_id=repo,
             folder_path=head,
@@ -206,3 +213,20 @@ def _upload(head: Path, files: list[str], repo: str, private: bool) -> str:
         reason = " ".join(str(error).split())[:300].replace(get_token() or "\0", "***")
         raise RunError(f"the upload to {repo} failed, start it again to finish: {reason}") from None
     return str(url)
+
+
+def _refuse_others(api: Any, repo: str, changed: list[str], options: PushOptions) -> None:
+    """Raises UserError for a public repository with --private, and for one whose files are not `push`'s own.
+
+    changed: its files that the upload replaces or removes.
+    """
+    if options.private and api.repo_info(repo).private is False:
+        raise UserError(f"--private: {repo} is there already, and public; make it private first, or name another")
+    if options.overwrite or not changed:
+        return
+    instead = "name another repository, or give --overwrite"
+    if "README.md" not in changed:
+        raise UserError(f"{repo} holds {changed[0]} and no README.md of `push`, so it is not ours; {instead}")
+    with tempfile.TemporaryDirectory() as folder:
+        if not _is_ours(Path(api.hf_hub_download(repo, "README.md", local_dir=folder))):
+            raise UserError(f"the README.md of {repo} was not written by `push`, or was edited since; {instead}")
