@@ -3,6 +3,7 @@
 import functools
 import json
 import random
+import re
 import shutil
 import unicodedata
 
@@ -77,6 +78,8 @@ def test_mask_is_the_assistant_and_its_end_of_turn(family, template_targets):
         expected = [shown(family, a, a is answers[-1]) for a in answers]
         assert [coder.tokenizer.decode(span) for span in spans(encoded.ids, encoded.mask)] == expected
         whole = coder.tokenizer.apply_chat_template(chat.messages, tokenize=False, strftime_now=TODAY.strftime)
+        if family == "phi-3":  # the whitespace after a special token is its own, where both are one piece
+            whole = re.sub(r"(<\|(?:user|system|end)\|>)\s+|(<\|assistant\|>)\n", r"\1\2", whole)
         assert coder.tokenizer.decode(encoded.ids) == (
             whole if family == "smollm2" else unicodedata.normalize("NFC", whole)
         )

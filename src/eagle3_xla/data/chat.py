@@ -34,7 +34,7 @@ class ChatEncoder:
     def __init__(self, tokenizer: Any, stop_ids: set[int], data: DataConfig):
         if not tokenizer.is_fast:
             raise UserError("the target's tokenizer has no fast version (tokenizer.json), which character offsets need")
-        self.tokenizer, self.data = tokenizer, data
+        self.tokenizer, self.stop_ids, self.data = tokenizer, stop_ids, data
         self.stops = sorted(tokenizer.convert_ids_to_tokens(sorted(stop_ids)))
         self.thinks = "enable_thinking" in str(tokenizer.chat_template)
         self.default_system = self._default_system() if data.drop_system else (0, "")
@@ -152,6 +152,7 @@ class ChatEncoder:
         A token across a boundary (an answer that starts with the whitespace that ends the prompt) never occurs in
         serving, where prompt and answer are tokenised apart: then the pieces are tokenised apart here too.
         """
+        spans = [(start, self._past_stop(encoding, end)) for start, end in spans]
         tokens = [(_token_at(text, encoding, start), _token_at(text, encoding, end)) for start, end in spans]
         bounds = [(start, end) for start, end in tokens if start is not None and end is not None]
         if len(bounds) == len(spans):
@@ -161,6 +162,11 @@ class ChatEncoder:
         starts = np.cumsum([0] + [len(piece.ids) for piece in pieces])
         bounds = [(int(starts[2 * i + 1]), int(starts[2 * i + 2])) for i in range(len(spans))]
         return [token for piece in pieces for token in piece.ids], bounds
+
+    def _past_stop(self, encoding: Any, char: int) -> int:
+        """The character after the stop token that ends at `char`, whitespace included that belongs to it (Phi-3)."""
+        token = encoding.char_to_token(char - 1) if char else None
+        return char if token is None or encoding.ids[token] not in self.stop_ids else encoding.token_to_chars(token)[1]
 
     def _tokenize(self, texts: list[str]) -> list:
         return self.tokenizer.backend_tokenizer.encode_batch(texts, add_special_tokens=False)
