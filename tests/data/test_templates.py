@@ -137,6 +137,22 @@ def test_mistral_has_no_generation_prompt(template_targets):
     assert text == "<s> [INST] a [/INST] b</s>" and answers == [" b</s>"]
 
 
+def test_a_system_turn_that_is_shown_at_an_open_question_alone(template_targets, monkeypatch):
+    """As Mistral's of 7B v0.3 and Nemo: with its answer, a chat is shown without its system turn."""
+    template = """{%- set system = messages[0].content + '\n\n' if messages[0].role == 'system' else '' %}
+    {{- bos_token }}{%- for message in (messages[1:] if system else messages) %}
+    {%- if message.role == 'user' %}{{ '[INST] ' + (system if loop.last else '') + message.content + '[/INST]' }}
+    {%- else %}{{ ' ' + message.content + eos_token }}{%- endif %}{%- endfor %}"""
+    coder = encoder(template_targets["mistral"])
+    monkeypatch.setattr(coder.tokenizer, "chat_template", template)
+    turns = [("user", "a"), ("assistant", "b"), ("user", "c"), ("assistant", "d")]
+    assert masked(coder, *turns) == ("<s>[INST] a[/INST] b</s>[INST] c[/INST] d</s>", [" b</s>", " d</s>"])
+    assert masked(coder, ("system", "s"), *turns[:2]) == ("<s>[INST] s\n\na[/INST] b</s>", [" b</s>"])
+    # The first answer was not given to what stands before it here.
+    expected = "<s>[INST] a[/INST] b</s>[INST] s\n\nc[/INST] d</s>"
+    assert masked(coder, ("system", "s"), *turns) == (expected, [" d</s>"])
+
+
 @pytest.mark.parametrize("family, date", [("llama-3.1", "26 Jul 2024"), ("llama-3.2", "26 Jul 2024")])
 def test_llama_has_a_pinned_date(family, date, template_targets):
     assert f"Today Date: {date}" in masked(encoder(template_targets[family]), ("user", "a"), ("assistant", "b"))[0]

@@ -65,6 +65,7 @@ class ChatEncoder:
         if self.thinks:  # a prompt that tells the model not to think holds an empty thought, which is not the model's
             prompts.insert(0, self._render(prefixes, chat, add_generation_prompt=True, enable_thinking=False))
         turns = self._render([messages[: i + 1] for i in answers], chat)
+        turns[-1] = self._after_its_system(chat, prefixes[-1], [kind[-1] for kind in prompts], turns[-1])
         cut = not (chat.complete or shortened)
         if cut and self._closes_thought(prompts[-1][-1], messages[-1], turns[-1]):
             turns[-1] = prompts[-1][-1] + messages[-1]["content"]
@@ -87,6 +88,16 @@ class ChatEncoder:
             text = text[:at] + text[at + len(default) :]
             spans = [(start - len(default), end - len(default)) for start, end in spans]
         return text, spans, shortened
+
+    def _after_its_system(self, chat: Chat, prefix: list[dict], prompts: list[str], turn: str) -> str:
+        """`turn` as an engine has it whose template shows the system turn at an open question alone (Mistral's).
+
+        prefix: the messages before its answer; prompts: the forms that they have.
+        """
+        if turn.startswith(tuple(prompts)) or not prefix or prefix[0]["role"] != "system":
+            return turn
+        [without] = self._render([prefix[1:]], chat, add_generation_prompt=True)
+        return prompts[-1] + turn[len(without) :] if turn.startswith(without) else turn
 
     def _closes_thought(self, prompt: str, answer: dict, turn: str) -> bool:
         """Whether `turn` ends a thought within which the answer was cut off: the target never wrote that end."""
