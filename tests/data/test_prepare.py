@@ -108,6 +108,27 @@ def test_vocabulary_counts_answers_that_the_token_budget_leaves_out(small_run):
     assert torch.equal(ids, load_prepared(load_recipe(None, small_run).data.prepared)[2])
 
 
+def test_what_is_left_out_of_both_splits_is_counted(small_run, chat_file, small_target, tmp_path):
+    target = tmp_path / "target"
+    shutil.copytree(small_target, target)
+    template = target / "chat_template.jinja"
+    template.write_text("{{ 'x' if messages[-1].content == 'Hidden.' else '' }}" + template.read_text())
+    rows = [json.loads(line)["conversations"] for line in chat_file.read_text().splitlines()]
+    for question, _ in rows[::4]:
+        question["value"] += " word" * 100
+    for _, answer in rows[1::4]:
+        answer["value"] = "Hidden."
+    chat_file.write_text("".join(json.dumps({"conversations": row}) + "\n" for row in rows))
+    settings = [f"target.path={target}", "data.heldout=[]", "data.heldout_share=0.5"]
+    manifest = prepare(load_recipe(None, [*small_run, *settings]))
+    [source] = manifest["sources"]
+    counted = {reason: entry["rows"] for reason, entry in source["dropped"].items()}
+    assert counted == {"answer_after_row_length": 8, "no_answer_in_template": 8}
+    assert source["train"]["chats"] + source["heldout"]["chats"] == 16
+    warned = "chats: 8 of 32 conversations are left out (no_answer_in_template; the first: "
+    assert any(line.startswith(warned) and "chats.jsonl:" in line for line in manifest["warnings"])
+
+
 def test_prepared_folder_of_somebody_else_is_refused(small_run, tmp_path):
     (tmp_path / "data").mkdir()
     (tmp_path / "data" / "thesis.txt").write_text("mine")

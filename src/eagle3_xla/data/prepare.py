@@ -34,7 +34,7 @@ from eagle3_xla.settings import binding
 from eagle3_xla.storage import Location
 
 SPLITS = ("train", "heldout")
-MANY_CUT = 0.1  # share of conversations that are longer than a row: worth a word
+MANY = 0.1  # share of conversations that are longer than a row, or whose answers aren't shown: worth a word
 
 
 def prepare(recipe: Recipe, overwrite: bool = False) -> dict:
@@ -86,6 +86,7 @@ def prepare(recipe: Recipe, overwrite: bool = False) -> dict:
         reports[split] = write_rows(work / "rows" / split, documents, data, pad_id, split, digest)
         documents.close()
     reasoning = shows_reasoning(tokenizer)
+    of_sources = _source_reports(chosen.sources, prints, train, heldout)
     manifest = {
         "key": digest.hexdigest(),
         "inputs": inputs,
@@ -99,9 +100,9 @@ def prepare(recipe: Recipe, overwrite: bool = False) -> dict:
         "train": reports["train"],
         "heldout": reports["heldout"],
         "heldout_sources": heldout.sources,
-        "sources": _source_reports(chosen.sources, prints, train, heldout),
+        "sources": of_sources,
         "evaluations": chosen.evaluations,
-        "warnings": [*chosen.warnings, *_warnings(data, prints, chosen, reasoning, train, tokenised)],
+        "warnings": [*chosen.warnings, *_warnings(data, prints, of_sources, reasoning, train, tokenised)],
     }
     (out / MANIFEST).unlink(missing_ok=True)
     for split in SPLITS:
@@ -239,26 +240,32 @@ def _why_dropped(chosen: Mix) -> str:
 
 
 def _warnings(
-    data: DataConfig, prints: dict, chosen: Mix, reasoning_shown: bool, train: Documents, tokenised: int
+    data: DataConfig, prints: dict, reports: list[dict], reasoning_shown: bool, train: Documents, tokenised: int
 ) -> list[str]:
-    """tokenised: conversations before data.max_tokens."""
+    """reports: of the sources; tokenised: conversations before data.max_tokens."""
     both = set(prints["train"]) & set(prints["heldout"])
     warnings = [
         f"{source.path} is both trained on and held out: its held-out figures are of chats that the head has seen"
         for source, fingerprint in zip(data.heldout, prints["heldout"], strict=True)
         if fingerprint in both
     ]
-    for report in chosen.sources.values():
+    for report in reports:
         if report.get("with_reasoning") and not reasoning_shown:
             warnings.append(
                 f"{report['name']}: {report['with_reasoning']} conversations have reasoning_content, which the "
                 "target's chat template does not show: they are trained on without it"
             )
+        unshown = report["dropped"].get("no_answer_in_template", {"rows": 0})
+        if unshown["rows"] > MANY * report["kept"]:
+            warnings.append(
+                f"{report['name']}: {unshown['rows']} of {report['kept']} conversations are left out "
+                f"(no_answer_in_template; the first: {unshown['first']})"
+            )
     if len(train) < tokenised:
         warnings.append(
             f"data.max_tokens {data.max_tokens} leaves out {tokenised - len(train)} of {tokenised} conversations"
         )
-    if train.cut.mean() > MANY_CUT:
+    if train.cut.mean() > MANY:
         warnings.append(
             f"{int(train.cut.sum())} of {len(train)} training conversations are longer than data.row_length "
             f"{data.row_length}: what lies past it is left out"
@@ -271,9 +278,12 @@ def _source_reports(reports: dict, prints: dict, train: Documents, heldout: Docu
     fingerprints = [*prints["heldout"], *prints["train"]]
     result = []
     for (path, report), fingerprint in zip(reports.items(), fingerprints, strict=True):
-        spool, report = Path(path).parent.name, report | {"fingerprint": fingerprint}
+        spool, dropped = Path(path).parent.name, dict(report["dropped"])
+        report = report | {"fingerprint": fingerprint, "dropped": dropped}
         for split, documents in (("train", train), ("heldout", heldout)):
-            report["dropped"] |= documents.dropped.get(spool, {})
+            for reason, entry in documents.dropped.get(spool, {}).items():
+                known = dropped.get(reason, {"rows": 0, "first": entry["first"]})
+                dropped[reason] = known | {"rows": known["rows"] + entry["rows"]}
             report[split] = documents.tokens_of(spool)
         result.append(report)
     return result
