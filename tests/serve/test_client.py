@@ -216,7 +216,7 @@ def test_counters_of_vllm(serving):
     assert connect(serving(pages | {"/metrics": (200, "vllm:prompt_tokens_total 4\n")})).steps is None
 
 
-def test_bench_on_the_command_line(serving, exported_head, small_target, chat_file, capsys):
+def test_bench_on_the_command_line(serving, exported_head, small_target, chat_file, tmp_path, capsys):
     info = json.dumps(INFO | {"model_path": str(small_target), "speculative_draft_model_path": str(exported_head)})
     full = chunk([5, 6, 7], spec_verify_ct=1, spec_num_correct_drafts=1, spec_correct_drafts_histogram=[0, 1])
     url = serving({"/server_info": (200, info), "/generate": (200, full)})
@@ -234,6 +234,13 @@ def test_bench_on_the_command_line(serving, exported_head, small_target, chat_fi
     about = result["measured"]
     mine = measured("eval", str(exported_head), str(small_target), str(chat_file))
     assert about == mine | {"verb": "bench"} and None not in about.values()
+
+    other = shutil.copytree(exported_head, tmp_path / "other")
+    assert cli.main([*arguments, "--draft", str(other)]) == 0  # the same head elsewhere
+    config = json.loads((other / "config.json").read_text())
+    (other / "config.json").write_text(json.dumps(config | {"rope_theta": 5.0}))
+    assert cli.main([*arguments, "--draft", str(other)]) == 2
+    assert f"--draft {other}: the server at {url} serves another head ({exported_head})" in capsys.readouterr().err
 
     dying = serving({"/server_info": (200, info), "/generate": (200, chunk([5])), "cut": ("/generate",)})
     assert cli.main(["bench", "--server", dying, "--prompts", str(chat_file)]) == 1
@@ -289,6 +296,10 @@ def test_gap_names_a_head_that_doctor_fails(serving, exported_head, small_target
     assert cli.main(arguments) == 1
     said = capsys.readouterr().out
     assert "served           1.500" in said and "norm_flags: norm_output True" in said and "d2t" in said
+    info = json.dumps(INFO | {"speculative_draft_model_path": str(exported_head)})
+    assert cli.main([*arguments, "--server", serving(pages | {"/server_info": (200, info)})]) == 1
+    causes = capsys.readouterr().out.partition("causes, likeliest first\n")[2]
+    assert causes.startswith(f"  - the server serves another head ({exported_head})\n")
     at_a_url = ["file://" + word if word == str(head) else word for word in arguments]
     assert cli.main(at_a_url) == 1 and "served           1.500" in capsys.readouterr().out
     window = {"sliding_window": 16, "layer_types": ["sliding_attention"]}

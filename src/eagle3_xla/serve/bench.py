@@ -11,7 +11,7 @@ from tqdm import tqdm
 from eagle3_xla.checks import number
 from eagle3_xla.data.tokenizer import load_tokenizer
 from eagle3_xla.errors import RunError, UserError
-from eagle3_xla.evaluate.fingerprint import measured
+from eagle3_xla.evaluate.fingerprint import head_fingerprint, measured
 from eagle3_xla.evaluate.options import EvalOptions, sampling_in_words
 from eagle3_xla.evaluate.run import prompt_ids
 from eagle3_xla.serve.client import Answer, Request, Server, connect
@@ -42,6 +42,8 @@ class BenchOptions:
 def bench(url: str, prompts: str, options: BenchOptions, baseline_url: str = "") -> dict:
     """Send every prompt at each concurrency, to the baseline server too. See `_row` for the figures."""
     server = connect(url)
+    if options.draft and serves_another(server, options.draft):
+        raise UserError(f"--draft {options.draft}: the server at {server.url} serves another head ({server.head})")
     baseline = connect(baseline_url) if baseline_url else None
     if baseline and baseline.steps:
         raise UserError(f"--baseline {baseline_url} drafts too; start it without its speculative settings")
@@ -73,6 +75,12 @@ def bench(url: str, prompts: str, options: BenchOptions, baseline_url: str = "")
         "measured": about,
     }
     return result | {"screen": screen(result)}
+
+
+def serves_another(server: Server, draft: str) -> bool:
+    """Whether the head that the server names is on this machine, and another one than `draft`."""
+    served = head_fingerprint(server.head) if server.head else None
+    return served is not None and served != head_fingerprint(draft)
 
 
 def server_prompts(server: Server, prompts: str, target: str, limit: int, request: Request) -> list[list[int]]:

@@ -20,7 +20,7 @@ from eagle3_xla.errors import UserError
 from eagle3_xla.evaluate.decode import Generation
 from eagle3_xla.evaluate.options import EvalOptions
 from eagle3_xla.evaluate.run import Pair, decode_all, load_pair, prompt_ids, tau
-from eagle3_xla.serve.bench import run_prompts
+from eagle3_xla.serve.bench import run_prompts, serves_another
 from eagle3_xla.serve.client import Request, Server, connect
 from eagle3_xla.target.families import aux_layers
 
@@ -75,7 +75,8 @@ def gap(target_path: str, draft: str, prompts: str, url: str, options: EvalOptio
             experiments.append({"cause": experiment.cause, "acceptance_length": reached})
             if _explains(experiment, reached, served, offline):
                 found.append((abs(reached / served - 1), f"{experiment.cause} (offline so: {reached:.3f})"))
-    causes = [text for _, text in sorted(found)]
+    causes = [f"the server serves another head ({server.head})"] if serves_another(server, draft) else []
+    causes += [text for _, text in sorted(found)]
     causes += _positions(pair, ids, generations) + _template(server, prompts, ids)
     causes += [f"{rule['rule']}: {rule['message']}" for rule in rules if rule["status"] == "fail"]
     if server.engine == "sglang" and trained_window and server.window != trained_window:
