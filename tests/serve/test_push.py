@@ -5,6 +5,7 @@ import json
 import re
 import shutil
 import threading
+from dataclasses import replace
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
@@ -15,7 +16,7 @@ from huggingface_hub import ModelCard
 from huggingface_hub.utils import reset_sessions
 from safetensors.torch import load_file, save_file
 
-from eagle3_xla import cli
+from eagle3_xla import checkpoint, cli
 from eagle3_xla.checks import escaped
 from eagle3_xla.config import load_recipe
 from eagle3_xla.data.prepare import prepare
@@ -27,6 +28,7 @@ from eagle3_xla.evaluate.fingerprint import measured
 from eagle3_xla.evaluate.page import write_page
 from eagle3_xla.evaluate.results import read_results
 from eagle3_xla.export import export
+from eagle3_xla.outputs import write_run_file
 from eagle3_xla.plan.report import verdict_screen
 from eagle3_xla.serve.card import Licences, card
 from eagle3_xla.serve.push import PushOptions, push
@@ -455,6 +457,19 @@ def test_a_card_of_the_run(small_run, small_target, chat_file, tmp_path, exporte
     ]
     with pytest.raises(UserError, match="none of its checkpoints holds the weights"):
         run_facts(tmp_path / "run", read_head(exported_head))
+
+
+def test_a_damaged_checkpoint_of_the_run_is_passed_over(small_run, exported_head, tmp_path):
+    run, head = tmp_path / "run", read_head(exported_head)
+    exported_from = checkpoint.load(exported_head.parent / "checkpoints" / "step-00000001")
+    for step in (1, 2):
+        saved = checkpoint.save(run / "checkpoints", replace(exported_from, micro_step=step), keep=2)
+    write_run_file(load_recipe(None, small_run), run, "train")
+    (saved / "state.safetensors").write_bytes(b"")
+    assert "| micro-steps | 1, " in run_facts(run, head).sections
+    shutil.rmtree(run / "checkpoints" / "step-00000001")
+    with pytest.raises(UserError, match="none of its checkpoints holds the weights .*step-00000002 is damaged"):
+        run_facts(run, head)
 
 
 def test_scores_of_a_benchmark(pushed, online, small_target, capsys):

@@ -77,14 +77,19 @@ def _manifest(recipe: Recipe, data_key: str) -> tuple[dict, str]:
 
 
 def _checkpoint_of(run: Path, head: SavedHead) -> checkpoints.Checkpoint:
-    """The checkpoint that the head was exported from."""
+    """The checkpoint that the head was exported from; a damaged one is passed over."""
+    damaged = ""
     for folder in sorted((run / "checkpoints").glob("step-*"), reverse=True):
-        saved = checkpoints.load(folder)
+        try:
+            saved = checkpoints.load(folder)
+        except UserError as error:
+            damaged = f" ({error})"
+            continue
         if saved.head.keys() <= head.tensors.keys() and all(
             torch.equal(value.to(head.tensors[name].dtype), head.tensors[name]) for name, value in saved.head.items()
         ):
             return saved
-    raise UserError(f"--run {run}: none of its checkpoints holds the weights of {head.folder}")
+    raise UserError(f"--run {run}: none of its checkpoints holds the weights of {head.folder}{damaged}")
 
 
 def _rows(recipe: Recipe, step: int, manifest: dict) -> list[tuple[str, object]]:
