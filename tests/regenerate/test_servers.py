@@ -16,13 +16,14 @@ from hypothesis import strategies as st
 from regenerate.conftest import lines_of, rows_of, wait_for, write_questions
 
 from eagle3_xla.config import Recipe, load_recipe
+from eagle3_xla.data.config import DataConfig, Source
 from eagle3_xla.data.files import read_rows
 from eagle3_xla.data.prepare import prepare
 from eagle3_xla.errors import RunError, UserError
 from eagle3_xla.regenerate import servers
 from eagle3_xla.regenerate.conversation import NEUTRAL, Sampling
 from eagle3_xla.regenerate.journal import Journal
-from eagle3_xla.regenerate.run import Options, regenerate
+from eagle3_xla.regenerate.run import Options, _fingerprint, regenerate
 
 
 @pytest.fixture(autouse=True)
@@ -89,6 +90,13 @@ def test_the_mix_of_a_recipe(misbehaving, questions, tmp_path):
     with pytest.raises(UserError, match=r"was begun with other chats \(or by an earlier version\); choose"):
         run(tmp_path / "out", questions, [server])
     assert "conversations: 16" in (tmp_path / "out" / "run.yaml").read_text()  # of what is there, still
+
+
+@pytest.mark.parametrize("how, fingerprints", [("near", 2), ("exact", 1)])
+def test_near_duplicates_depend_on_the_row_length(how, fingerprints, questions):
+    train = [Source(path=str(questions))]
+    chats = [DataConfig(train=train, deduplicate=how, row_length=length) for length in (2048, 4096)]
+    assert len({_fingerprint(each) for each in chats}) == fingerprints
 
 
 def test_the_same_chats_under_another_path_are_the_same(misbehaving, questions, tmp_path, monkeypatch):

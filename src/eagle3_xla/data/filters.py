@@ -22,6 +22,11 @@ SHINGLE, SHINGLED_WORDS = 5, 2000  # of a conversation the words that a row may 
 WORD = re.compile(r"\w+")
 
 
+def shingled_words(data: DataConfig) -> int:
+    """How many words of a conversation near-duplicates are found by."""
+    return max(SHINGLED_WORDS, data.row_length)
+
+
 class Filters:
     """Duplicates and evaluation prompts, over all sources in their order: the first of several equals stays.
 
@@ -46,7 +51,7 @@ class Filters:
             yield from (int(offset) for offset in offsets[:left])
             return
         chunks = ((path, chunk) for chunk in batched(map(int, offsets), CHUNK))
-        arguments = (self.data.deduplicate, self.evaluations, max(SHINGLED_WORDS, self.data.row_length))
+        arguments = (self.data.deduplicate, self.evaluations, shingled_words(self.data))
         with tqdm(total=len(offsets), desc="duplicates", unit="chat", delay=2) as bar:
             if not left:
                 return

@@ -28,6 +28,7 @@ from eagle3_xla.config import Recipe
 from eagle3_xla.data import sources
 from eagle3_xla.data.clean import Unusable
 from eagle3_xla.data.config import DataConfig, Source
+from eagle3_xla.data.filters import shingled_words
 from eagle3_xla.data.mix import mix
 from eagle3_xla.data.spool import read_chat
 from eagle3_xla.errors import RunError, UserError
@@ -204,6 +205,8 @@ def _fingerprint(data: DataConfig) -> str:
     prints = [sources.fingerprint(source) for source in [*resolved, *(Source(path=p) for p in data.decontaminate)]]
     names = "conversations deduplicate languages truncated_answers seed".split()
     settings = {name: asdict(data)[name] for name in names}
+    if data.deduplicate == "near":
+        settings["shingled_words"] = shingled_words(data)
     for name in ("train", "heldout"):  # where they lie is no matter
         settings[name] = [asdict(source) | {"path": sources.label(source)} for source in getattr(data, name)]
     return hashlib.sha256(json.dumps([prints, settings], sort_keys=True).encode()).hexdigest()
