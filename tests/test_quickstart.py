@@ -16,7 +16,7 @@ from eagle3_xla.evaluate.decode import Generation
 from eagle3_xla.evaluate.options import EvalOptions
 from eagle3_xla.evaluate.run import evaluate
 from eagle3_xla.live import Screen, Stage
-from eagle3_xla.machine import REFERENCE_GFLOPS, Machine, measure
+from eagle3_xla.machine import REFERENCE_GFLOPS, Machine
 from eagle3_xla.outputs import WRITTEN_BY
 from eagle3_xla.quickstart import ALL_TOKENS, LEAST_TOKENS, USEFUL_TOKENS
 
@@ -35,6 +35,9 @@ def test_quickstart(quickstart_run, installed_wheel):
     assert result["eval"]["identical"] and result["tree"]["tau"] > 1.0
     assert "as a tree of 7" in done.stdout and "--speculative-num-draft-tokens 8 --dtype bfloat16" in done.stdout
     assert result["continued"] and "an earlier start had begun it" in done.stdout
+    machine = Machine(**result["machine"])
+    assert machine.gflops > 0.1 and machine.cores > 0 and 0 < machine.free_gib < 100_000
+    assert machine.gflops == json.loads((out / "budget.json").read_text())["gflops"]  # measured by the first start
     assert result["training"]["tau"] > 1.05  # held-out rows; a few steps on 2,000 tokens
     assert load_file(out / "head" / "model.safetensors")["lm_head.weight"].shape == (8192, 576)
     assert "before training" in (out / "report.html").read_text() and result["eval"]["by_source"]
@@ -57,7 +60,7 @@ REFERENCE = Machine(2, REFERENCE_GFLOPS, True, 16.0)
 def test_minutes_become_tokens_then_epochs():
     default, short, long = (module._budget(asked, REFERENCE) for asked in (None, 2, 300))
     assert LEAST_TOKENS < short.tokens < default.tokens < ALL_TOKENS and short.epochs == default.epochs
-    assert long.tokens == 0 and long.epochs > short.epochs
+    assert long.tokens == 0 and long.epochs > short.epochs and module._budget(0.1, REFERENCE).epochs == 1
     assert load_recipe(module.RECIPE, []).data.max_tokens == 0  # somebody's own chats are not cut
     assert default.train_seconds + module.BEGIN_SECONDS == pytest.approx(8 * 60, rel=0.01)
     assert short.train_seconds == pytest.approx(120, rel=0.01)
@@ -81,11 +84,6 @@ def test_a_slow_machine_gets_less_and_is_told(tmp_path):
     for damaged in ('{"tok', "[1]", json.dumps(budget._asdict() | {"tokens": "many"})):
         (tmp_path / "budget.json").write_text(damaged)
         assert module._earlier(tmp_path, None) is None
-
-
-def test_this_machine_is_measured():
-    machine = measure()
-    assert machine.gflops > 0.1 and machine.cores > 0 and 0 < machine.free_gib < 100_000
 
 
 def test_pieces_of_an_answer(tokenizer):

@@ -31,14 +31,19 @@ class Machine(NamedTuple):
         return f"{self.cores} cores, {vectors}, {self.gflops:.0f} GFLOP/s, {self.free_gib:.0f} GiB of memory free"
 
 
-def measure() -> Machine:
-    """In a process of its own, whose graph and buffers end with it. Raises UserError where torch_xla does not run."""
+def measure(gflops: float | None) -> Machine:
+    """gflops: as measured before; None: now. Raises UserError where torch_xla does not run."""
+    gflops = gflops or _gflops()
+    return Machine(len(os.sched_getaffinity(0)), gflops, "avx512f" in _text("/proc/cpuinfo"), _free_gib())
+
+
+def _gflops() -> float:
+    """In a process of its own, whose graph and buffers end with it."""
     done = subprocess.run([sys.executable, "-m", "eagle3_xla.xla.speed"], capture_output=True, text=True)
     if done.returncode:
         last = (done.stderr.strip().splitlines() or ["no message"])[-1]
         raise UserError(f"torch_xla does not run on this machine ({last}); bash launch/quickstart.sh installs it")
-    gflops = float(done.stdout.split()[-1])
-    return Machine(len(os.sched_getaffinity(0)), gflops, "avx512f" in _text("/proc/cpuinfo"), _free_gib())
+    return float(done.stdout.split()[-1])
 
 
 def _free_gib() -> float:

@@ -1,6 +1,7 @@
 """`quickstart`: a real target, its data, a head, its acceptance and the report, on this machine, in a given time.
 
-It measures the machine first and sizes data and epochs to the time; a second start keeps the first one's sizes.
+It measures the machine first and sizes data and epochs to the time; a second start keeps the first one's
+sizes and measurement.
 """
 
 import json
@@ -52,12 +53,14 @@ FIELD = """  1.8 to 2.2  Qwen3 1.7B to 32B, short chains   (angelslim.readthedoc
 
 
 class Budget(NamedTuple):
-    """tokens: of the training chats, 0 for all; train_seconds: what the training should take here."""
+    """tokens: of the training chats, 0 for all; train_seconds: what the training should take here; gflops: of the
+    machine (machine.py)."""
 
     tokens: int
     epochs: int
     train_seconds: float
     asked: float | None
+    gflops: float
 
 
 def quickstart(out: Path, asked: float | None) -> dict:
@@ -67,7 +70,8 @@ def quickstart(out: Path, asked: float | None) -> dict:
     if asked is not None and not LEAST_MINUTES <= asked <= MOST_MINUTES:
         raise UserError(f"--minutes {asked:g}: a number from {LEAST_MINUTES:g} to {MOST_MINUTES:g} is expected")
     claim_output(out, "quickstart")
-    earlier, machine = _earlier(out, asked), measure()
+    earlier = _earlier(out, asked)
+    machine = measure(earlier and earlier.gflops)
     budget = earlier or _budget(asked, machine)
     target, head, untrained = out / "target", out / "head", out / "head-untrained"
     sizes, options = [f"data.max_tokens={budget.tokens}", f"train.epochs={budget.epochs}"], EVALUATION
@@ -132,7 +136,8 @@ def quickstart(out: Path, asked: float | None) -> dict:
 
 def _budget(asked: float | None, machine: Machine) -> Budget:
     """More time: first all of the chats, then more epochs over them."""
-    epochs, slow = load_recipe(RECIPE, []).train.epochs, machine.slowness
+    epochs = 1 if asked is not None and asked < 1 else load_recipe(RECIPE, []).train.epochs
+    slow = machine.slowness
     seconds = asked * 60 if asked is not None else WORK_MINUTES * 60 - BEGIN_SECONDS * slow
     per_token = (STATES_SECONDS + EPOCH_SECONDS * epochs) / 1000 * slow
     tokens = max(int(seconds / per_token), USEFUL_TOKENS if asked is None else LEAST_TOKENS)
@@ -140,7 +145,7 @@ def _budget(asked: float | None, machine: Machine) -> Budget:
         states, epoch = (cost * ALL_TOKENS / 1000 * slow for cost in (STATES_SECONDS, EPOCH_SECONDS))
         epochs, tokens = max(epochs, int((seconds - states) / epoch)), 0
     train_seconds = (STATES_SECONDS + EPOCH_SECONDS * epochs) / 1000 * slow * (tokens or ALL_TOKENS)
-    return Budget(tokens, epochs, train_seconds, asked)
+    return Budget(tokens, epochs, train_seconds, asked, machine.gflops)
 
 
 def _earlier(out: Path, asked: float | None) -> Budget | None:
@@ -152,7 +157,9 @@ def _earlier(out: Path, asked: float | None) -> Budget | None:
         if earlier.keys() != {*Budget._fields}:
             return None
         tokens, epochs = (number(earlier[name], name, 0, whole=True) for name in ("tokens", "epochs"))
-        budget = Budget(tokens, epochs, number(earlier["train_seconds"], "train_seconds", 0), earlier["asked"])
+        train_seconds = number(earlier["train_seconds"], "train_seconds", 0)
+        gflops = number(earlier["gflops"], "gflops", 0, above=True)
+        budget = Budget(tokens, epochs, train_seconds, earlier["asked"], gflops)
     except UserError:  # cut by a power loss, say: it is made again
         return None
     if budget.asked != asked and checkpoints.is_dir() and any(checkpoints.iterdir()):
