@@ -59,6 +59,16 @@ sys.argv.insert(1, "train")
 runpy.run_module("eagle3_xla", run_name="__main__", alter_sys=True)
 """
 
+# An unbroken run, then the rest of one that was killed, which finds the step compiled.
+WHOLE_AND_REST = """
+import sys
+from eagle3_xla.config import load_recipe
+from eagle3_xla.train.loop import train
+whole, killed, *settings = sys.argv[1:]
+for out in (whole, killed):
+    train(load_recipe(None, [*settings, "train.out=" + out]))
+"""
+
 
 def alive(process: int) -> bool:
     return Path(f"/proc/{process}").exists()
@@ -143,14 +153,12 @@ def test_a_kill_through_xla_changes_nothing(forks, small_run, tmp_path, monkeypa
     monkeypatch.setenv("XLA_FLAGS", same_bits()["XLA_FLAGS"])
     settings = [*small_run, "xla.device=xla", "loss.ttt_length=1", "train.epochs=1", "train.save_every=1"]
     settings.append("train.heldout_rows=0")
-    settings = [f"--{setting}" for setting in settings]
     prepare(load_recipe(None, small_run))
-    done = forks.run("train", *settings, f"--train.out={tmp_path / 'whole'}")
-    assert done.returncode == 0, done.stderr
-    out = tmp_path / "killed"
-    done = forks.run_code(KILLED, *settings, f"--train.out={out}")
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    done = forks.run_code(KILLED, *[f"--{setting}" for setting in settings], f"--train.out={killed}")
     assert done.returncode == -signal.SIGKILL, done.stderr
-    assert newest(out / "checkpoints") < newest(tmp_path / "whole" / "checkpoints")
-    done = forks.run("train", *settings, f"--train.out={out}")
+    reached = newest(killed / "checkpoints")
+    done = forks.run_code(WHOLE_AND_REST, whole, killed, *settings)
     assert done.returncode == 0 and "continued after step" in done.stderr, done.stderr
-    assert last_state(out) == last_state(tmp_path / "whole")
+    assert "step-00000005" <= reached < newest(whole / "checkpoints")
+    assert last_state(killed) == last_state(whole)
