@@ -5,29 +5,20 @@ import re
 import signal
 import subprocess
 import sys
-import threading
-import time
 from pathlib import Path
 
 import nbformat
 import pytest
 import yaml
 from nbclient import NotebookClient
-from nbclient.exceptions import DeadKernelError
+
+from eagle3_xla.config import load_recipe
+from eagle3_xla.data.prepare import prepare
+from eagle3_xla.train.loop import train
 
 NOTEBOOK = Path(__file__).parents[2] / "launch" / "notebook.ipynb"
 # The small target on eight modelled chips; a plan needs no device.
 PLAN = "--topology=v5e-8 --xla.device=xla --xla.dp=8 --train.batch_size=1 --loss.ttt_length=1"
-
-
-def cells(skipped: str = "") -> nbformat.NotebookNode:
-    """The notebook; without the code cell that calls a verb that is skipped."""
-    notebook = nbformat.read(NOTEBOOK, as_version=4)
-    if skipped:
-        kept = [cell for cell in notebook.cells if f'eagle3("{skipped}"' not in cell.source]
-        assert len(kept) == len(notebook.cells) - 1
-        notebook.cells = kept
-    return notebook
 
 
 def sources(*ids: str) -> str:
@@ -36,32 +27,12 @@ def sources(*ids: str) -> str:
     return "\n".join(c.source for c in notebook.cells if c.cell_type == "code" and (not ids or c.id in ids))
 
 
-def run(notebook: nbformat.NotebookNode) -> str:
-    """What the cells print, with their tracebacks."""
+def run_all_cells() -> str:
+    """What they print, with their tracebacks."""
+    notebook = nbformat.read(NOTEBOOK, as_version=4)
     NotebookClient(notebook, timeout=600, kernel_name="python3").execute()
     outputs = [output for cell in notebook.cells if cell.cell_type == "code" for output in cell.outputs]
     return "".join(output.get("text", "") for output in outputs)
-
-
-def lose_the_runtime(notebook: nbformat.NotebookNode, checkpoint: Path) -> None:
-    """The kernel and all that it started are killed when there is a checkpoint."""
-    client = NotebookClient(notebook, timeout=600, kernel_name="python3")
-    lost = threading.Event()
-
-    def kill():
-        while not (checkpoint.exists() or lost.is_set()):
-            time.sleep(0.01)
-        os.killpg(client.km.provisioner.pid, signal.SIGKILL)
-
-    killer = threading.Thread(target=kill)
-    killer.start()
-    try:
-        with pytest.raises(DeadKernelError):
-            client.execute()
-    finally:
-        lost.set()
-        killer.join()
-    assert checkpoint.exists()
 
 
 def test_all_cells_again_use_the_same_device(monkeypatch):
@@ -134,24 +105,28 @@ def test_every_cell_after_a_lost_runtime(small_target, small_run, chat_file, tmp
         section, key = name.split(".")
         recipe.setdefault(section, {})[key] = yaml.safe_load(value)
     (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(recipe))
+    work = tmp_path / "work"
     environment = {
         "EAGLE3_RECIPE": str(tmp_path / "recipe.yaml"),
-        "EAGLE3_WORK": str(tmp_path / "work"),
+        "EAGLE3_WORK": str(work),
         "EAGLE3_TARGET": str(small_target),
         "EAGLE3_HELDOUT": str(chat_file),
         "EAGLE3_MORE": "train.save_every=4",
         "EAGLE3_PLAN": PLAN,
+        "EAGLE3_TRAIN": "--max-steps=8",
         "EAGLE3_EVAL": "--limit 1 --max-new-tokens 8",
         "PJRT_DEVICE": "CPU",
         "PYTHONPATH": os.pathsep.join([str(NOTEBOOK.parents[1] / "src"), os.environ.get("PYTHONPATH", "")]),
     }
     for name, value in environment.items():
         monkeypatch.setenv(name, value)
-    work = tmp_path / "work"
-    lose_the_runtime(cells(skipped="plan"), work / "run" / "checkpoints" / "step-00000004")
-    monkeypatch.setenv("EAGLE3_TRAIN", "--max-steps=8")
-    printed = run(cells())
+    # What the lost runtime left: the cells' run, with a checkpoint.
+    places = [f"target.path={small_target}", f"data.prepared={work / 'data'}", f"train.out={work / 'run'}"]
+    earlier = load_recipe(str(tmp_path / "recipe.yaml"), [*places, "train.save_every=4"])
+    prepare(earlier)
+    train(earlier, max_steps=4)
+    printed = run_all_cells()
     assert re.search(r"^ended +max_steps$", printed, re.MULTILINE), printed[-6000:]
-    for part in ("fits v5e-8: 8 chips, dp=8 x tp=1", "continued after step ", "\ntau "):
+    for part in ("fits v5e-8: 8 chips, dp=8 x tp=1", "continued after step 4\n", "\ntau "):
         assert part in printed, printed[-6000:]
     assert (work / "head" / "model.safetensors").is_file()
