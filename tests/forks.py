@@ -1,10 +1,10 @@
 """Processes that begin with everything imported: forks of one that imported it, a third of a second instead of ten.
 
 Each is a process of its own, with its own XLA, environment, output and exit code. What starts them the usual way, and
-so shows that a process finds everything by itself: tests/test_cli.py,
-tests/test_quickstart.py, tests/launch, tests/train/test_kills.py.
+so shows that a process finds everything by itself: tests/test_cli.py, tests/test_quickstart.py, tests/launch.
 """
 
+import contextlib
 import gc
 import json
 import os
@@ -27,7 +27,7 @@ LONGEST = 600  # seconds; what hangs ends with SIGALRM
 
 
 class Forks:
-    """run(*arguments): as `python -m eagle3_xla`; run_code(code, *arguments): as `python -c`."""
+    """run(*arguments): as `python -m eagle3_xla`; run_code(code, *arguments): as `python -c`; start: not waited for."""
 
     def __init__(self):
         self.server = subprocess.Popen(
@@ -35,24 +35,33 @@ class Forks:
         )
 
     def run(self, *arguments, environment: dict | None = None) -> subprocess.CompletedProcess:
-        return self._start(None, arguments, environment)
+        return self._run(None, arguments, environment)
 
     def run_code(self, code: str, *arguments, environment: dict | None = None) -> subprocess.CompletedProcess:
-        return self._start(code, arguments, environment)
+        return self._run(code, arguments, environment)
 
-    def _start(self, code, arguments, environment) -> subprocess.CompletedProcess:
+    def start(self, code: str, *arguments) -> int:
+        """Its process's id. It ends as a zombie, until the next process begins; its stderr is the server's."""
+        return self._ask(code, arguments, None, [os.devnull], wait=False)
+
+    def _run(self, code, arguments, environment) -> subprocess.CompletedProcess:
         with tempfile.TemporaryDirectory() as folder:
-            request = {
-                "code": code,
-                "arguments": [str(argument) for argument in arguments],
-                "environment": os.environ | (environment or {}),
-                "folder": os.getcwd(),
-                "files": [str(Path(folder, name)) for name in ("stdout", "stderr")],
-            }
-            print(json.dumps(request), file=self.server.stdin, flush=True)
-            exit_code = int(self.server.stdout.readline())
-            output = [Path(file).read_text() for file in request["files"]]
-        return subprocess.CompletedProcess(request["arguments"], exit_code, *output)
+            files = [str(Path(folder, name)) for name in ("stdout", "stderr")]
+            exit_code = self._ask(code, arguments, environment, files, wait=True)
+            output = [Path(file).read_text() for file in files]
+        return subprocess.CompletedProcess(arguments, exit_code, *output)
+
+    def _ask(self, code, arguments, environment, files, wait) -> int:
+        request = {
+            "code": code,
+            "arguments": [str(argument) for argument in arguments],
+            "environment": os.environ | (environment or {}),
+            "folder": os.getcwd(),
+            "files": files,
+            "wait": wait,
+        }
+        print(json.dumps(request), file=self.server.stdin, flush=True)
+        return int(self.server.stdout.readline())
 
     def close(self) -> None:
         self.server.stdin.close()
@@ -60,12 +69,16 @@ class Forks:
 
 
 def serve() -> dict | None:
-    """Forks for each line on stdin, and says how that ended; returns the request in the fork."""
+    """Forks for each line on stdin, and says how that ended, or its process's id; returns the request in the fork."""
     for line in sys.stdin:
+        request = json.loads(line)
+        with contextlib.suppress(ChildProcessError):  # when there is none
+            while os.waitpid(-1, os.WNOHANG)[0]:  # those that were not waited for
+                pass
         child = os.fork()
         if not child:
-            return json.loads(line)
-        print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
+            return request
+        print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) if request["wait"] else child, flush=True)
     return None
 
 

@@ -7,8 +7,6 @@ import json
 import os
 import random
 import signal
-import subprocess
-import sys
 import threading
 import time
 from pathlib import Path
@@ -24,26 +22,12 @@ from eagle3_xla.storage import Location
 TIMES = int(os.environ.get("TIMES", 1))
 KILLS = {"folder": 10 * TIMES, "bucket": 6 * TIMES}  # on a bucket each one waits for hundreds of requests
 
-# Forks a run for each line on stdin (the folder it writes to), so that the runs needn't import everything anew.
-RUNS = """
-import gc, os, signal, sys
-import datasets
-from eagle3_xla import storage
+RUN = """
+import sys
 from eagle3_xla.config import load_recipe
 from eagle3_xla.train.loop import train
-signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # nobody waits for them
-gc.freeze()
-for line in sys.stdin:
-    child = os.fork()
-    if not child:
-        try:
-            train(load_recipe(None, [*sys.argv[1:], "train.out=" + line.strip()]))
-        finally:
-            sys.stderr.flush()
-            os._exit(0)
-    print(child, flush=True)
+train(load_recipe(None, sys.argv[1:]))
 """
-
 
 # A run that is killed soon after its fifth checkpoint.
 KILLED = """
@@ -71,7 +55,13 @@ for out in (whole, killed):
 
 
 def alive(process: int) -> bool:
-    return Path(f"/proc/{process}").exists()
+    """Also while a thread of one that was killed has not ended: it may be writing."""
+    try:
+        fields = Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()
+    except OSError:
+        return False
+    state, threads = fields[0], int(fields[17])
+    return state != "Z" or threads > 1
 
 
 def wait_until(condition, process: int, pause: float) -> None:
@@ -101,19 +91,16 @@ def last_state(out: Location) -> tuple[str, bytes]:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("where", ["folder", "bucket"])
-def test_many_kills_change_nothing(small_run, tmp_path, request, where):
+def test_many_kills_change_nothing(forks, small_run, tmp_path, request, where):
     gcs = request.getfixturevalue("gcs") if where == "bucket" else None
     place = f"{gcs.url}/kills" if gcs else tmp_path
     epochs = TIMES * (4 if where == "folder" else 3)  # steps go faster than saves here, and slower there
     settings = [*small_run, f"train.epochs={epochs}", "train.save_every=1", "train.keep=2", "train.heldout_rows=0"]
     settings.append("loss.ttt_length=1")
     prepare(load_recipe(None, settings))
-    command = [sys.executable, "-c", RUNS, *settings]
-    server = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
 
     def start(out: Location) -> int:
-        print(out, file=server.stdin, flush=True)
-        return int(server.stdout.readline())
+        return forks.start(RUN, *settings, f"train.out={out}")
 
     wait_for_end(start(tmp_path / "whole"))
     whole = last_state(tmp_path / "whole")
@@ -141,8 +128,6 @@ def test_many_kills_change_nothing(small_run, tmp_path, request, where):
     assert whole[0] not in reached and len(reached) >= KILLS[where] // 2, reached
     assert while_writing >= KILLS[where] // (2 if gcs else 4)
     wait_for_end(start(killed))
-    server.stdin.close()
-    server.wait()
     assert last_state(killed) == whole
     steps = [json.loads(line)["step"] for line in storage.read(storage.join(killed, "metrics.jsonl")).splitlines()]
     assert steps == sorted(set(steps)) and steps[-1] == int(whole[0].removeprefix("step-"))
