@@ -54,6 +54,6 @@ def test_served_is_what_eval_shows(engine, trained, server_of, forks, monkeypatc
 
     monkeypatch.setattr(connected, "generate", killed_at_the_third)
     with pytest.raises(RunError, match=rf"after [2-9] of 20 answers: the server at {server.url} died"):
-        run_prompts(connected, ids * 10, Request(24), 1)
+        run_prompts(connected, ids * 10, Request(8), 1)
     with pytest.raises(UserError, match=f"no server answers at {server.url}"):
         connect(server.url)
