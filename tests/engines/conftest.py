@@ -28,12 +28,12 @@ def trained(request) -> Trained:
 
 @pytest.fixture(scope="session")
 def server_of(trained, tmp_path_factory) -> Callable[[str], Running]:
-    """An engine's server with the head, started when it is first asked for."""
+    """An engine's server with the head, started when it is first asked for, and again once a test has killed it."""
     servers: dict[str, Running] = {}
     with contextlib.ExitStack() as running:
 
         def get(engine: str) -> Running:
-            if engine not in servers:
+            if engine not in servers or servers[engine].process.poll() is not None:
                 log = tmp_path_factory.mktemp("served") / f"{engine}.log"
                 servers[engine] = running.enter_context(serve(engine, trained.target, trained.head, log=log))
             return servers[engine]
