@@ -82,6 +82,7 @@ def test_it_stops_when_tau_no_longer_grows(small_run, capfd, monkeypatch):
 
 @pytest.mark.slow
 def test_warm_start_keeps_the_heads_vocabulary(trained, small_run, tmp_path, forks):
+    small_run = [*small_run, "loss.ttt_length=2"]
     more = [f"train.warm_start={trained}", "data.draft_vocab_size=96", f"train.out={tmp_path / 'warm'}"]
     more += [f"data.prepared={tmp_path / 'data-96'}"]
     warm, summary = run(small_run, *more, "train.epochs=1")
