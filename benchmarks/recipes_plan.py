@@ -10,9 +10,9 @@ Each is planned from 8 of its target's layers, which benchmarks/README.md compar
 import argparse
 import hashlib
 import json
+import multiprocessing
 import os
 import resource
-import subprocess
 import sys
 import time
 from importlib import metadata
@@ -97,21 +97,20 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("recipes", nargs="*", help="default: all that have a target and a slice")
     parser.add_argument("--out", type=Path, default=FOLDER)
-    parser.add_argument("--one", action="store_true", help=argparse.SUPPRESS)
     options, overrides = parser.parse_known_args()
     options.out.mkdir(parents=True, exist_ok=True)
     overrides = [override.removeprefix("--") for override in overrides]
-    if options.one:
-        return plan_one(options.recipes[0], overrides, options.out / f"{options.recipes[0]}.json")
     loaded = {name: load_recipe(name, overrides) for name in options.recipes or recipe_names()}
     names = [name for name, recipe in loaded.items() if recipe.target.path and recipe.xla.device == "xla"]
     names.sort(key=lambda name: plan_config(loaded[name].target.path).num_hidden_layers)  # the cheap ones first
     failed = []
     for name in names:
         print(f"{name} ...", file=sys.stderr)
-        given = [f"--{override}" for override in overrides]
-        command = [sys.executable, __file__, name, "--one", "--out", str(options.out), *given]
-        if subprocess.run(command).returncode:
+        arguments = (name, overrides, options.out / f"{name}.json")
+        process = multiprocessing.get_context("fork").Process(target=plan_one, args=arguments)
+        process.start()
+        process.join()
+        if process.exitcode:
             failed.append(name)
         if options.out == FOLDER:
             before, _, rest = README.read_text().partition(BEGIN)
