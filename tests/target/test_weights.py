@@ -1,10 +1,7 @@
 """Loading from safetensors, one tensor at a time: the same target, and never two of its tensors on the host."""
 
 import json
-import os
 import shutil
-import subprocess
-import sys
 import weakref
 
 import pytest
@@ -126,7 +123,7 @@ print(json.dumps({"grown": grown}))
 """
 
 
-def test_sharded_over_tp_it_is_the_same_target_and_the_host_never_holds_it_twice(folders, tmp_path):
+def test_sharded_over_tp_it_is_the_same_target_and_the_host_never_holds_it_twice(folders, tmp_path, forks):
     """On the CPU the devices' shards are host memory too: the model once, not the model and a copy of it."""
     large = Qwen2Config(
         vocab_size=2048, hidden_size=1024, intermediate_size=3072, num_hidden_layers=8, num_attention_heads=16
@@ -137,16 +134,14 @@ def test_sharded_over_tp_it_is_the_same_target_and_the_host_never_holds_it_twice
     del model
     for folder in folders:
         torch.save(dict(zip(("input_ids", "position_ids", "document_ids"), inputs())), folder / "inputs.pt")
-    done = subprocess.run(
-        [sys.executable, "-c", SHARDED, tmp_path, *folders], capture_output=True, text=True, env=dict(os.environ)
-    )
+    done = forks.run_code(SHARDED, tmp_path, *folders)
     assert done.returncode == 0, done.stderr
     for folder in folders:
         for ours, expected in zip(torch.load(folder / "states.pt"), golden(folder)):
             torch.testing.assert_close(ours, expected, atol=1e-5, rtol=1e-5)
     grown = json.loads(done.stdout)["grown"]
     print(f"model {size / 2**20:.0f} MiB, peak memory grown by {grown / 2**20:.0f} MiB")
-    assert 0.5 * size < grown < 1.6 * size  # measured 1.43: freed blocks are kept for speed, and the peak counts them
+    assert 0.5 * size < grown < 1.6 * size  # measured 1.36: freed blocks are kept for speed, and the peak counts them
 
 
 def test_a_fingerprint_tells_every_changed_tensor(folders, tmp_path, gcs):
