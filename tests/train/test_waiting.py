@@ -1,6 +1,8 @@
 """What the steps don't wait for: batches come ahead of them, checkpoints are written behind them, nothing is lost."""
 
+import threading
 import time
+from functools import partial
 
 import numpy as np
 import pytest
@@ -57,10 +59,10 @@ def test_batches_come_ahead_in_order(small_run):
     assert backend.placed == len(heldout.batches) == 2 and figures[0] == figures[2]
 
 
-def state_after(step: int, size: int = 64) -> checkpoints.Checkpoint:
+def state_after(step: int) -> checkpoints.Checkpoint:
     return checkpoints.Checkpoint(
         micro_step=step,
-        head={"fc.weight": torch.full((size,), float(step))},
+        head={"fc.weight": torch.full((64,), float(step))},
         optimizer={},
         d2t=torch.zeros(1, dtype=torch.int64),
         t2d=torch.ones(1, dtype=torch.bool),
@@ -71,9 +73,12 @@ def state_after(step: int, size: int = 64) -> checkpoints.Checkpoint:
 
 
 def test_checkpoints_are_written_behind_the_steps(tmp_path):
-    with Saver(2, pytest.fail) as saver:
-        saver.save(tmp_path / "run", state_after(0, 2**26))  # 256 MB
+    begin = threading.Event()
+    with Saver(2, pytest.fail, before=partial(begin.wait, 60)) as saver:
+        saver.save(tmp_path / "run", state_after(0))
+        saver.check()
         assert not (tmp_path / "run" / "step-00000000").exists()
+        begin.set()
         saver.save(tmp_path / "run", state_after(1))  # after the one before
         assert (tmp_path / "run" / "step-00000000").exists()
         saver.check()
