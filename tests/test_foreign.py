@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 from pathlib import Path
 
@@ -150,8 +151,7 @@ def test_a_head(name, exported_head, small_target, chat_file, tmp_path, capsys):
     head = edited(exported_head, tmp_path / "head", change)
     arguments = ["eval", "--target", small_target, "--draft", head, "--prompts", chat_file, "--limit", 1]
     said = line(capsys, *arguments)
-    with pytest.raises(UserError, match=of_eval):
-        raise UserError(said)
+    assert re.search(of_eval, said), said
     if of_load is None:
         load_head(head)
         return
@@ -243,8 +243,8 @@ def test_a_target(name, exported_head, small_target, chat_file, tmp_path, capsys
     files, part = TARGETS[name]
     target = target_with(small_target, tmp_path / "target", **files)
     arguments = ["eval", "--target", target, "--draft", exported_head, "--prompts", chat_file, "--limit", 1]
-    with pytest.raises(UserError, match=part):
-        raise UserError(line(capsys, *arguments))
+    said = line(capsys, *arguments)
+    assert re.search(part, said), said
 
 
 def test_an_index_without_a_map(exported_head, small_target, tmp_path):

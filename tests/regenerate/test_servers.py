@@ -11,6 +11,7 @@ from collections import Counter
 
 import httpx
 import pytest
+from data.test_surprises import JSON_VALUES
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from regenerate.conftest import lines_of, rows_of, wait_for, write_questions
@@ -405,11 +406,6 @@ def test_a_damaged_record_is_named(content, message, misbehaving, questions, tmp
     assert run(tmp_path / "out", questions, [server])["finished"] == 40 and len(server.bodies) == 80
 
 
-JSON_VALUES = st.recursive(
-    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=5),
-    lambda values: st.lists(values, max_size=3) | st.dictionaries(st.text(max_size=5), values, max_size=2),
-    max_leaves=5,
-)
 MESSAGES = st.fixed_dictionaries(
     {}, optional={"content": JSON_VALUES, "tool_calls": JSON_VALUES, "reasoning": JSON_VALUES}
 )

@@ -125,9 +125,3 @@ def test_the_python_of_an_engines_environment(tmp_path):
     install("3.12")
     for name in ("sglang", "sglang-0.5.1", "sglang-jax"):
         assert ended(name) == (3, f"-m venv --clear {tmp_path}/engines/{name}")
-
-
-def test_shellcheck():
-    files = [*LAUNCH.glob("*.sh"), *LAUNCH.parent.glob("tests/**/*.sh")]
-    done = subprocess.run([Path(sys.executable).with_name("shellcheck"), *files], capture_output=True, text=True)
-    assert done.returncode == 0 and len(files) > 6, done.stdout
