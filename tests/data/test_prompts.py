@@ -26,12 +26,13 @@ def test_prompts_in_every_form(tmp_path):
         {"question": "a", "answer": "1 #### 1"},  # GSM8K
         {"problem": "a", "solution": "1", "answer": "1", "subject": "Algebra"},  # MATH500
         {"instruction": "a", "input": "", "output": "o"},  # Alpaca
+        {"instruction": "a", "input": " "},
         {"instruction": "a", "input": "b", "output": "o"},
     ]  # fmt: skip
     found = read_prompts(written(tmp_path / "prompts.jsonl", rows))
-    assert [prompt.messages[-1]["content"] for prompt in found] == ["a"] * 9 + ["a\n\nb"]
-    assert [prompt.later for prompt in found] == [[], ["b"], ["b"], [], ["b"], *[[]] * 5]
-    assert [len(prompt.messages) for prompt in found] == [1, 1, 1, 2, *[1] * 6]
+    assert [prompt.messages[-1]["content"] for prompt in found] == ["a"] * 10 + ["a\n\nb"]
+    assert [prompt.later for prompt in found] == [[], ["b"], ["b"], [], ["b"], *[[]] * 6]
+    assert [len(prompt.messages) for prompt in found] == [1, 1, 1, 2, *[1] * 7]
     assert [prompt.category for prompt in found][:4] == ["", "writing", "writing", ""]
     assert [prompt.source for prompt in found][:2] == ["s", ""]
     assert len(read_prompts(str(tmp_path / "prompts.jsonl"), 3)) == 3
@@ -66,8 +67,9 @@ def test_a_row_without_a_prompt_is_named(tmp_path):
     file = written(tmp_path / "prompts.jsonl", [{"text": "a"}])
     with pytest.raises(UserError, match="prompts.jsonl:1: none of .*`question`.* in this row"):
         read_prompts(file)
-    with pytest.raises(UserError, match="the text of a user turn is int, not a string"):
-        read_prompts(written(tmp_path / "other.jsonl", [{"turns": [3]}]))
+    for row in ({"turns": [3]}, {"instruction": 3, "input": "b"}):
+        with pytest.raises(UserError, match="the text of a user turn is int, not a string"):
+            read_prompts(written(tmp_path / "other.jsonl", [row]))
 
 
 def test_a_set_without_a_network_says_what_to_do(tmp_path, monkeypatch):

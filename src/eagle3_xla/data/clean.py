@@ -116,7 +116,7 @@ def clean_questions(row: dict, where: str, source: str, data: DataConfig, repair
     if turns is None and "prompt" in row:
         turns = _as_turns(row["prompt"], "user")
     if turns is None and "instruction" in row:
-        turns = _alpaca_question(row)
+        turns = alpaca_question(row)
     if turns is None:
         raise UserError(
             f"{where}: no question in this row (`prompt`, `turns`, `instruction`, `messages` or `conversations`)"
@@ -163,7 +163,7 @@ def _turns(row: dict) -> Any:
         question, answer = _as_turns(row["prompt"], "user"), _as_turns(row["completion"], "assistant")
         return question + answer if isinstance(question, list) and isinstance(answer, list) else None
     if "instruction" in row and "output" in row:
-        return _alpaca_question(row) + _as_turns(row["output"], "assistant")
+        return alpaca_question(row) + _as_turns(row["output"], "assistant")
     return [] if "conversations" in row or "messages" in row else None
 
 
@@ -171,7 +171,7 @@ def _as_turns(value: Any, role: str) -> list:
     return value if isinstance(value, list) else [{"role": role, "content": value}]
 
 
-def _alpaca_question(row: dict) -> list[dict]:
+def alpaca_question(row: dict) -> list[dict]:
     """The instruction, then its input after an empty line, if it has one."""
     instruction, more = row["instruction"], row.get("input")
     if isinstance(instruction, str) and isinstance(more, str) and more.strip():

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from eagle3_xla.data import sources
-from eagle3_xla.data.clean import ROLES, Unusable, messages_of
+from eagle3_xla.data.clean import ROLES, Unusable, alpaca_question, messages_of
 from eagle3_xla.data.config import DataConfig, Source
 from eagle3_xla.data.files import data_file, read_rows
 from eagle3_xla.errors import UserError
@@ -118,6 +118,5 @@ def _turns(where: str, row: dict[str, Any]) -> Any:
         if key in row:
             return of_user([row[key]])
     if "instruction" in row:
-        given = row.get("input") or ""
-        return of_user([f"{row['instruction']}\n\n{given}" if given else row["instruction"]])
+        return alpaca_question(row)
     raise UserError(f"{where}: none of {FORMS} in this row")
