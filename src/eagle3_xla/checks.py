@@ -77,6 +77,11 @@ def listing(value: object, where: str) -> list:
     raise UserError(f"{where} is {shown(value)}; a list is expected")
 
 
+def first_line(error: BaseException) -> str:
+    """Of its message; its type where it has none."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
 def of_this_machine(folder: str | Path, option: str) -> Path:
     """Raises UserError for a URL, of which a Path would make the name of a folder here."""
     if storage.is_url(folder):

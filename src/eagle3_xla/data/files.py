@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from eagle3_xla import local_copies, storage
+from eagle3_xla.checks import first_line
 from eagle3_xla.errors import UserError
 
 PACKAGED = "package:"  # package:train.jsonl is a file shipped in eagle3_xla/data/chats
@@ -74,7 +75,7 @@ def _parquet(path: Path) -> Iterator[tuple[str, dict]]:
                     number += 1
                     yield f"{path}:{number}", without_nulls(row)
     except (pyarrow.ArrowException, OSError) as error:
-        raise UserError(f"{path}:{number + 1}: not a readable Parquet file ({_line(error)})") from None
+        raise UserError(f"{path}:{number + 1}: not a readable Parquet file ({first_line(error)})") from None
 
 
 def without_nulls(row: dict) -> dict:
@@ -110,7 +111,7 @@ def _json(path: Path, magic: bytes) -> Iterator[tuple[str, object]]:
             for number, where, row in _array(file, path, limit) if array else _lines(file, path, limit):  # noqa: B007
                 yield where, row
     except (EOFError, gzip.BadGzipFile, zlib.error, zstandard.ZstdError) as error:
-        raise UserError(f"{path}:{number + 1}: the compressed file is broken here ({_line(error)})") from None
+        raise UserError(f"{path}:{number + 1}: the compressed file is broken here ({first_line(error)})") from None
 
 
 def _lines(file: gzip.GzipFile | io.BufferedReader, path: Path, limit: int | None) -> Iterator[tuple[int, str, object]]:
@@ -132,7 +133,7 @@ def _lines(file: gzip.GzipFile | io.BufferedReader, path: Path, limit: int | Non
         except json.JSONDecodeError as error:
             raise UserError(f"{where}: not valid JSON ({error})") from None
         except (RecursionError, ValueError) as error:  # nested thousands deep; a number of thousands of digits
-            raise UserError(f"{where}: not readable JSON ({_line(error)})") from None
+            raise UserError(f"{where}: not readable JSON ({first_line(error)})") from None
 
 
 def _array(file: gzip.GzipFile | io.BufferedReader, path: Path, limit: int | None) -> Iterator[tuple[int, str, object]]:
@@ -174,7 +175,7 @@ def _array(file: gzip.GzipFile | io.BufferedReader, path: Path, limit: int | Non
             where = f"{path}:{line + text.count(chr(10), at, error.pos)}"
             raise UserError(f"{where}: not valid JSON ({error.msg})") from None
         except (RecursionError, ValueError) as error:
-            raise UserError(f"{path}:{line}: not readable JSON ({_line(error)})") from None
+            raise UserError(f"{path}:{line}: not readable JSON ({first_line(error)})") from None
         line += text.count("\n", at, start)
         yield line, f"{path}:{line}", row
         line += text.count("\n", start, end)
@@ -202,7 +203,3 @@ def _check_expansion(position: int, limit: int | None, where: str) -> None:
         raise UserError(
             f"{where}: the compressed file expands to more than {EXPANSION} times its size; this is not a file of chats"
         )
-
-
-def _line(error: BaseException) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0]

@@ -5,6 +5,7 @@ from collections.abc import Iterator
 from dataclasses import asdict, replace
 from pathlib import Path
 
+from eagle3_xla.checks import first_line
 from eagle3_xla.data.config import Source
 from eagle3_xla.data.files import PACKAGED, data_file, read_rows, without_nulls
 from eagle3_xla.errors import UserError
@@ -70,7 +71,7 @@ def fingerprint(source: Source) -> str:
     except (OfflineModeIsEnabled, HfHubHTTPError, ValueError, OSError) as error:
         raise UserError(
             f"source {source.path!r} is neither a file nor a folder here, and the hub did not answer "
-            f"({_line(error)}); download it and name the file"
+            f"({first_line(error)}); download it and name the file"
         ) from None
 
 
@@ -111,8 +112,4 @@ def _dataset_rows(source: Source, seed: int) -> Iterator[tuple[str, dict]]:
         pyarrow.ArrowException,
         datasets.exceptions.DatasetsError,
     ) as e:
-        raise UserError(f"{name}:{number + 1}: can't be read as a dataset ({_line(e)})") from None
-
-
-def _line(error: BaseException) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise UserError(f"{name}:{number + 1}: can't be read as a dataset ({first_line(e)})") from None

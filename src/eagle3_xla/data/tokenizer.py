@@ -5,7 +5,7 @@ import re
 from typing import Any, overload
 
 from eagle3_xla import local_copies, storage
-from eagle3_xla.checks import listing, mapping, number, text
+from eagle3_xla.checks import first_line, listing, mapping, number, text
 from eagle3_xla.errors import UserError
 
 SIZES = """vocab_size hidden_size intermediate_size num_hidden_layers num_attention_heads num_key_value_heads head_dim
@@ -184,7 +184,3 @@ def shows_reasoning(tokenizer: Any) -> bool:
         return "sphinx" in render_chat(tokenizer, chat)
     except TemplateFailed:  # whether it takes real chats is found out with them
         return False
-
-
-def first_line(error: Exception) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0]

@@ -9,10 +9,10 @@ from dataclasses import dataclass, field
 
 import torch
 
+from eagle3_xla.checks import first_line
 from eagle3_xla.data.tokenizer import (
     TemplateFailed,
     answer_of,
-    first_line,
     load_tokenizer,
     render_chat,
     stop_token_ids,

@@ -8,6 +8,7 @@ from urllib.parse import urlsplit
 
 import httpx
 
+from eagle3_xla.checks import first_line
 from eagle3_xla.data.clean import Unusable, text_of
 from eagle3_xla.data.tokenizer import read_channels
 from eagle3_xla.errors import RunError, UserError
@@ -54,7 +55,7 @@ class Servers:
                     raise ValueError("one looks like http://127.0.0.1:30000")
                 httpx.URL(url)
             except (ValueError, httpx.InvalidURL) as error:
-                raise UserError(f"--server {url!r} is not a URL ({_reason(error)})") from None
+                raise UserError(f"--server {url!r} is not a URL ({first_line(error)})") from None
         self.servers = [_Server(url.rstrip("/").removesuffix("/v1")) for url in urls]
         self.sampling, self.timeout, self.rest = sampling, timeout, rest
         self.model, self.last_answer, self.answers, self.refusals = "", -1.0, 0, 0
@@ -92,7 +93,7 @@ class Servers:
             except TimeoutError:
                 problem = f"{server.url} did not answer within {self.timeout:g} s"
             except httpx.HTTPError as error:
-                problem = f"{server.url}: {_reason(error)}"
+                problem = f"{server.url}: {first_line(error)}"
             except _Failed as error:
                 problem = str(error)
             except Refused as refusal:  # the caller drops what it asked about, for good
@@ -198,7 +199,7 @@ class Servers:
                     raise ValueError
                 problem = f"/v1/models answered {response.status_code}"
             except httpx.HTTPError as error:
-                problem = _reason(error)
+                problem = first_line(error)
             except (ValueError, LookupError, TypeError, RecursionError):
                 problem = "/v1/models names no model"
             await asyncio.sleep(self.rest * attempt)
@@ -219,7 +220,3 @@ def _tokens(answer: dict) -> int:
     usage = answer.get("usage")
     count = usage.get("completion_tokens") if isinstance(usage, dict) else 0
     return count if isinstance(count, int) and 0 <= count < 1 << 40 else 0
-
-
-def _reason(error: Exception) -> str:
-    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__

@@ -9,7 +9,7 @@ from typing import Any
 
 import httpx
 
-from eagle3_xla.checks import number, parse_json, text, without_credentials
+from eagle3_xla.checks import first_line, number, parse_json, text, without_credentials
 from eagle3_xla.errors import RunError, UserError
 from eagle3_xla.regenerate.conversation import NEUTRAL
 from eagle3_xla.serve import replies
@@ -69,10 +69,10 @@ def connect(url: str) -> "Server":
             return VLLM(shown_url, http, text(version.get("version"), f"{shown_url}/version: version"), model)
     except httpx.HTTPError as error:
         raise UserError(
-            f"no server answers at {shown_url} ({_reason(error)}); start it, or check host and port"
+            f"no server answers at {shown_url} ({first_line(error)}); start it, or check host and port"
         ) from None
     except (httpx.InvalidURL, UnicodeError) as error:
-        raise UserError(f"--server {shown_url!r} is not a URL ({_reason(error)})") from None
+        raise UserError(f"--server {shown_url!r} is not a URL ({first_line(error)})") from None
     raise UserError(f"what answers at {shown_url} is neither an SGLang nor a vLLM server")
 
 
@@ -151,9 +151,9 @@ class Server(ABC):
     def _gone(self, error: httpx.HTTPError, began: bool = False) -> RunError:
         """began: an answer broke off."""
         if began or not self._lives():
-            return RunError(f"the server at {self.url} died or hangs ({_reason(error)}); its log says why")
+            return RunError(f"the server at {self.url} died or hangs ({first_line(error)}); its log says why")
         late = isinstance(error, httpx.TimeoutException)
-        what = f"gave no token within {ANSWER_SECONDS:g} s" if late else f"closes connections ({_reason(error)})"
+        what = f"gave no token within {ANSWER_SECONDS:g} s" if late else f"closes connections ({first_line(error)})"
         return RunError(
             f"the server at {self.url} lives, and {what}: it has more requests than it can serve; lower --concurrency"
         )
@@ -252,10 +252,6 @@ def _json(response: httpx.Response) -> Any:
         return parse_json(response.text, "") if response.status_code == 200 else None
     except UserError:
         return None
-
-
-def _reason(error: Exception) -> str:
-    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
 
 
 def _message(response: httpx.Response) -> str:

@@ -10,7 +10,8 @@ import torch
 from torch import nn
 
 from eagle3_xla import local_copies, storage
-from eagle3_xla.data.tokenizer import UNREADABLE, first_line
+from eagle3_xla.checks import first_line
+from eagle3_xla.data.tokenizer import UNREADABLE
 from eagle3_xla.errors import UserError
 from eagle3_xla.target.experts import RoutedExperts
 from eagle3_xla.target.families import (

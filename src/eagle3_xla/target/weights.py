@@ -11,7 +11,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load
 
 from eagle3_xla import storage
-from eagle3_xla.data.tokenizer import first_line
+from eagle3_xla.checks import first_line
 from eagle3_xla.errors import UserError
 from eagle3_xla.storage import Location
 from eagle3_xla.target import quantised
