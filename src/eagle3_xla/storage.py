@@ -44,8 +44,7 @@ def exists(location: Location) -> bool:
     """Whether a file or a folder is there; where that can't be known, an error says why."""
     if not is_url(location):
         return Path(location).exists()
-    with _in_one_line(location), contextlib.suppress(FileNotFoundError):
-        store, path = _store(location)
+    with _at(location) as (store, path), contextlib.suppress(FileNotFoundError):
         return bool(store.info(path))
     return False
 
@@ -53,8 +52,7 @@ def exists(location: Location) -> bool:
 def is_folder(location: Location) -> bool:
     if not is_url(location):
         return Path(location).is_dir()
-    with _in_one_line(location), contextlib.suppress(FileNotFoundError):
-        store, path = _store(location)
+    with _at(location) as (store, path), contextlib.suppress(FileNotFoundError):
         return store.info(path)["type"] == "directory"
     return False
 
@@ -63,8 +61,7 @@ def entries(folder: Location) -> list[str]:
     """Names of what lies in a folder, sorted; of one that isn't there, none."""
     if not is_url(folder):
         return sorted(entry.name for entry in Path(folder).iterdir()) if Path(folder).is_dir() else []
-    with _in_one_line(folder), contextlib.suppress(FileNotFoundError):
-        store, path = _store(folder)
+    with _at(folder) as (store, path), contextlib.suppress(FileNotFoundError):
         return sorted({base_name(entry) for entry in store.ls(path, detail=False) if entry.rstrip("/") != path})
     return []
 
@@ -74,8 +71,7 @@ def files(folder: Location) -> dict[str, str]:
     if not is_url(folder):
         found = {str(f.relative_to(folder)): f.stat() for f in sorted(Path(folder).rglob("*")) if f.is_file()}
         return {name: f"{stat.st_mtime_ns} {stat.st_size}" for name, stat in found.items()}
-    with _in_one_line(folder):
-        store, path = _store(folder)
+    with _at(folder) as (store, path):
         found = store.find(path, detail=True)
     return {name.removeprefix(path).lstrip("/"): _version(info) for name, info in sorted(found.items())}
 
@@ -89,8 +85,7 @@ def open_file(location: Location) -> io.BufferedReader:
     """A file's bytes as a stream."""
     if not is_url(location):
         return Path(location).open("rb")
-    with _in_one_line(location):
-        store, path = _store(location)
+    with _at(location) as (store, path):
         return io.BufferedReader(_Stream(store.open(path, "rb"), location), 1 << 20)
 
 
@@ -100,8 +95,7 @@ def read_range(location: Location, start: int, length: int) -> bytes:
         with Path(location).open("rb") as file:
             file.seek(start)
             return file.read(length)
-    with _in_one_line(location):
-        store, path = _store(location)
+    with _at(location) as (store, path):
         return store.cat_file(path, start=start, end=start + length) if length else b""
 
 
@@ -109,8 +103,7 @@ def write(location: Location, content: str | bytes) -> None:
     """Write a file whole or not at all."""
     content = content.encode() if isinstance(content, str) else content
     if is_url(location):
-        with _in_one_line(location):
-            store, path = _store(location)
+        with _at(location) as (store, path):
             store.pipe_file(path, content, **CHECKED.get(_protocol(location), {}))
         return
     with whole_file(location) as partial:
@@ -153,8 +146,7 @@ def remove(location: Location, first: str = "") -> None:
         else:
             local.unlink(missing_ok=True)
         return
-    with _in_one_line(location):
-        store, path = _store(location)
+    with _at(location) as (store, path):
         for name in [f"{path}/{first}"] * bool(first) + [path]:
             with contextlib.suppress(FileNotFoundError):
                 store.rm(name, recursive=True)
@@ -162,22 +154,19 @@ def remove(location: Location, first: str = "") -> None:
 
 def version(location: Location) -> str:
     """What changes with the content of a URL's file."""
-    with _in_one_line(location):
-        store, path = _store(location)
+    with _at(location) as (store, path):
         return _version(store.info(path))
 
 
 def download(location: Location, file: Path) -> None:
     """Copy a URL's file to this machine."""
-    with _in_one_line(location):
-        store, path = _store(location)
+    with _at(location) as (store, path):
         store.get_file(path, str(file))
 
 
 def upload(file: Path, location: Location) -> None:
     """Copy a file of this machine to a URL."""
-    with _in_one_line(location):
-        store, path = _store(location)
+    with _at(location) as (store, path):
         store.put_file(str(file), path, **CHECKED.get(_protocol(location), {}))
 
 
@@ -274,6 +263,13 @@ class _Stream(io.RawIOBase):
     def close(self) -> None:
         self.file.close()
         super().close()
+
+
+@contextlib.contextmanager
+def _at(location: Location) -> Iterator[tuple[Any, str]]:
+    """`_store` of a URL; what fails in the block is an error of one line."""
+    with _in_one_line(location):
+        yield _store(location)
 
 
 def _store(location: Location) -> tuple[Any, str]:
