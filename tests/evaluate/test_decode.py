@@ -14,7 +14,7 @@ from eagle3_xla.draft.attention import causal_attention
 from eagle3_xla.draft.config import DraftConfig
 from eagle3_xla.draft.model import Eagle3Head, draft_config
 from eagle3_xla.draft.saved import load_head
-from eagle3_xla.evaluate.decode import Choice, Generation, SpeculativeDecoder, decode_plain
+from eagle3_xla.evaluate.decode import Choice, Decoder, Generation, SpeculativeDecoder
 from eagle3_xla.evaluate.options import EvalOptions
 from eagle3_xla.evaluate.run import acceptance_by_position, evaluate, load_pair, prompt_ids, summary
 from eagle3_xla.loss.metrics import AcceptanceSums
@@ -31,7 +31,7 @@ def test_output_is_the_targets_own(trained, small_target, tokenizer):
         golden = model.generate(torch.tensor([prompt]), max_new_tokens=40, do_sample=False, eos_token_id=-1)[
             0, length:
         ].tolist()
-        assert decode_plain(target, prompt, 40, set()).tokens == golden
+        assert Decoder(target).decode(prompt, 40, set()).tokens == golden
         for chain in (1, 5):
             ours = SpeculativeDecoder(target, head, d2t, chain).decode(prompt, 40, set())
             assert ours.tokens == golden
@@ -145,7 +145,7 @@ def test_untrained_head_decodes_to_the_same_output(small_target, small_run):
     prompt = list(range(5, 15))
     assert (
         SpeculativeDecoder(target, head, d2t, 5).decode(prompt, 20, set()).tokens
-        == decode_plain(target, prompt, 20, set()).tokens
+        == Decoder(target).decode(prompt, 20, set()).tokens
     )
 
 

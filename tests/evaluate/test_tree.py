@@ -5,7 +5,7 @@ import torch
 
 from eagle3_xla.draft.saved import LAYER_IDS, SavedHead, layers_of
 from eagle3_xla.errors import UserError
-from eagle3_xla.evaluate.decode import Choice, SpeculativeDecoder, decode_plain
+from eagle3_xla.evaluate.decode import Choice, Decoder, SpeculativeDecoder
 from eagle3_xla.evaluate.options import EvalOptions
 from eagle3_xla.evaluate.run import tau
 from eagle3_xla.evaluate.tree import Tree
@@ -31,7 +31,7 @@ def test_trees_keep_the_targets_output(trained, small_pair):
     chain_accepted, tree_accepted = [], []
     for length, seed in ((5, 8), (30, 4)):
         prompt = torch.randint(0, 1000, (length,), generator=torch.Generator().manual_seed(seed)).tolist()
-        golden = decode_plain(target, prompt, 40, set()).tokens
+        golden = Decoder(target).decode(prompt, 40, set()).tokens
         for topk, steps, drafts in ((1, 4, 4), (2, 3, 6), (4, 4, 15), (3, 1, 3)):
             ours = SpeculativeDecoder(target, head, d2t, drafts, topk, steps).decode(prompt, 40, set())
             assert ours.tokens == golden, (topk, steps, drafts)
@@ -64,7 +64,7 @@ def test_sampled_output_is_the_targets_own(trained, small_pair):
     answers = set()
     for seed in range(2):
         choose = Choice(temperature=1.2, top_p=0.9, seed=seed)
-        golden = decode_plain(target, prompt, 24, set(), choose).tokens
+        golden = Decoder(target).decode(prompt, 24, set(), choose).tokens
         for topk, steps, drafts in ((1, 4, 4), (3, 3, 8)):
             decoder = SpeculativeDecoder(target, head, d2t, drafts, topk, steps)
             assert decoder.decode(prompt, 24, set(), choose).tokens == golden

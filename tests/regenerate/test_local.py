@@ -11,7 +11,7 @@ from eagle3_xla.cli import main
 from eagle3_xla.config import Recipe
 from eagle3_xla.data.tokenizer import load_tokenizer, stop_token_ids
 from eagle3_xla.errors import RunError
-from eagle3_xla.evaluate.decode import decode_plain
+from eagle3_xla.evaluate.decode import Decoder
 from eagle3_xla.regenerate.conversation import Refused, Sampling
 from eagle3_xla.regenerate.local import LocalTarget
 from eagle3_xla.regenerate.run import Options, regenerate
@@ -41,7 +41,7 @@ def test_greedy_is_the_targets_own_decoding(small_target, together):
     replies = answers(small_target, prompts, Sampling(0.0, max_tokens=12), slots=4, together=together)
     for prompt, reply in zip(prompts, replies, strict=True):
         ids = tokenizer.apply_chat_template(prompt, add_generation_prompt=True)
-        tokens = decode_plain(target, ids, 12, stop_ids).tokens
+        tokens = Decoder(target).decode(ids, 12, stop_ids).tokens
         stopped = tokens[-1] in stop_ids
         assert reply.text == tokenizer.decode(tokens[:-1] if stopped else tokens, skip_special_tokens=True)
         assert reply.finish == ("stop" if stopped else "length") and reply.tokens == len(tokens)

@@ -15,7 +15,7 @@ from eagle3_xla.config import load_recipe
 from eagle3_xla.data.prepare import prepare
 from eagle3_xla.draft.model import Eagle3Head, draft_config
 from eagle3_xla.errors import UserError
-from eagle3_xla.evaluate.decode import SpeculativeDecoder, decode_plain
+from eagle3_xla.evaluate.decode import Decoder, SpeculativeDecoder
 from eagle3_xla.plan.depth import layer_kinds, with_layers
 from eagle3_xla.target.families import (
     FAMILIES,
@@ -101,7 +101,7 @@ def test_decoding_with_drafts_is_transformers_greedy(name, tmp_path):
     d2t = DRAFT_IDS - torch.arange(len(DRAFT_IDS))
     decoder = SpeculativeDecoder(target, head, d2t, draft_tokens=12, topk=3, steps=4)
     assert decoder.decode(prompt.tolist(), 16, set()).tokens == expected
-    assert decode_plain(target, prompt.tolist(), 16, set()).tokens == expected
+    assert Decoder(target).decode(prompt.tolist(), 16, set()).tokens == expected
 
 
 @pytest.fixture(scope="module")

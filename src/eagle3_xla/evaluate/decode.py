@@ -357,13 +357,6 @@ class SpeculativeDecoder(Decoder):
         return self.head.midlayer(embedded, hidden, self.head.rope(hidden, positions), attend)
 
 
-def decode_plain(
-    target: Target, prompt: list[int], max_new_tokens: int, stop_ids: set[int], choose: Choice | None = None
-) -> Generation:
-    """The target's own answer to one prompt."""
-    return Decoder(target).decode(prompt, max_new_tokens, stop_ids, choose)
-
-
 def _visible(start: torch.Tensor, places: torch.Tensor, own: torch.Tensor, length: int) -> torch.Tensor:
     """[B, n, length] bool: rows see all before `start` [B, 1], and of the m rows at `places` [B, m] what `own`
     [B, n, m] says.
