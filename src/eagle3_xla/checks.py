@@ -4,6 +4,7 @@ import html
 import json
 import math
 import re
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ from eagle3_xla.errors import UserError
 
 MARKDOWN = re.compile(r"([\\`*_{}\[\]()#+!|~])")
 LONGEST_SHOWN = 60  # characters of a foreign value in a message
+LARGEST = 1 << 24  # size of a model: far beyond any, and far below what no memory holds
 
 
 def read_json(file: Path) -> dict:
@@ -57,6 +59,20 @@ def expected(least: float, most: float, whole: bool, above: bool) -> str:
     if math.isfinite(most):
         words += f" to {most:g}" if math.isfinite(least) and not above else f" up to {most:g}"
     return words
+
+
+def config_fields(config: dict, where: str, sizes: Collection[str], mappings: Collection[str]) -> None:
+    """Raises UserError for a field of a model's config.json that has another type; null is none. sizes, mappings:
+    fields that are such."""
+    for name, value in config.items():
+        if value is None:
+            continue
+        if name in sizes:
+            number(value, f"{where}: {name}", 1, LARGEST, whole=True)
+        elif name in ("rope_theta", "rms_norm_eps"):
+            number(value, f"{where}: {name}", 0, above=True)
+        elif name in mappings:
+            mapping(value, f"{where}: {name}")
 
 
 def text(value: object, where: str) -> str:

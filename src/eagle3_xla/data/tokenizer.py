@@ -5,7 +5,7 @@ import re
 from typing import Any, overload
 
 from eagle3_xla import local_copies, storage
-from eagle3_xla.checks import first_line, listing, mapping, number, text
+from eagle3_xla.checks import config_fields, first_line, listing, number, text
 from eagle3_xla.errors import UserError
 
 SIZES = """vocab_size hidden_size intermediate_size num_hidden_layers num_attention_heads num_key_value_heads head_dim
@@ -44,19 +44,11 @@ def written_config(path: str) -> dict:
         written = PretrainedConfig.get_config_dict(small_files(path))[0]
     except UNREADABLE as error:
         raise UserError(f"no target at {path!r}: {first_line(error)}") from None
-    where = f"target {path!r}: config.json:"
-    for name in SIZES:
-        if written.get(name) is not None:
-            number(written[name], f"{where} {name}", 1, 1 << 24, whole=True)
-    for name in ("rope_theta", "rms_norm_eps"):
-        if written.get(name) is not None:
-            number(written[name], f"{where} {name}", 0, above=True)
-    for name in ("rope_scaling", "rope_parameters"):
-        if written.get(name) is not None:
-            mapping(written[name], f"{where} {name}")
-    text(written.get("model_type", ""), f"{where} model_type")
-    for name in listing(written.get("architectures") or [], f"{where} architectures"):
-        text(name, f"{where} architectures")
+    where = f"target {path!r}: config.json"
+    config_fields(written, where, SIZES, ("rope_scaling", "rope_parameters"))
+    text(written.get("model_type", ""), f"{where}: model_type")
+    for name in listing(written.get("architectures") or [], f"{where}: architectures"):
+        text(name, f"{where}: architectures")
     return written
 
 

@@ -16,7 +16,7 @@ from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
 from eagle3_xla import local_copies, storage
-from eagle3_xla.checks import mapping, number, parse_json, read_json, shown
+from eagle3_xla.checks import LARGEST, config_fields, mapping, number, parse_json, read_json, shown
 from eagle3_xla.draft.model import Eagle3Head
 from eagle3_xla.errors import UserError
 from eagle3_xla.storage import Location
@@ -53,7 +53,6 @@ SIZES = (
     "max_position_embeddings",
     "sliding_window",
 )
-LARGEST = 1 << 24  # of a size: far beyond any model, and far below what no memory holds
 # Fields that change what a head computes, and that Eagle3Head does not know, with the values that change nothing.
 FLAGS = ("norm_output", "norm_before_residual", "norm_before_fc")
 NORM_FLAGS = ("fc_norm", "norm_output")  # that Eagle3Head knows; false where a config or a record has none
@@ -96,15 +95,7 @@ def read_head(folder: Location) -> SavedHead:
     if not (folder / "config.json").is_file():
         raise UserError(f"no head at {folder} (config.json is expected)")
     head = SavedHead(folder, read_json(folder / "config.json"))
-    for name in SIZES:
-        if head.config.get(name) is not None:
-            number(head.config[name], f"{head.file}: {name}", 1, LARGEST, whole=True)
-    for name in ("rope_theta", "rms_norm_eps"):
-        if head.config.get(name) is not None:
-            number(head.config[name], f"{head.file}: {name}", 0, above=True)
-    for name in MAPPINGS:
-        if head.config.get(name) is not None:
-            mapping(head.config[name], f"{head.file}: {name}")
+    config_fields(head.config, str(head.file), SIZES, MAPPINGS)
     if (theta := (head.config.get("rope_parameters") or {}).get("rope_theta")) is not None:
         number(theta, f"{head.file}: rope_parameters.rope_theta", 0, above=True)
     head.tensors, head.record, head.problem = _read_weights(folder)
