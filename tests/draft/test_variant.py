@@ -20,8 +20,9 @@ from eagle3_xla.evaluate.run import evaluate
 from eagle3_xla.export import export
 from eagle3_xla.target.families import load_target_config
 from eagle3_xla.train.loop import train
-from eagle3_xla.train.setup import refuse_other_head, set_up
+from eagle3_xla.train.setup import set_up
 from eagle3_xla.train.step import TrainStep
+from eagle3_xla.train.warm_start import refuse_other_head
 from eagle3_xla.xla.hosts import Hosts
 from eagle3_xla.xla.plain import PlainBackend
 

@@ -2,34 +2,31 @@
 
 import dataclasses
 import hashlib
-import math
 import sys
 from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import LlamaConfig
-from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
 from eagle3_xla import checkpoint as checkpoints
 from eagle3_xla import local_copies, storage
 from eagle3_xla.config import Recipe
 from eagle3_xla.data.batches import Batches
 from eagle3_xla.data.prepare import load_prepared, row_settings
-from eagle3_xla.data.vocab import d2t_t2d, draft_ids_of
+from eagle3_xla.data.vocab import d2t_t2d
 from eagle3_xla.draft.initialise import SampledRows, aux_rms, initialise_head, unscaled
 from eagle3_xla.draft.model import Eagle3Head, draft_config
-from eagle3_xla.draft.saved import NORM_FLAGS, layers_of, load_head, read_head
 from eagle3_xla.errors import UserError
 from eagle3_xla.outputs import claim_output, write_run_file
 from eagle3_xla.storage import Location
-from eagle3_xla.target.families import aux_layers, linear_rows, load_target_config, norm_offset, refuse_longer_rows
+from eagle3_xla.target.families import linear_rows, load_target_config, norm_offset, refuse_longer_rows
 from eagle3_xla.target.model import Target, TargetStates, open_target
 from eagle3_xla.target.states import StatesOf, StatesStore
 from eagle3_xla.train.heldout import HeldOut
 from eagle3_xla.train.loader import Loader, buckets_of, training_batches
 from eagle3_xla.train.optimizer import AdamW
 from eagle3_xla.train.step import TrainStep
+from eagle3_xla.train.warm_start import read_warm_head
 from eagle3_xla.xla.backend import Backend, make_backend
 from eagle3_xla.xla.hosts import Hosts
 
@@ -108,13 +105,8 @@ def set_up(recipe: Recipe, stopping: list[str], hosts: Hosts) -> Run:
 
     # The frozen target, and the run that is already there, which goes on if it is the same.
     warm_head = None
-    if settings.warm_start:  # keeps the head's own vocabulary: its lm_head rows mean nothing under another
-        warm_saved = read_head(settings.warm_start)
-        warm_head, d2t = load_head(warm_saved)
-        wanted = draft_config(config, len(d2t), recipe.draft)
-        layers = layers_of(warm_saved, config.num_hidden_layers)
-        refuse_other_head(warm_head.config, wanted, settings.warm_start, layers, aux_layers(config.num_hidden_layers))
-        data.draft_ids = draft_ids_of(d2t)
+    if settings.warm_start:
+        warm_head, data.draft_ids = read_warm_head(recipe, config)
     target = open_target(recipe.target.path, getattr(torch, recipe.target.dtype), data.draft_ids)
     target_config = target.model.config
     rows_key, target_key = data.manifest["key"], target.fingerprint()
@@ -278,43 +270,3 @@ def _initialise(
     else:
         head.load_state_dict(warm_head.state_dict())
     return {"fc.weight": 1 / aux_rms(sample).clamp_min(1e-3)}
-
-
-def refuse_other_head(
-    warm: LlamaConfig, wanted: LlamaConfig, path: str, layers: tuple[int, ...] | None, of_target: tuple[int, ...]
-) -> None:
-    """Raises UserError when the head of a warm start was made for another target."""
-    names = (
-        "hidden_size",
-        "intermediate_size",
-        "num_attention_heads",
-        "num_key_value_heads",
-        "head_dim",
-        "vocab_size",
-        "rope_theta",
-    )
-    differences = [
-        f"{n} is {getattr(warm, n)}, not {getattr(wanted, n)}" for n in names if getattr(warm, n) != getattr(wanted, n)
-    ]
-    if not _rotates_alike(warm, wanted):
-        ours, its = (config.rope_scaling or {} for config in (wanted, warm))
-        fields = [name for name in sorted(ours.keys() | its.keys()) if ours.get(name) != its.get(name)]
-        differences += [f"rope_scaling.{name} is {its.get(name)}, not {ours.get(name)}" for name in fields]
-    for name in NORM_FLAGS:
-        if getattr(warm, name, False) != getattr(wanted, name, False):
-            differences.append(f"its {name} is {getattr(warm, name, False)} (setting draft.variant)")
-    for name, named in (("sliding_window", "window"), ("qk_norm", "qk_norm")):
-        ours, its = (getattr(config, name, None) or None for config in (wanted, warm))
-        if ours != its:
-            differences.append(f"its {name} is {its} (setting draft.{named})")
-    if layers is not None and layers != tuple(of_target):
-        differences.append(f"its aux layers are {list(layers)}, not {list(of_target)}")
-    if differences:
-        raise UserError(f"train.warm_start: the head at {path} was made for another target: {'; '.join(differences)}")
-
-
-def _rotates_alike(warm: LlamaConfig, wanted: LlamaConfig) -> bool:
-    """Whether RoPE is the same, whichever way its scaling is written."""
-    ours, its = LlamaRotaryEmbedding(wanted), LlamaRotaryEmbedding(warm)
-    alike = ours.inv_freq.shape == its.inv_freq.shape and torch.allclose(ours.inv_freq, its.inv_freq)
-    return alike and math.isclose(ours.attention_scaling, its.attention_scaling, rel_tol=1e-6)
