@@ -144,14 +144,19 @@ def test_sharded_over_tp_it_is_the_same_target_and_the_host_never_holds_it_twice
     assert 0.5 * size < grown < 1.6 * size  # measured 1.36: freed blocks are kept for speed, and the peak counts them
 
 
-def test_a_fingerprint_tells_every_changed_tensor(folders, tmp_path, gcs):
-    """Stored in one file or several, here or at a URL; by the first or the last row."""
+def test_a_fingerprint_tells_every_changed_tensor(folders, tmp_path, gcs, monkeypatch):
+    """Stored in one file or several, here, at a URL or on the hub; by the first or the last row."""
     base = open_target(str(folders[0]), torch.float32, DRAFT_IDS)
     prints = [base.fingerprint()]
     storage.upload_folder(folders[0], f"{gcs.url}/fingerprint")
     model = load_target(str(folders[0]), torch.float32)
     model.save_pretrained(tmp_path)
-    for path in (f"{gcs.url}/fingerprint", tmp_path):
+    monkeypatch.setattr("transformers.utils.hub.TRANSFORMERS_CACHE", str(tmp_path / "hub"))
+    fetched, revision = tmp_path / "hub" / "models--some--model", "0" * 40
+    shutil.copytree(folders[0], fetched / "snapshots" / revision)
+    (fetched / "refs").mkdir()
+    (fetched / "refs" / "main").write_text(revision)
+    for path in (f"{gcs.url}/fingerprint", tmp_path, "some/model"):
         assert open_target(str(path), torch.bfloat16, DRAFT_IDS[:4]).fingerprint() == prints[0]
     stored = StoredWeights(str(tmp_path), torch.float32)
     before = {name: stored.sample(name) for name, _ in model.named_parameters()}

@@ -42,6 +42,7 @@ def written_config(path: str) -> dict:
         raise UserError("setting target.path is empty; name a folder or a hub id")
     try:
         written = PretrainedConfig.get_config_dict(small_files(path))[0]
+        written.pop("_commit_hash", None)  # which transformers adds of a hub id
     except UNREADABLE as error:
         raise UserError(f"no target at {path!r}: {first_line(error)}") from None
     where = f"target {path!r}: config.json"
