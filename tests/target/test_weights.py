@@ -158,6 +158,8 @@ def test_a_fingerprint_tells_every_changed_tensor(folders, tmp_path, gcs, monkey
     (fetched / "refs" / "main").write_text(revision)
     for path in (f"{gcs.url}/fingerprint", tmp_path, "some/model"):
         assert open_target(str(path), torch.bfloat16, DRAFT_IDS[:4]).fingerprint() == prints[0]
+    monkeypatch.setattr("transformers.configuration_utils.__version__", "4.99.0")
+    assert open_target(str(tmp_path), torch.float32, DRAFT_IDS).fingerprint() == prints[0]
     stored = StoredWeights(str(tmp_path), torch.float32)
     before = {name: stored.sample(name) for name, _ in model.named_parameters()}
     for row in (0, -1):

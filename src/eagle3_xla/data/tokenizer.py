@@ -1,6 +1,7 @@
 """The target's tokenizer, its end-of-turn tokens and its vocabulary size, from a folder or a hub id."""
 
 import datetime
+import json
 import re
 from typing import Any, overload
 
@@ -21,6 +22,8 @@ CHANNELS = re.compile(
     r"(?:<\|channel\|>final<\|message\|>((?:(?!<\|(?:end|start|channel)\|>).)*))?",
     re.DOTALL,
 )
+# Fields of a target's config.json that change nothing that it computes, or that who saves or loads it writes anew.
+VOLATILE = ("_name_or_path", "transformers_version", "torch_dtype", "dtype", "use_cache")
 UNREADABLE = (OSError, ValueError, KeyError, TypeError, AttributeError)  # what transformers ends in on odd files
 
 
@@ -51,6 +54,13 @@ def written_config(path: str) -> dict:
     for name in listing(written.get("architectures") or [], f"{where}: architectures"):
         text(name, f"{where}: architectures")
     return written
+
+
+def config_content(config: dict, without: tuple[str, ...] = VOLATILE) -> bytes:
+    """What a fingerprint takes of a config.json, as it is written: transformers' defaults, and what it adds, change
+    with its version."""
+    kept = {name: value for name, value in config.items() if value is not None and name not in without}
+    return json.dumps(kept, sort_keys=True).encode()
 
 
 def load_config(path: str) -> Any:

@@ -1,7 +1,6 @@
 """What a figure belongs to: fingerprints of the head, the target and the prompts that it was measured with."""
 
 import hashlib
-import json
 import time
 from pathlib import Path
 from typing import Any
@@ -12,10 +11,9 @@ from safetensors import SafetensorError, safe_open
 from eagle3_xla import __version__, local_copies, storage
 from eagle3_xla.checks import read_json
 from eagle3_xla.data.prompts import fingerprint as prompts_fingerprint
+from eagle3_xla.data.tokenizer import config_content
 from eagle3_xla.draft.saved import read_head
 from eagle3_xla.errors import UserError
-
-VOLATILE = ("_name_or_path", "transformers_version", "torch_dtype", "dtype", "use_cache")  # of a target's config.json
 
 
 def measured(verb: str, head: str | None, target: str, prompts: str) -> dict:
@@ -39,7 +37,7 @@ def head_fingerprint(path: str) -> str | None:
         return None
     if not head or head.problem:
         return None
-    digest = hashlib.sha256(_of_config(head.config, ()))
+    digest = hashlib.sha256(config_content(head.config, without=()))
     for name, value in sorted(head.tensors.items()):
         digest.update(f"{name} {value.dtype} {list(value.shape)}".encode())
         digest.update(value.contiguous().reshape(-1).view(torch.uint8).numpy())
@@ -57,7 +55,7 @@ def target_fingerprint(path: str) -> str | None:
         return None
     rows = {}
     try:
-        digest = hashlib.sha256(_of_config(read_json(folder / "config.json"), VOLATILE))
+        digest = hashlib.sha256(config_content(read_json(folder / "config.json")))
         for file in files:
             with safe_open(file, framework="pt") as opened:
                 for name in opened.keys():
@@ -69,11 +67,6 @@ def target_fingerprint(path: str) -> str | None:
         for part in parts:
             digest.update(part)
     return digest.hexdigest()
-
-
-def _of_config(config: dict, without: tuple[str, ...]) -> bytes:
-    kept = {name: value for name, value in config.items() if value is not None and name not in without}
-    return json.dumps(kept, sort_keys=True).encode()
 
 
 def _rows(tensor: Any) -> list[bytes]:

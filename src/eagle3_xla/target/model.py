@@ -11,7 +11,7 @@ from torch import nn
 
 from eagle3_xla import local_copies, storage
 from eagle3_xla.checks import first_line
-from eagle3_xla.data.tokenizer import UNREADABLE
+from eagle3_xla.data.tokenizer import UNREADABLE, config_content, written_config
 from eagle3_xla.errors import UserError
 from eagle3_xla.target.experts import RoutedExperts
 from eagle3_xla.target.families import (
@@ -181,12 +181,13 @@ class Target(nn.Module):
         return nn.functional.embedding(ids, self.model.get_input_embeddings().weight)
 
     def fingerprint(self) -> str:
-        """Which target this is: a hash of its config and of a little of every stored weight, but of one expert a layer.
+        """Which target this is: a hash of its config.json and of a little of every stored weight, but of one expert a
+        layer.
 
         A fine-tune has the config of its base, and often its lm_head. For a target from `open_target`.
         """
         assert self.weights is not None
-        digest = hashlib.sha256(self.model.config.to_json_string().encode())
+        digest = hashlib.sha256(config_content(written_config(self.weights.path)))
         names = [n for n, _ in self.model.named_parameters() if not re.search(r"\.experts\.[1-9]", n)]
         with ThreadPoolExecutor(AT_ONCE) as pool:  # at a URL each is a request
             for name, sample in zip(names, pool.map(self.weights.sample, names)):
