@@ -19,7 +19,7 @@ class Bucket:
     """url: gs://BUCKET of a running emulator; environment: what a process needs to find it.
 
     break_uploads: uploads of objects whose names contain it lose their connection half-way; with `hold` set, an event,
-    not before it is set, and `held` is set meanwhile.
+    not before it is set, and `held` is set meanwhile. keeps: nothing may be removed.
     """
 
     def __init__(self):
@@ -28,7 +28,7 @@ class Bucket:
             free.bind(("127.0.0.1", 0))
             port = free.getsockname()[1]
         bucket = self
-        bucket.break_uploads, bucket.requests = "", 0
+        bucket.break_uploads, bucket.keeps, bucket.requests = "", False, 0
         bucket.hold, bucket.held = None, threading.Event()
 
         class Relay(http.server.BaseHTTPRequestHandler):
@@ -38,8 +38,9 @@ class Bucket:
             def _relay(self):
                 bucket.requests += 1
                 body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
-                if f"/b/{FORBIDDEN}" in self.path:
-                    message = "test@example.com does not have storage.objects.get access to the bucket."
+                if f"/b/{FORBIDDEN}" in self.path or bucket.keeps and self.command == "DELETE":
+                    what = "delete" if self.command == "DELETE" else "get"
+                    message = f"test@example.com does not have storage.objects.{what} access to the bucket."
                     return self._answer(403, {}, json.dumps({"error": {"code": 403, "message": message}}).encode())
                 named = bucket.break_uploads
                 if named and "/upload/" in self.path and (named in self.path or named.encode() in body[:1000]):

@@ -208,6 +208,45 @@ def test_a_bucket_that_fails_leaves_the_last_checkpoint_and_says_so(gcs, bucket,
     assert steps(bucket) == [2]
 
 
+def test_a_save_to_a_bucket_that_fails_for_a_while_is_tried_again(gcs, bucket, monkeypatch):
+    sleep = asyncio.sleep
+    monkeypatch.setattr("gcsfs.retry.asyncio.sleep", lambda _: sleep(0))
+    monkeypatch.setattr("eagle3_xla.train.saving.PAUSES", (0.01,) * 4)
+    said = []
+
+    def mended(message: str) -> None:
+        said.append(message)
+        gcs.break_uploads = ""
+
+    gcs.break_uploads = "state.safetensors"
+    with Saver(1, mended) as saver:
+        saver.save(bucket, at(1))
+        saver.save(bucket, at(2))  # once the one before is written
+    assert len(said) == 1 and "step-00000001/state.safetensors: the store failed" in said[0]
+    assert checkpoints.load_latest(bucket, pytest.fail).micro_step == 2 and steps(bucket) == [2]
+
+    monkeypatch.setattr("eagle3_xla.train.saving.PAUSES", (600,))  # but the end of a run waits for no bucket
+    gcs.break_uploads, said = "state.safetensors", []
+    try:
+        with pytest.raises(checkpoints.SaveFailed, match="step-00000002 is whole"), Saver(1, said.append) as saver:
+            saver.save(bucket, at(3))
+    finally:
+        gcs.break_uploads = ""
+    assert len(said) == 1 and checkpoints.load_latest(bucket, pytest.fail).micro_step == 2
+    with pytest.raises(checkpoints.SaveFailed, match="access is denied"), Saver(1, pytest.fail) as saver:
+        saver.save("gs://forbidden/run", at(1))
+
+
+def test_a_bucket_that_removes_nothing_ends_no_run(gcs, bucket, monkeypatch):
+    monkeypatch.setattr(gcs, "keeps", True)
+    said = []
+    with Saver(1, said.append) as saver:
+        saver.save(bucket, at(1))
+        saver.save(bucket, at(2))
+    assert len(said) == 1 and "an old checkpoint stays" in said[0] and "access is denied" in said[0]
+    assert steps(bucket) == [1, 2]
+
+
 def weights(recipe) -> dict:
     saved = checkpoints.load_latest(Path(recipe.train.out) / "checkpoints", pytest.fail)
     return {**saved.head, **saved.optimizer}

@@ -58,10 +58,11 @@ class Checkpoint:
     tau: float | None = None
 
 
-def save(folder: Location, checkpoint: Checkpoint, keep: int) -> Location:
+def save(folder: Location, checkpoint: Checkpoint, keep: int, warn: Callable[[str], object] = print) -> Location:
     """Write a checkpoint whole or not at all; once it is durable, drop all but the last `keep` and the best by tau.
 
-    Returns its folder. Raises SaveFailed when the disk is full or refuses; the earlier ones are untouched then.
+    Returns its folder. Raises SaveFailed when the disk is full or refuses; the earlier ones are untouched then. That a
+    bucket does not remove one is reported through `warn`.
     """
     final = storage.join(folder, f"{STEP}{checkpoint.micro_step:08d}")
     tensors = {f"head.{name}": value for name, value in checkpoint.head.items()}
@@ -78,7 +79,12 @@ def save(folder: Location, checkpoint: Checkpoint, keep: int) -> Location:
     except (OSError, SafetensorError) as error:
         needed = sum(tensor.nbytes for tensor in tensors.values()) + len(meta)
         raise SaveFailed(_what_remains(folder, final, needed, error)) from error
-    _prune(folder, storage.base_name(final), keep)
+    try:
+        _prune(folder, storage.base_name(final), keep)
+    except OSError as error:
+        if not storage.is_url(folder):
+            raise
+        warn(f"an old checkpoint stays until the next save ({error})")
     return final
 
 

@@ -170,7 +170,7 @@ class Loop:
             self.path = self._save(self.tau)
         if stop:
             self.ended = _why(self.stopping)
-            self.saver.wait()
+            self.saver.wait(hurry=True)
             reporter.say(f"{self.ended}: saved {self.path}; start again to continue")
         elif measured and self._gains_no_more():
             self.ended = "patience"
