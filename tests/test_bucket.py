@@ -15,6 +15,7 @@ from eagle3_xla.doctor.run import doctor
 from eagle3_xla.draft.saved import read_head
 from eagle3_xla.errors import UserError
 from eagle3_xla.export import export
+from eagle3_xla.outputs import only_writer
 from eagle3_xla.regenerate.run import Options, Sampling, regenerate
 from eagle3_xla.target.weights import StoredWeights
 from eagle3_xla.train.loop import train
@@ -72,6 +73,8 @@ def test_regenerate_writes_to_a_bucket_and_goes_on_there(gcs, small_target, tmp_
 
     assert regenerate(Recipe(), url, replace(options, limit=2))["finished"] == 2
     begun = rows(url)
+    with only_writer(url, "regenerate"), pytest.raises(UserError, match="another `regenerate` writes to gs:"):
+        regenerate(Recipe(), url, options)
     assert regenerate(Recipe(), url, options)["finished"] == 3
     regenerate(Recipe(), tmp_path / "answers", options)
     assert rows(url) == rows(tmp_path / "answers") and len(begun) == 2 and {*begun} < {*rows(url)}

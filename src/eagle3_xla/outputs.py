@@ -1,10 +1,13 @@
 """Output folders: whose they are, and run.yaml in each, the recipe that it was made with."""
 
-from collections.abc import Callable
+import contextlib
+import fcntl
+import os
+from collections.abc import Callable, Iterator
 
 from omegaconf import OmegaConf
 
-from eagle3_xla import storage
+from eagle3_xla import local_copies, storage
 from eagle3_xla.config import Recipe
 from eagle3_xla.errors import UserError
 from eagle3_xla.storage import Location
@@ -41,6 +44,25 @@ def claim_output(
         instead = "choose another folder" if overwrite is None else "choose another folder, or give --overwrite"
         raise UserError(f"{out} is not ours to write to: `{verb}` did not make it ({whose}); {instead}")
     return out
+
+
+@contextlib.contextmanager
+def only_writer(out: Location, verb: str) -> Iterator[None]:
+    """For the block, no other process of this machine may be in one of the same folder. Raises UserError when one is.
+
+    The folder itself is locked, of a URL the one that work_folder gives: there is no file that could be left behind.
+    """
+    folder = os.open(local_copies.work_folder(out), os.O_RDONLY)
+    try:
+        try:
+            fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise UserError(f"another `{verb}` writes to {out}; wait for its end, or choose another folder") from None
+        except OSError:  # a file system without locks
+            pass
+        yield
+    finally:
+        os.close(folder)
 
 
 def _writer(out: Location) -> str | None:

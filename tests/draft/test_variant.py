@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from contextlib import ExitStack
 from dataclasses import replace
 
 import pytest
@@ -128,7 +129,7 @@ def test_a_window_and_normed_queries(narrow_head, small_target, chat_file, tmp_p
 def test_autocast_gives_float32s_gradients(small_run, variant, remat):
     recipe = load_recipe(None, [*small_run, variant, "train.init=least_squares"])
     prepare(recipe)
-    run = set_up(recipe, [], Hosts())
+    run = set_up(recipe, [], Hosts(), ExitStack())
     batch, _ = run.data.loader.load(run.data.batches.indices(0))
     gradients = []
     for autocast in (False, True):

@@ -2,6 +2,7 @@
 executes them with JAX, whose CPU collectives (gloo) reach from process to process.
 """
 
+import contextlib
 import os
 import sys
 from pathlib import Path
@@ -28,7 +29,7 @@ def lower(folder: Path, settings: list[str]) -> None:
             return function
 
     setup.make_backend = Traced
-    run = setup.set_up(load_recipe(None, settings), [], Hosts())
+    run = setup.set_up(load_recipe(None, settings), [], Hosts(), contextlib.ExitStack())
     batch, _ = run.data.loader.load(run.data.batches.indices(0))
     torch_xla.sync(wait=True)
     metrics, norm = run.step.run(0, batch)

@@ -21,6 +21,7 @@ from eagle3_xla.data.config import DataConfig, Source
 from eagle3_xla.data.files import read_rows
 from eagle3_xla.data.prepare import prepare
 from eagle3_xla.errors import RunError, UserError
+from eagle3_xla.outputs import only_writer
 from eagle3_xla.regenerate import servers
 from eagle3_xla.regenerate.conversation import NEUTRAL, Sampling
 from eagle3_xla.regenerate.journal import Journal
@@ -249,10 +250,10 @@ def test_killed_twice_every_row_once(misbehaving, tmp_path):
 
 
 def test_two_processes_and_foreign_files(tmp_path):
-    journal = Journal(tmp_path)
-    with pytest.raises(UserError, match="another process writes"):
-        Journal(tmp_path)
-    journal.close()
+    options = Options(servers=["http://127.0.0.1:1"], chats=[str(write_questions(tmp_path / "questions.jsonl", 1, 1))])
+    with only_writer(tmp_path / "out", "regenerate"), pytest.raises(UserError, match="another `regenerate` writes to"):
+        regenerate(Recipe(), tmp_path / "out", options)
+    assert not any((tmp_path / "out").iterdir())
     (tmp_path / "chats.jsonl").write_text('{"id": 1}\n')
     with pytest.raises(UserError, match=r"chats.jsonl:1: not a line of `regenerate`"):
         Journal(tmp_path)

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from contextlib import ExitStack
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -55,7 +56,8 @@ def test_tau_is_of_the_rows_that_are_drafted_at_whatever_the_loss_counts(small_r
     prepare(load_recipe(None, small_run))
     figures = {}
     for rows in ("serving", "specforge"):
-        run = set_up(load_recipe(None, [*small_run, f"loss.rows={rows}", f"train.out={tmp_path / rows}"]), [], Hosts())
+        recipe = load_recipe(None, [*small_run, f"loss.rows={rows}", f"train.out={tmp_path / rows}"])
+        run = set_up(recipe, [], Hosts(), ExitStack())
         batches = [run.data.heldout_loader.load(*batch[1:])[0] for batch in run.data.heldout.batches]
         assert all("rows" in batch for batch in batches)  # the others are not computed
         figures[rows] = torch.stack([run.step.evaluate(batch) for batch in batches])

@@ -15,6 +15,7 @@ from eagle3_xla import checkpoint as checkpoints
 from eagle3_xla.config import load_recipe
 from eagle3_xla.data.prepare import prepare
 from eagle3_xla.errors import UserError
+from eagle3_xla.outputs import only_writer
 from eagle3_xla.train.loop import train
 
 
@@ -81,7 +82,12 @@ def test_states_reused_equal_the_target_in_the_step(small_run, tmp_path):
 
 
 def test_a_changed_recipe_is_refused_with_its_differences(small_run):
-    train(recipe_of(small_run), max_steps=1)
+    recipe = recipe_of(small_run)
+    train(recipe, max_steps=1)
+    begun = (Path(recipe.train.out) / "run.yaml").read_text()
+    with only_writer(recipe.train.out, "train"), pytest.raises(UserError, match="another `train` writes to"):
+        train(recipe_of(small_run, "train.save_every=1"))
+    assert (Path(recipe.train.out) / "run.yaml").read_text() == begun
     with pytest.raises(UserError, match=r"changed: loss.decay: 0.8 -> 0.7; train.lr: 0.0008 -> 0.1"):
         train(recipe_of(small_run, "train.lr=0.1", "loss.decay=0.7"))
     with pytest.raises(UserError, match="the content of data.prepared"):

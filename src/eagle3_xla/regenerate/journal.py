@@ -1,6 +1,5 @@
 """The output of `regenerate`: one line for each finished conversation, whole after a kill, each once."""
 
-import fcntl
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -13,8 +12,8 @@ class Journal:
     """chats.jsonl (rows with an `id`) and dropped.jsonl (`id`, `where`, `reason`, `message`) of a folder.
 
     done: ids in either; finishes, dropped: how many by kind; tokens: that the target wrote. A process that was killed
-    may leave half a line: it is cut off, and its conversation is done again. Raises UserError when another process
-    writes here, or on a line that is not ours.
+    may leave half a line: it is cut off, and its conversation is done again. Raises UserError on a line that is not
+    ours.
     """
 
     def __init__(self, out: Path):
@@ -40,10 +39,6 @@ class Journal:
 
     def _open(self, path: Path, count: Callable[[dict], None]) -> BinaryIO:
         file = path.open("a+b")
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            raise UserError(f"another process writes to {path}; wait for it or choose another folder") from None
         file.seek(0)
         end = 0
         for number, line in enumerate(file, 1):

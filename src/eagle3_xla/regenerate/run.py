@@ -32,7 +32,7 @@ from eagle3_xla.data.filters import shingled_words
 from eagle3_xla.data.mix import mix
 from eagle3_xla.data.spool import read_chat
 from eagle3_xla.errors import RunError, UserError
-from eagle3_xla.outputs import RUN_FILE, claim_output, write_run_file
+from eagle3_xla.outputs import RUN_FILE, claim_output, only_writer, write_run_file
 from eagle3_xla.regenerate.conversation import Sampling, rewrite
 from eagle3_xla.regenerate.journal import Journal
 from eagle3_xla.regenerate.servers import GaveUp, Servers
@@ -71,17 +71,18 @@ def regenerate(recipe: Recipe, out: Location, options: Options) -> dict:
     if options.concurrency < 1 or options.limit < 0 or not 0 < options.timeout < math.inf:
         raise UserError("--concurrency must be 1 or more, --limit 0 or more, --timeout positive and finite")
     recipe = replace(recipe, data=_chats_to_ask(recipe.data, options.chats))
-    place = local_copies.LocalFolder(claim_output(out, "regenerate"))
-    for name in ("chats.jsonl", "dropped.jsonl", "regenerate.json"):
-        place.restore(name)
-    if not storage.exists(storage.join(out, RUN_FILE)):
-        write_run_file(recipe, out, "regenerate")
-    journal = Journal(place.path)
-    try:
-        counts = asyncio.run(_uploading(place, _regenerate(recipe, out, place.path, options, journal)))
-    finally:
-        journal.close()
-        place.upload()
+    with only_writer(claim_output(out, "regenerate"), "regenerate"):
+        place = local_copies.LocalFolder(out)
+        for name in ("chats.jsonl", "dropped.jsonl", "regenerate.json"):
+            place.restore(name)
+        if not storage.exists(storage.join(out, RUN_FILE)):
+            write_run_file(recipe, out, "regenerate")
+        journal = Journal(place.path)
+        try:
+            counts = asyncio.run(_uploading(place, _regenerate(recipe, out, place.path, options, journal)))
+        finally:
+            journal.close()
+            place.upload()
     return {"out": str(storage.join(out, "chats.jsonl"))} | counts
 
 

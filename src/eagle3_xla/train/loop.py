@@ -32,12 +32,12 @@ def train(recipe: Recipe, max_steps: int = 0, allow_recompile: bool = False, pro
     or output folder that doesn't fit, RunError when the step compiles beyond its budget (train/budget.py).
     """
     stopping: list[str] = []
-    with join_hosts() as hosts:
+    with join_hosts() as hosts, contextlib.ExitStack() as until_end:
         if not recipe.train.out:
             raise UserError("setting train.out is empty; name the folder for checkpoints and metrics")
         handlers = _stop_by_signals(stopping)
         try:
-            run = set_up(recipe, stopping, hosts)
+            run = set_up(recipe, stopping, hosts, until_end)
             settings = dataclasses.asdict(recipe)
             reporter = Reporter(recipe.train, run.data.total_steps, run.first_step, settings, run.backend)
             saver = Saver(recipe.train.keep, reporter.say, reporter.upload)

@@ -1,5 +1,6 @@
 """What a run is before its first step: the data, the frozen target, the head with its optimizer, the compiled step."""
 
+import contextlib
 import dataclasses
 import hashlib
 import sys
@@ -17,7 +18,7 @@ from eagle3_xla.data.vocab import d2t_t2d
 from eagle3_xla.draft.initialise import SampledRows, aux_rms, initialise_head, unscaled
 from eagle3_xla.draft.model import Eagle3Head, draft_config
 from eagle3_xla.errors import UserError
-from eagle3_xla.outputs import claim_output, write_run_file
+from eagle3_xla.outputs import claim_output, only_writer, write_run_file
 from eagle3_xla.storage import Location
 from eagle3_xla.target.families import linear_rows, load_target_config, norm_offset, refuse_longer_rows
 from eagle3_xla.target.model import Target, TargetStates, open_target
@@ -94,8 +95,11 @@ class Run:
         )
 
 
-def set_up(recipe: Recipe, stopping: list[str], hosts: Hosts) -> Run:
-    """Raises UserError for a recipe, data or output folder that doesn't fit, Stopped once `stopping` has an entry."""
+def set_up(recipe: Recipe, stopping: list[str], hosts: Hosts, until_end: contextlib.ExitStack) -> Run:
+    """Raises UserError for a recipe, data or output folder that doesn't fit, Stopped once `stopping` has an entry.
+
+    until_end: no other process may write to `train.out` until it is left.
+    """
     settings = recipe.train
     hosts.agree("settings", _shared_settings(recipe))
     config = load_target_config(recipe.target.path)  # a target that is not supported, before anything else
@@ -114,7 +118,7 @@ def set_up(recipe: Recipe, stopping: list[str], hosts: Hosts) -> Run:
     keys = {"data.prepared": rows_key, "target.path": target_key, "train.warm_start": vocabulary_key}
     hosts.agree("data or target", keys)
     data_key = " ".join(keys.values())
-    saved = hosts.from_first(_saved_run(recipe, data_key) if hosts.index == 0 else None)
+    saved = hosts.from_first(_saved_run(recipe, data_key, until_end) if hosts.index == 0 else None)
 
     lm_head_rows = linear_rows(target_config, target.draft_rows.float())
     head = Eagle3Head(draft_config(target_config, len(data.draft_ids), recipe.draft))
@@ -151,9 +155,10 @@ def _shared_settings(recipe: Recipe) -> dict[str, object]:
     return {name: value for name, value in every.items() if name not in own}
 
 
-def _saved_run(recipe: Recipe, data_key: str) -> checkpoints.Checkpoint | None:
+def _saved_run(recipe: Recipe, data_key: str, until_end: contextlib.ExitStack) -> checkpoints.Checkpoint | None:
     """The newest checkpoint in `train.out`, which becomes this run's. Raises UserError when it is another run's."""
     out = claim_output(recipe.train.out, "train")
+    until_end.enter_context(only_writer(out, "train"))
     saved = checkpoints.load_latest(storage.join(out, "checkpoints"), warn=print)
     if saved:
         checkpoints.refuse_changed_run(saved, recipe, data_key)
