@@ -1,5 +1,6 @@
 """Every verb with everything in a bucket: data, target, run and head; the same bytes as on a disk."""
 
+import asyncio
 import json
 import shutil
 from dataclasses import replace
@@ -10,7 +11,7 @@ from safetensors.torch import load, save_file
 
 from eagle3_xla import storage
 from eagle3_xla.config import Recipe, load_recipe
-from eagle3_xla.data.prepare import prepare
+from eagle3_xla.data.prepare import load_prepared, prepare
 from eagle3_xla.doctor.run import doctor
 from eagle3_xla.draft.saved import read_head
 from eagle3_xla.errors import UserError
@@ -60,6 +61,20 @@ def test_prepare_train_and_export_in_a_bucket(gcs, small_run, small_target, chat
 
     assert verdict(f"{url}/head", f"{url}/target") == verdict(tmp_path / "head", small_target)
     assert len(content(f"{url}/run", "metrics.jsonl").splitlines()) >= 3 and "run.yaml" in storage.entries(f"{url}/run")
+
+
+@pytest.mark.parametrize("broken", ["heldout/dataset_info.json", "manifest.json"])
+def test_an_upload_that_fails_costs_no_work(gcs, small_run, monkeypatch, broken):
+    sleep = asyncio.sleep
+    monkeypatch.setattr("gcsfs.retry.asyncio.sleep", lambda _: sleep(0))
+    recipe = load_recipe(None, [*small_run, f"data.prepared={gcs.url}/broken-at-{broken.partition('.')[0]}"])
+    monkeypatch.setattr(gcs, "break_uploads", broken)
+    with pytest.raises(OSError, match=f"{broken}: the store failed"):
+        prepare(recipe)
+    monkeypatch.setattr(gcs, "break_uploads", "")
+    monkeypatch.setattr("eagle3_xla.data.prepare.mix", pytest.fail)
+    assert prepare(recipe) == load_prepared(recipe.data.prepared)[3] == prepare(recipe)
+    assert ".work" not in storage.entries(recipe.data.prepared)
 
 
 def test_regenerate_writes_to_a_bucket_and_goes_on_there(gcs, small_target, tmp_path):

@@ -40,8 +40,9 @@ MANY = 0.1  # share of conversations that are longer than a row, or whose answer
 def prepare(recipe: Recipe, overwrite: bool = False) -> dict:
     """Write the prepared folder of `recipe.data`, unless it is there and current; return its manifest.
 
-    What an earlier `prepare` wrote stays whole until its successor is; overwrite: also in a folder that holds something
-    else, whose files of the same names are replaced.
+    On a disk, what an earlier `prepare` wrote stays whole until its successor is. What a bucket did not take stays on
+    this machine, and the next start uploads it. overwrite: also in a folder that holds something else, whose files of
+    the same names are replaced.
     """
     data = recipe.data
     vocab_size = load_config(recipe.target.path).vocab_size
@@ -56,6 +57,9 @@ def prepare(recipe: Recipe, overwrite: bool = False) -> dict:
     prints = {split: [sources.fingerprint(sources.resolve(s)) for s in getattr(data, split)] for split in SPLITS}
     inputs = _inputs_key(data, prints, tokenizer, stop_ids, vocab_size)
     if current := _current(place, inputs):
+        return current
+    if storage.is_url(place) and (current := _current(out, inputs)):
+        _finish(out, place)
         return current
     if overwrite or not (out / RUN_FILE).exists():
         write_run_file(recipe, out, "prepare")
@@ -111,13 +115,19 @@ def prepare(recipe: Recipe, overwrite: bool = False) -> dict:
     write_run_file(recipe, out, "prepare")
     storage.write(out / "draft_ids.json", json.dumps(draft_ids.tolist()))
     storage.write(out / MANIFEST, json.dumps(manifest, indent=1))  # last: without it nothing is reused
-    shutil.rmtree(out / ".work")
+    _finish(out, place)
+    return manifest
+
+
+def _finish(out: Path, place: Location) -> None:
+    """What is made whole in `out`, to `place`."""
+    shutil.rmtree(out / ".work", ignore_errors=True)
     if storage.is_url(place):
+        storage.upload(out / RUN_FILE, storage.join(place, RUN_FILE))  # first: it says whose the folder is
         for name in (MANIFEST, *SPLITS):
             storage.remove(storage.join(place, name))
         storage.upload_folder(out, place, last=MANIFEST)
         shutil.rmtree(out)
-    return manifest
 
 
 def load_prepared(folder: str, vocab_size: int | None = None, target: str = "") -> tuple[Any, Any, torch.Tensor, dict]:
