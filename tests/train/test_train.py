@@ -14,9 +14,10 @@ from safetensors.torch import load_file
 from eagle3_xla import checkpoint as checkpoints
 from eagle3_xla.config import load_recipe
 from eagle3_xla.data.prepare import prepare
-from eagle3_xla.errors import UserError
+from eagle3_xla.errors import RunError, UserError
 from eagle3_xla.outputs import only_writer
 from eagle3_xla.train.loop import train
+from eagle3_xla.train.step import TrainStep
 
 
 def final_weights(recipe):
@@ -143,6 +144,21 @@ def test_a_damaged_checkpoint_is_passed_over(small_run):
     assert len(said) == 2 and "damaged" in said[0] and "damaged" in said[1]
     train(recipe)
     assert_same(whole, final_weights(recipe))
+
+
+def test_weights_that_are_no_numbers_replace_no_checkpoint(small_run, monkeypatch):
+    recipe = recipe_of(small_run, "train.save_every=1", "train.keep=1", "train.heldout_rows=0", "loss.ttt_length=1")
+    step = TrainStep.run
+
+    def diverging(self, micro_step, *arguments):
+        if micro_step == 2:
+            self.head.fc.weight.data[0, 0] = torch.nan
+        return step(self, micro_step, *arguments)
+
+    monkeypatch.setattr(TrainStep, "run", diverging)
+    with pytest.raises(RunError, match=r"not finite after step 3: .* lower train.lr. .*/step-00000002 is whole"):
+        train(recipe)
+    assert final_weights(recipe).micro_step == 2
 
 
 def test_checkpoint_keeps_the_vocabulary(small_run):

@@ -11,8 +11,9 @@ import signal
 import sys
 
 from eagle3_xla import storage
+from eagle3_xla.checkpoint import Checkpoint
 from eagle3_xla.config import Recipe
-from eagle3_xla.errors import UserError
+from eagle3_xla.errors import RunError, UserError
 from eagle3_xla.storage import Location
 from eagle3_xla.train.budget import CompileBudget, planned_graphs
 from eagle3_xla.train.flops import flops_per_token
@@ -29,7 +30,8 @@ def train(recipe: Recipe, max_steps: int = 0, allow_recompile: bool = False, pro
 
     Returns a summary: `micro_steps` done, `of` how many, held-out expected `tau`, the last `checkpoint`, `ended`:
     done | max_steps | SIGTERM | SIGINT | patience (after a signal it saves first). Raises UserError for a recipe, data
-    or output folder that doesn't fit, RunError when the step compiles beyond its budget (train/budget.py).
+    or output folder that doesn't fit, RunError when the step compiles beyond its budget (train/budget.py) and when
+    weights are not finite any more.
     """
     stopping: list[str] = []
     with join_hosts() as hosts, contextlib.ExitStack() as until_end:
@@ -222,9 +224,19 @@ class Loop:
         self._log()  # a run that goes on from here will not write it again
         with self.reporter.waiting("save"):
             state = self.run.checkpoint(self.done, tau)
+            self._refuse_what_is_not_finite(state)
             if self.run.backend.hosts.index == 0:  # every host holds the whole state, one writes it
                 self.saver.save(place, state)
         return storage.join(place, f"step-{self.done:08d}")
+
+    def _refuse_what_is_not_finite(self, state: Checkpoint) -> None:
+        """Raises RunError, on every host, before the checkpoints of a head that was one are replaced."""
+        if not all(weight.isfinite().all() for weight in state.head.values()):
+            self.saver.wait(hurry=True)
+            remains = f"{self.path} is whole" if self.path else "no checkpoint is there"
+            raise RunError(
+                f"the weights are not finite after step {self.done}: start anew with a lower train.lr. {remains}"
+            )
 
     def summary(self) -> dict:
         total = self.run.data.total_steps
