@@ -7,7 +7,8 @@ from dataclasses import replace
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 from transformers import LlamaConfig
 
 from eagle3_xla.config import load_recipe
@@ -66,6 +67,23 @@ def test_the_flag_that_someone_took_out(head, small_target, tmp_path):
     assert not result["ok"] and rule(result, "norm_flags") == "fail"
     doctor(tmp_path / "head", str(small_target), fix=True)
     assert json.loads((tmp_path / "head" / "config.json").read_text())["norm_output"] is True
+
+
+def test_a_warm_starts_rates_are_scaled_to_what_its_fc_reads(head, small_run, tmp_path):
+    doubled = shutil.copytree(head, tmp_path / "doubled")
+    with safe_open(head / "model.safetensors", "pt") as file:
+        metadata = file.metadata()
+    tensors = load_file(head / "model.safetensors")
+    for i in range(3):
+        tensors[f"fc_norm.{i}.weight"] *= 2
+    save_file(tensors, doubled / "model.safetensors", metadata)
+    scales = []
+    for warm in (head, doubled):
+        own = ["draft.variant=eagle3.1", f"train.warm_start={warm}", f"train.out={tmp_path / 'from' / warm.name}"]
+        recipe = load_recipe(None, [*small_run, *own])
+        prepare(recipe)
+        scales.append(set_up(recipe, [], Hosts(), ExitStack()).optimizer.lr_scale["fc.weight"])
+    assert torch.equal(scales[0], 2 * scales[1])
 
 
 def test_a_warm_start_from_the_other_variant_is_refused(head, small_run):

@@ -260,6 +260,8 @@ def _initialise(
     (AdamW).
     """
     settings, sample = recipe.train, []
+    if warm_head is not None:
+        head.load_state_dict(warm_head.state_dict())  # before the sample: its norms make what fc reads
     sample_rows = settings.init_rows if warm_head is None else min(settings.init_rows, SCALE_ROWS)
     norm_weight = backend.to_host(target.final_norm_weight).float() + norm_offset(target.model.config)
     for step in range(min(max(1, sample_rows // data.rows_per_step), data.batches.steps_per_epoch)):
@@ -272,6 +274,4 @@ def _initialise(
         sample.append(SampledRows(*rows))
     if warm_head is None:
         initialise_head(head, settings.init, settings.seed, lm_head_rows, norm_weight, sample)
-    else:
-        head.load_state_dict(warm_head.state_dict())
     return {"fc.weight": 1 / aux_rms(sample).clamp_min(1e-3)}
