@@ -1,7 +1,7 @@
 """Everything a run is, on disk: weights, moments, step, vocabulary maps, recipe. Nothing half-written is ever read.
 
     checkpoints/step-00000120/state.safetensors   head weights, AdamW moments and step, d2t, t2d
-                             /meta.json           micro-step, held-out tau, recipe
+                             /meta.json           micro-step, held-out taus, recipe
                              /SHA256SUMS          of the two above; `sha256sum -c` reads it
                /.partial-*                        being written or deleted; one that a kill left goes with the next save
 
@@ -26,7 +26,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from eagle3_xla import local_copies, storage
-from eagle3_xla.checks import mapping, number, text
+from eagle3_xla.checks import listing, mapping, number, text
 from eagle3_xla.config import Recipe
 from eagle3_xla.errors import UserError
 from eagle3_xla.settings import binding
@@ -44,7 +44,8 @@ class SaveFailed(OSError):
 class Checkpoint:
     """micro_step: how many are done; head, optimizer: host tensors by name; d2t, t2d: the draft vocabulary's maps.
 
-    tau: acceptance length of these weights on the held-out rows, None where it was not measured.
+    tau: acceptance length of these weights on the held-out rows, None where it was not measured; heldout_taus: of every
+    evaluation of the run so far, which `train.patience` counts.
     """
 
     micro_step: int
@@ -56,6 +57,7 @@ class Checkpoint:
     data_key: str
     draft_config: dict
     tau: float | None = None
+    heldout_taus: list[float] = dataclasses.field(default_factory=list)
 
 
 def save(folder: Location, checkpoint: Checkpoint, keep: int, warn: Callable[[str], object] = print) -> Location:
@@ -68,7 +70,7 @@ def save(folder: Location, checkpoint: Checkpoint, keep: int, warn: Callable[[st
     tensors = {f"head.{name}": value for name, value in checkpoint.head.items()}
     tensors |= {f"optimizer.{name}": value for name, value in checkpoint.optimizer.items()}
     tensors |= {"d2t": checkpoint.d2t, "t2d": checkpoint.t2d}
-    named = ("micro_step", "tau", "recipe", "data_key", "draft_config")
+    named = ("micro_step", "tau", "heldout_taus", "recipe", "data_key", "draft_config")
     meta = json.dumps({name: getattr(checkpoint, name) for name in named}, indent=1)
     try:
         storage.remove_unfinished(folder, last=SUMS, prefix=STEP)
@@ -203,8 +205,10 @@ def _checked_meta(meta: Any, where: str) -> dict:
     text(meta.get("data_key"), f"{where} data_key")
     for name in ("recipe", "draft_config"):
         mapping(meta.get(name), f"{where} {name}")
-    if meta.get("tau") is not None and not (isinstance(meta["tau"], float) and math.isnan(meta["tau"])):
-        number(meta["tau"], f"{where} tau")
+    measured = [] if meta.get("tau") is None else [meta["tau"]]
+    for tau in [*measured, *listing(meta.get("heldout_taus", []), f"{where} heldout_taus")]:
+        if not (isinstance(tau, float) and math.isnan(tau)):
+            number(tau, f"{where} tau")
     for name in meta.keys() - {field.name for field in dataclasses.fields(Checkpoint)}:
         raise UserError(f"{where} {name} is no field of a checkpoint")
     return meta

@@ -78,8 +78,8 @@ def test_it_stops_when_tau_no_longer_grows(small_run, capfd, monkeypatch):
     start = Path(recipe.train.out) / "initial" / "step-00000000"
     assert f"before the first step: train.lr may be too high; that head is at {start}\n" in capfd.readouterr().err
     assert checkpoints.load(start).tau == summary["best_tau"]
-    again = train(recipe)
-    assert again["ended"] == "patience" and again["micro_steps"] == 3 and again["checkpoint"].endswith("step-00000003")
+    (Path(recipe.train.out) / "metrics.jsonl").unlink()  # a full disk costs the log
+    assert train(recipe) == summary and summary["checkpoint"].endswith("step-00000003")
 
 
 @pytest.mark.slow

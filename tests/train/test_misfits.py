@@ -65,6 +65,7 @@ def test_without_held_out_rows(small_run, small_target, capsys, tmp_path):
     for change, message in (
         ({"micro_step": "one"}, "meta.json: micro_step is 'one'; a whole number from 0"),
         ({"tau": [1]}, r"meta.json: tau is \[1\]; a number"),
+        ({"heldout_taus": [None]}, "meta.json: tau is null; a number"),
         ({"recipe": None}, "meta.json: recipe is null; a mapping"),
         ({"data_key": 1}, "meta.json: data_key is 1; a text"),
         ({"draft_config": []}, r"meta.json: draft_config is \[\]; a mapping"),

@@ -78,7 +78,8 @@ class Loop:
         self.run, self.reporter, self.saver, self.stopping = run, reporter, saver, stopping
         self.settings = run.recipe.train
         self.done, self.ended = run.first_step, ""
-        self.tau: float | None = None  # held-out, after the last update
+        self.tau = run.saved.tau if run.saved else None  # held-out, after the last update
+        self.taus = list(run.saved.heldout_taus) if run.saved else []  # of every evaluation so far
         # Steps done, what the steps since the last log returned, and their tokens and FLOPs (Reporter.counted).
         self.unlogged: tuple[int, list, tuple[int, float]] | None = None
         self.path = run.saved and storage.join(run.out, "checkpoints", f"step-{self.done:08d}")  # the last checkpoint
@@ -195,12 +196,12 @@ class Loop:
         return self.done // epoch > (self.done - settings.gradient_accumulation) // epoch
 
     def _gains_no_more(self) -> bool:
-        patience = self.settings.patience
-        return bool(patience) and self.reporter.evaluations_without_gain() >= patience
+        patience, taus = self.settings.patience, self.taus
+        return bool(patience and taus) and len(taus) - 1 - taus.index(max(taus)) >= patience
 
     def _say_whether_it_gained(self) -> None:
         """`export` takes the best checkpoint that the run made, never the head that it started from."""
-        taus = self.reporter.heldout
+        taus = self.taus
         if len(taus) > 1 and max(taus) <= taus[0]:
             start = storage.join(self.run.out, "initial", "step-00000000")
             self.reporter.say(
@@ -216,6 +217,7 @@ class Loop:
                 data.heldout_loader, lambda batch: self.budget.run("evaluation", evaluate, batch)
             )
         self.reporter.log_heldout(self.done, figures)
+        self.taus.append(figures["tau"])
         return figures["tau"]
 
     def _save(self, tau: float | None, folder: str = "checkpoints") -> Location:
@@ -223,7 +225,7 @@ class Loop:
         place = storage.join(self.run.out, folder)
         self._log()  # a run that goes on from here will not write it again
         with self.reporter.waiting("save"):
-            state = self.run.checkpoint(self.done, tau)
+            state = self.run.checkpoint(self.done, tau, self.taus)
             self._refuse_what_is_not_finite(state)
             if self.run.backend.hosts.index == 0:  # every host holds the whole state, one writes it
                 self.saver.save(place, state)
@@ -244,7 +246,7 @@ class Loop:
             "micro_steps": self.done,
             "of": total,
             "tau": self.tau,
-            "best_tau": self.reporter.best_tau(),
+            "best_tau": max(self.taus, default=None),
             "checkpoint": self.path and str(self.path),
             "ended": self.ended or ("max_steps" if self.done < total else "done"),
         }

@@ -2,7 +2,6 @@
 
 import contextlib
 import json
-import os
 import sys
 import time
 from collections.abc import Iterator
@@ -13,7 +12,7 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from eagle3_xla import local_copies
+from eagle3_xla import local_copies, storage
 from eagle3_xla.errors import UserError
 from eagle3_xla.loss.metrics import add_up, rates
 from eagle3_xla.train.config import TrainConfig
@@ -56,18 +55,16 @@ class Reporter:
     def __init__(self, config: TrainConfig, total: int, start: int, recipe: dict, backend: Backend):
         self.config, self.backend = config, backend
         self.speaks = backend.hosts.index == 0
-        self.heldout: list[float] = []  # every held-out tau of the run so far
         self._complained = False
         self.tracker = None
         if self.speaks:
             self.local = local_copies.LocalFolder(config.out)
             self.local.restore("metrics.jsonl")
             self.file = self.local.path / "metrics.jsonl"
-            self.heldout = _drop_after(self.file, start or -1)  # no checkpoint: step 0 is evaluated again too
+            _drop_after(self.file, start or -1)  # no checkpoint: step 0 is evaluated again too
             sections = {name: values for name, values in recipe.items() if name in ("train", "loss", "xla")}
             flat = {f"{s}.{k}": v for s, values in sections.items() for k, v in values.items()}
             self.tracker = make_tracker(config, self.local.path, flat | {"target": recipe["target"]["path"]})
-        self.heldout = backend.hosts.from_first(self.heldout)  # all stop by `patience` at the same step
         self.bar = tqdm(total=total, initial=start, desc="train", unit="step", mininterval=1.0, disable=not self.speaks)
         self._since, self._tokens, self._speed, self._host_seconds, self._steps = time.perf_counter(), 0, 0.0, 0.0, 0
         self._work, self._work_speed = 0.0, 0.0
@@ -145,7 +142,6 @@ class Reporter:
     def log_heldout(self, step: int, figures: dict) -> None:
         """figures: train/heldout.py's. Starts the clock of tokens/s anew: evaluation is not training time."""
         tau, acceptance, sources = figures["tau"], figures["acceptance"], figures["sources"]
-        self.heldout.append(tau)
         self._write({"step": step, "heldout_tau": tau, "heldout_acceptance": acceptance, "heldout_sources": sources})
         by_source = ", ".join(f"{name} {value:.3f}" for name, value in sources.items()) if len(sources) > 1 else ""
         self.say(
@@ -154,13 +150,6 @@ class Reporter:
         )
         self._track({"heldout/tau": tau} | {f"heldout/tau/{name}": value for name, value in sources.items()}, step)
         self._since, self._tokens, self._work = time.perf_counter(), 0, 0.0
-
-    def best_tau(self) -> float | None:
-        return max(self.heldout, default=None)
-
-    def evaluations_without_gain(self) -> int:
-        """How many evaluations followed the best one."""
-        return len(self.heldout) - 1 - self.heldout.index(max(self.heldout)) if self.heldout else 0
 
     def say(self, message: str) -> None:
         if self.speaks:
@@ -214,20 +203,15 @@ class Reporter:
         self._complained = True
 
 
-def _drop_after(file: Path, step: int) -> list[float]:
-    """Rows past the checkpoint that a run resumes from will be written again. Returns the held-out taus up to it."""
+def _drop_after(file: Path, step: int) -> None:
+    """Rows past the checkpoint that a run resumes from will be written again."""
     if not file.exists():
-        return []
-    kept, taus = [], []
+        return
+    kept = []
     for line in file.read_text(errors="replace").splitlines():
         try:
-            row = json.loads(line)
-            if row["step"] <= step:
+            if json.loads(line)["step"] <= step:
                 kept.append(line + "\n")
-                taus += [row["heldout_tau"]] if "heldout_tau" in row else []
         except (ValueError, KeyError, TypeError, RecursionError):  # a line cut by a kill, or no line of ours
             continue
-    partial = file.with_suffix(".partial")
-    partial.write_text("".join(kept))
-    os.replace(partial, file)
-    return taus
+    storage.write(file, "".join(kept))

@@ -79,8 +79,8 @@ class Run:
     def first_step(self) -> int:
         return self.saved.micro_step if self.saved else 0
 
-    def checkpoint(self, done: int, tau: float | None) -> checkpoints.Checkpoint:
-        """The state after micro-step `done`, copied to the host; tau: what these weights reach on held-out rows."""
+    def checkpoint(self, done: int, tau: float | None, heldout_taus: list[float]) -> checkpoints.Checkpoint:
+        """The state after micro-step `done`, copied to the host; tau, heldout_taus: as the checkpoint has them."""
         to_host = self.backend.to_host
         return checkpoints.Checkpoint(
             micro_step=done,
@@ -92,6 +92,7 @@ class Run:
             data_key=self.data_key,
             draft_config=self.head.config.to_dict(),
             tau=tau,
+            heldout_taus=list(heldout_taus),
         )
 
 
