@@ -1,6 +1,8 @@
 """The loop learns; a seed gives the same weights twice; a killed run ends where an unbroken one does."""
 
 import json
+import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -16,6 +18,7 @@ from eagle3_xla.config import load_recipe
 from eagle3_xla.data.prepare import prepare
 from eagle3_xla.errors import RunError, UserError
 from eagle3_xla.outputs import only_writer
+from eagle3_xla.target.states import StatesStore
 from eagle3_xla.train.loop import train
 from eagle3_xla.train.step import TrainStep
 
@@ -144,6 +147,22 @@ def test_a_damaged_checkpoint_is_passed_over(small_run):
     assert len(said) == 2 and "damaged" in said[0] and "damaged" in said[1]
     train(recipe)
     assert_same(whole, final_weights(recipe))
+
+
+def test_a_signal_before_the_first_step_tells_where_the_run_is(small_run, tmp_path, monkeypatch):
+    recipe = recipe_of(
+        small_run, "train.reuse_states=true", "train.epochs=1", "loss.ttt_length=1", "train.eval_every=1"
+    )
+    begun = train(recipe, max_steps=1)
+    shutil.rmtree(tmp_path / "data" / "states")
+    fill = StatesStore.fill
+
+    def interrupted(*arguments):
+        os.kill(os.getpid(), signal.SIGTERM)
+        fill(*arguments)
+
+    monkeypatch.setattr(StatesStore, "fill", interrupted)
+    assert train(recipe) == begun | {"ended": "SIGTERM"} and begun["tau"]
 
 
 def test_weights_that_are_no_numbers_replace_no_checkpoint(small_run, monkeypatch):

@@ -48,8 +48,8 @@ def train(recipe: Recipe, max_steps: int = 0, allow_recompile: bool = False, pro
                 loop = Loop(run, reporter, saver, allow_recompile, stopping)
                 loop.steps(max_steps, profile)
                 return loop.summary()
-        except Stopped:
-            return {"micro_steps": 0, "ended": _why(stopping), "checkpoint": None}
+        except Stopped as stopped:
+            return _summary(recipe, stopped.saved, stopped.total_steps) | {"ended": _why(stopping)}
         finally:
             for number, handler in handlers.items():
                 signal.signal(number, handler)
@@ -69,6 +69,18 @@ def _stop_by_signals(stopping: list[str]) -> dict:
 
 def _why(stopping: list[str]) -> str:
     return stopping[0] if stopping else "SIGTERM"  # the latter: another host was told to
+
+
+def _summary(recipe: Recipe, saved: Checkpoint | None, total_steps: int) -> dict:
+    """Of a run that goes on from `saved`, before its first step."""
+    step = saved.micro_step if saved else 0
+    return {
+        "micro_steps": step,
+        "of": total_steps,
+        "tau": saved and saved.tau,
+        "best_tau": max(saved.heldout_taus, default=None) if saved else None,
+        "checkpoint": saved and str(storage.join(recipe.train.out, "checkpoints", f"step-{step:08d}")),
+    }
 
 
 class Loop:

@@ -35,7 +35,10 @@ SCALE_ROWS = 32  # of a warm start, for the scale of its aux channels alone
 
 
 class Stopped(Exception):
-    """SIGTERM before there was anything to save."""
+    """SIGTERM before the first step. saved: the checkpoint that the run was to go on from."""
+
+    def __init__(self, saved: checkpoints.Checkpoint | None, total_steps: int):
+        self.saved, self.total_steps = saved, total_steps
 
 
 @dataclasses.dataclass
@@ -127,7 +130,7 @@ def set_up(recipe: Recipe, stopping: list[str], hosts: Hosts, until_end: context
     target = backend.place_target(target)
     backend.settle()
 
-    states_of = _states_function(backend, target, stopping)
+    states_of = _states_function(backend, target, stopping, Stopped(saved, data.total_steps))
     if settings.reuse_states:
         _keep_states(recipe, backend, data, f"{rows_key} {target_key} {recipe.target.dtype}", states_of)
 
@@ -206,8 +209,8 @@ def _say_what_is_left_out(batches: Batches, batch: int, row_length: int) -> None
         )
 
 
-def _states_function(backend: Backend, target: Target, stopping: list[str]) -> StatesOf:
-    """host batch -> the target's states on the host."""
+def _states_function(backend: Backend, target: Target, stopping: list[str], stopped: Stopped) -> StatesOf:
+    """host batch -> the target's states on the host; raises `stopped` once `stopping` has an entry."""
 
     @backend.compile
     def target_states(batch: dict[str, torch.Tensor]) -> TargetStates:
@@ -215,7 +218,7 @@ def _states_function(backend: Backend, target: Target, stopping: list[str]) -> S
 
     def states_of(host_batch: dict[str, torch.Tensor]) -> TargetStates:
         if backend.hosts.any(bool(stopping)):
-            raise Stopped
+            raise stopped
         return TargetStates(*map(backend.to_host, target_states(backend.put(host_batch))))
 
     return states_of
