@@ -67,12 +67,15 @@ def test_a_folder_is_whole_or_absent(place):
     assert storage.entries(place) == ["step-1"]
 
 
-def test_copies_are_made_once_for_each_version(gcs):
+def test_copies_are_made_once_for_each_version(gcs, monkeypatch):
+    synced, fsync = [], os.fsync
+    monkeypatch.setattr(os, "fsync", lambda file: (synced.append(os.readlink(f"/proc/self/fd/{file}")), fsync(file)))
     url = f"{gcs.url}/versions"
     for name, content in (("a.txt", "one"), ("below/b.txt", "two"), ("big.bin", "left out")):
         storage.write(f"{url}/{name}", content)
     folder = local_copies.local_folder(url, without=".bin")
     assert storage.files(folder).keys() == {"a.txt", "below/b.txt"} and (folder / "a.txt").read_text() == "one"
+    assert len(synced) == 2 and all(storage.PARTIAL in name for name in synced)  # before a name that is trusted
     requests = gcs.requests
     assert local_copies.local_folder(url, without=".bin") == folder
     assert gcs.requests == requests + 1  # the listing alone

@@ -35,6 +35,7 @@ def local_file(location: Location, version: str | None = None) -> Path:
         partial = copy.with_name(f"{storage.PARTIAL}{os.getpid()}")  # several processes may want it
         try:
             storage.download(location, partial)
+            storage.fsync(partial)
             os.replace(partial, copy)
         finally:
             partial.unlink(missing_ok=True)

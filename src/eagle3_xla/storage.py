@@ -122,9 +122,9 @@ def whole_file(location: Location) -> Iterator[Path]:
     partial = location.with_name(f"{PARTIAL}{location.stem}")  # without its ending: engines load every *.safetensors
     try:
         yield partial
-        _fsync(partial)
+        fsync(partial)
         os.replace(partial, location)
-        _fsync(location.parent)
+        fsync(location.parent)
     finally:
         partial.unlink(missing_ok=True)
 
@@ -196,11 +196,11 @@ def whole_folder(folder: Location, last: str) -> Iterator[Path]:
         partial.mkdir()
         yield partial
         for name in [*files(partial), "."]:
-            _fsync(partial / name)
+            fsync(partial / name)
         if folder.exists():
             remove(folder)
         os.replace(partial, folder)
-        _fsync(folder.parent)
+        fsync(folder.parent)
     except BaseException:
         shutil.rmtree(partial, ignore_errors=True)
         raise
@@ -225,6 +225,16 @@ def remove_unfinished(parent: Location, last: str, prefix: str = "") -> None:
     else:
         for path in Path(parent).glob(f"{PARTIAL}*"):
             shutil.rmtree(path)
+
+
+def fsync(path: Path) -> None:
+    """Wait until a file or a folder of this machine is on its disk. What is renamed before may be a name alone after a
+    power loss."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 def cached(kind: str, what: str) -> Path:
@@ -306,11 +316,3 @@ def _in_one_line(location: Location) -> Iterator[None]:
         denied = isinstance(error, PermissionError) or re.search(r"Forbidden|, 40[13]$", reason)
         kind = PermissionError if denied else OSError
         raise kind(f"{location}: {'access is denied' if denied else 'the store failed'} ({reason})") from error
-
-
-def _fsync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

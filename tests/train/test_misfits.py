@@ -7,7 +7,9 @@ import shutil
 import numpy as np
 import pytest
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
+from test_checkpoint import file_size_limit
 
 from eagle3_xla import checkpoint as checkpoints
 from eagle3_xla import storage
@@ -153,6 +155,12 @@ def test_damaged_states_are_computed_again(tmp_path):
     assert (fill(tmp_path, 40), fill(tmp_path, 40)) == (32, 0)
     third.write_bytes(first.read_bytes())  # of more rows
     assert (fill(tmp_path, 40), fill(tmp_path, 40)) == (8, 0)
+
+
+def test_a_full_disk_leaves_no_half_written_states(tmp_path):
+    with file_size_limit(1024), pytest.raises(SafetensorError, match="File too large"):
+        fill(tmp_path, 40)
+    assert not any(tmp_path.iterdir())
 
 
 def test_the_target_runs_once_over_the_rows_whatever_a_batch_is(tmp_path):

@@ -19,6 +19,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from tqdm import tqdm
 
+from eagle3_xla import storage
 from eagle3_xla.data.batches import share_of_process, to_tensors
 from eagle3_xla.target.model import TargetStates
 
@@ -71,10 +72,12 @@ class StatesStore:
             "logsumexp": states.logsumexp.float(),
         }
         partial = self._file(start).with_suffix(f".partial-{uuid4().hex}")
-        save_file(shard, partial)
-        with partial.open("rb") as file:
-            os.fsync(file.fileno())  # before the name: a power loss leaves no file of zeros
-        os.replace(partial, self._file(start))
+        try:
+            save_file(shard, partial)
+            storage.fsync(partial)
+            os.replace(partial, self._file(start))
+        finally:
+            partial.unlink(missing_ok=True)
 
     def _remove_abandoned(self) -> None:
         for partial in self.path.glob("*.partial-*"):
