@@ -10,7 +10,7 @@ from eagle3_xla import cli
 from eagle3_xla.data.prompts import read_prompts
 from eagle3_xla.data.tokenizer import load_tokenizer, stop_token_ids
 from eagle3_xla.errors import UserError
-from eagle3_xla.evaluate.decode import Choice, SpeculativeDecoder, decode_plain
+from eagle3_xla.evaluate.decode import Choice, Decoder, SpeculativeDecoder
 from eagle3_xla.evaluate.draft_length import LONGEST, MeasuringDecoder
 from eagle3_xla.evaluate.forced import teacher_forced
 from eagle3_xla.evaluate.options import EvalOptions
@@ -111,7 +111,7 @@ def test_the_length_that_pays(small_pair):
 
 def test_short_answers_leave_no_length_unmeasured(small_pair, capsys):
     prompts = [list(range(start, start + 10)) for start in (5, 50, 90)]
-    answers = [decode_plain(small_pair[0], prompt, 40, set()).tokens for prompt in prompts]
+    answers = [Decoder(small_pair[0]).decode(prompt, 40, set()).tokens for prompt in prompts]
     short = next(i for i, own in enumerate(answers) if not any(own[1] in a[: 1 if a is own else 20] for a in answers))
     pilot = MeasuringDecoder(*small_pair, slots=3)
     _, rows = pilot.lengths(prompts, 20, {answers[short][1]}, [Choice()] * 3)
