@@ -11,6 +11,7 @@ import shlex
 import shutil
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import pytest
@@ -230,9 +231,14 @@ def test_a_save_to_a_bucket_that_fails_for_a_while_is_tried_again(gcs, bucket, m
     try:
         with pytest.raises(checkpoints.SaveFailed, match="step-00000002 is whole"), Saver(1, said.append) as saver:
             saver.save(bucket, at(3))
+        stopping = []  # nor does a run that is told to stop while it waits to save
+        with pytest.raises(checkpoints.SaveFailed), Saver(1, said.append, stopping=stopping) as saver:
+            saver.save(bucket, at(3))
+            threading.Timer(0.2, stopping.append, ["SIGTERM"]).start()
+            saver.save(bucket, at(4))
     finally:
         gcs.break_uploads = ""
-    assert len(said) == 1 and checkpoints.load_latest(bucket, pytest.fail).micro_step == 2
+    assert len(said) == 2 and checkpoints.load_latest(bucket, pytest.fail).micro_step == 2
     with pytest.raises(checkpoints.SaveFailed, match="access is denied"), Saver(1, pytest.fail) as saver:
         saver.save("gs://forbidden/run", at(1))
 

@@ -78,12 +78,16 @@ def test_a_slow_machine_gets_less_and_is_told(tmp_path):
     (tmp_path / "run.yaml").write_text(f"{WRITTEN_BY}quickstart\n")
     (tmp_path / "budget.json").write_text(json.dumps(budget._asdict()))
     assert module._earlier(tmp_path, None) == budget and module._earlier(tmp_path, 5.0) is None
-    (tmp_path / "run" / "checkpoints" / "step-00000100").mkdir(parents=True)
+    checkpoint = tmp_path / "run" / "checkpoints" / "step-00000100"
+    checkpoint.mkdir(parents=True)
     with pytest.raises(UserError, match=r"holds a head of other --minutes; .* as before \(no --minutes\)"):
         module.quickstart(tmp_path, 5.0)
     for damaged in ('{"tok', "[1]", json.dumps(budget._asdict() | {"tokens": "many"})):
         (tmp_path / "budget.json").write_text(damaged)
-        assert module._earlier(tmp_path, None) is None
+        with pytest.raises(UserError, match="an earlier version began, or its budget.json is damaged"):
+            module.quickstart(tmp_path, None)
+    checkpoint.rmdir()
+    assert module._earlier(tmp_path, None) is None
 
 
 def test_pieces_of_an_answer(tokenizer):

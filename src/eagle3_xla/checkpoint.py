@@ -177,16 +177,23 @@ def _what_remains(folder: Location, final: Location, needed: int, error: Excepti
         reason = reason.rpartition(": ")[2].partition(" (os error")[0]
     try:
         free = "" if storage.is_url(folder) else f", {shutil.disk_usage(folder).free:,} bytes are free there"
-        saved = _first_whole(folder, reversed(_steps(folder)), warn=lambda _: None)
+        newest = _newest_whole(folder)
     except OSError:
-        free, saved = ", the folder can't be read", None
-    newest = saved and storage.join(folder, f"{STEP}{saved.micro_step:08d}")
-    remaining = f"{newest} is whole" if saved else "no earlier checkpoint is there"
+        free, newest = ", the folder can't be read", None
+    remaining = f"{storage.join(folder, newest)} is whole" if newest else "no earlier checkpoint is there"
     remedy = "mend that" if storage.is_url(folder) else "make room"
     return (
         f"checkpoint {final} could not be written ({reason}): it takes {needed:,} bytes{free}. "
         f"{remaining}; {remedy} and start again to continue"
     )
+
+
+def _newest_whole(folder: Location) -> str | None:
+    """Name of the newest checkpoint; in a bucket those that have their checksums are whole, and none is read for it."""
+    if storage.is_url(folder):
+        return max(_steps(folder), default=None)
+    saved = _first_whole(folder, reversed(_steps(folder)), warn=lambda _: None)
+    return f"{STEP}{saved.micro_step:08d}" if saved else None
 
 
 def _verified_meta(path: Location) -> tuple[bytes, dict]:

@@ -47,7 +47,7 @@ def recipe_names() -> list[str]:
 def load_recipe(name: str | None, overrides: list[str]) -> Recipe:
     """The recipe `name` (one that ships, or a YAML file) with `section.key=value` overrides.
 
-    The value of a text setting is what it says, every other one is YAML.
+    The value of a text setting is what it says (but for OmegaConf's `${...}`), every other one is YAML.
 
     Raises UserError on an unknown recipe, an unknown key, a value of the wrong type or outside its range.
     """

@@ -150,25 +150,36 @@ def _budget(asked: float | None, machine: Machine) -> Budget:
 
 def _earlier(out: Path, asked: float | None) -> Budget | None:
     """The budget of the run that is continued: the machine may be busier now, the recipe must stay. Raises UserError
-    when it has a head of another `asked` already: preparing its data anew would be the end of that one too."""
-    file, checkpoints = out / "budget.json", out / "run" / "checkpoints"
-    try:
-        earlier = read_json(file) if file.is_file() else {}
-        if earlier.keys() != {*Budget._fields}:
-            return None
-        tokens, epochs = (number(earlier[name], name, 0, whole=True) for name in ("tokens", "epochs"))
-        train_seconds = number(earlier["train_seconds"], "train_seconds", 0)
-        gflops = number(earlier["gflops"], "gflops", 0, above=True)
-        budget = Budget(tokens, epochs, train_seconds, earlier["asked"], gflops)
-    except UserError:  # cut by a power loss, say: it is made again
-        return None
-    if budget.asked != asked and checkpoints.is_dir() and any(checkpoints.iterdir()):
+    when it has a head of another budget already: preparing its data anew would be the end of that one too."""
+    budget, checkpoints = _read_budget(out / "budget.json"), out / "run" / "checkpoints"
+    if budget and budget.asked == asked:
+        return budget
+    if checkpoints.is_dir() and any(checkpoints.iterdir()):
+        if not budget:
+            raise UserError(
+                f"{out} holds a head that an earlier version began, or its budget.json is damaged, so it can't be "
+                "continued; give --out DIR for a new one"
+            )
         before = "no --minutes" if budget.asked is None else f"--minutes {budget.asked}"
         raise UserError(
             f"{out} holds a head of other --minutes; start it as before ({before}) to continue, or give --out DIR for "
             "a new one"
         )
-    return budget if budget.asked == asked else None
+    return None
+
+
+def _read_budget(file: Path) -> Budget | None:
+    """None: there is none that can be read, after a power loss, say."""
+    try:
+        written = read_json(file) if file.is_file() else {}
+        if written.keys() != {*Budget._fields}:
+            return None
+        tokens, epochs = (number(written[name], name, 0, whole=True) for name in ("tokens", "epochs"))
+        train_seconds = number(written["train_seconds"], "train_seconds", 0)
+        gflops = number(written["gflops"], "gflops", 0, above=True)
+        return Budget(tokens, epochs, train_seconds, written["asked"], gflops)
+    except UserError:
+        return None
 
 
 def _heading(machine: Machine, budget: Budget) -> str:

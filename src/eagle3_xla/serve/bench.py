@@ -78,9 +78,13 @@ def bench(url: str, prompts: str, options: BenchOptions, baseline_url: str = "")
 
 
 def serves_another(server: Server, draft: str) -> bool:
-    """Whether the head that the server names is on this machine, and another one than `draft`."""
-    served = head_fingerprint(server.head) if server.head else None
-    return served is not None and served != head_fingerprint(draft)
+    """Whether the head that the server names is another one than `draft`; not where this machine can't read both."""
+    mine = head_fingerprint(draft)
+    try:
+        served = head_fingerprint(server.head) if server.head else None
+    except OSError:  # a folder of another user's
+        return False
+    return None not in (mine, served) and mine != served
 
 
 def server_prompts(server: Server, prompts: str, target: str, limit: int, request: Request) -> list[list[int]]:

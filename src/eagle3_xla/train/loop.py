@@ -42,7 +42,7 @@ def train(recipe: Recipe, max_steps: int = 0, allow_recompile: bool = False, pro
             run = set_up(recipe, stopping, hosts, until_end)
             settings = dataclasses.asdict(recipe)
             reporter = Reporter(recipe.train, run.data.total_steps, run.first_step, settings, run.backend)
-            saver = Saver(recipe.train.keep, reporter.say, reporter.upload)
+            saver = Saver(recipe.train.keep, reporter.say, reporter.upload, stopping)
             hosts.last_words = saver.finish
             with reporter, saver:
                 loop = Loop(run, reporter, saver, allow_recompile, stopping)
@@ -181,11 +181,13 @@ class Loop:
         measured = self._evaluation_is_due(updates)
         self.tau = self._evaluate() if measured else None
         stop = self.run.backend.hosts.any(bool(self.stopping))
+        if stop:
+            self.saver.hurry()
         if measured or stop or updates % settings.save_every == 0 or self.done == last_step:
             self.path = self._save(self.tau)
         if stop:
             self.ended = _why(self.stopping)
-            self.saver.wait(hurry=True)
+            self.saver.wait()
             reporter.say(f"{self.ended}: saved {self.path}; start again to continue")
         elif measured and self._gains_no_more():
             self.ended = "patience"
@@ -246,7 +248,9 @@ class Loop:
     def _refuse_what_is_not_finite(self, state: Checkpoint) -> None:
         """Raises RunError, on every host, before the checkpoints of a head that was one are replaced."""
         if not all(weight.isfinite().all() for weight in state.head.values()):
-            self.saver.wait(hurry=True)
+            self.saver.hurry()
+            self.saver.wait()
+            self.run.backend.hosts.barrier()  # a checkpoint that host 0 could not write is told first
             remains = f"{self.path} is whole" if self.path else "no checkpoint is there"
             raise RunError(
                 f"the weights are not finite after step {self.done}: start anew with a lower train.lr. {remains}"

@@ -2,7 +2,8 @@
 again, any other failure ends the run."""
 
 import threading
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Sized
 from concurrent.futures import Future, ThreadPoolExecutor
 from types import TracebackType
 
@@ -14,14 +15,21 @@ PAUSES = (60, 300, 900, 1800)  # seconds between the tries of a save to a bucket
 
 
 class Saver:
-    """keep, say: as checkpoint.save takes them; before(): is called in the thread before each.
+    """keep, say: as checkpoint.save takes them; before(): is called in the thread before each; stopping: has an entry
+    once the run is told to stop.
 
     As a context it waits for what is being written, whatever ended the block; a failure goes to `say` then, when the
     block ended for another one.
     """
 
-    def __init__(self, keep: int, say: Callable[[str], object], before: Callable[[], object] = lambda: None):
-        self.keep, self.say, self.before = keep, say, before
+    def __init__(
+        self,
+        keep: int,
+        say: Callable[[str], object],
+        before: Callable[[], object] = lambda: None,
+        stopping: Sized = (),
+    ):
+        self.keep, self.say, self.before, self.stopping = keep, say, before, stopping
         self._thread = ThreadPoolExecutor(1, "save")
         self._writing: Future | None = None
         self._hurried = threading.Event()
@@ -32,8 +40,9 @@ class Saver:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        self.hurry()
         try:
-            self.wait(hurry=True)
+            self.wait()
         except OSError as failed:
             if error is None:
                 raise
@@ -53,10 +62,10 @@ class Saver:
                 checkpoints.save(folder, state, self.keep, self.say)
                 return
             except checkpoints.SaveFailed as failed:
-                if isinstance(failed.__cause__, PermissionError):
+                if not _may_pass(failed.__cause__):
                     raise
-                self.say(f"{failed.__cause__}; the save is tried again within {pause} s while the steps go on")
-            if self._hurried.wait(pause):
+                self.say(f"{failed.__cause__}; tried again within {pause} s, the steps go on until the next save")
+            if self._hurried_within(pause):
                 break
         checkpoints.save(folder, state, self.keep, self.say)
 
@@ -65,15 +74,33 @@ class Saver:
         if self._writing and self._writing.done():
             self.wait()
 
+    def _hurried_within(self, seconds: float) -> bool:
+        end = time.monotonic() + seconds
+        while (left := end - time.monotonic()) > 0:
+            if self._hurried.wait(min(left, 1)) or len(self.stopping):
+                return True
+        return False
+
     def finish(self) -> None:
         """From another thread: until nothing is being written; no more can be saved."""
-        self._hurried.set()
+        self.hurry()
         self._thread.shutdown()
 
-    def wait(self, hurry: bool = False) -> None:
-        """Until it is written. Raises SaveFailed. hurry: where it fails, after one more try, from now on."""
-        if hurry:
-            self._hurried.set()
-        writing, self._writing = self._writing, None
-        if writing:
-            writing.result()
+    def hurry(self) -> None:
+        """From now on there is but one more try of a save that fails."""
+        self._hurried.set()
+
+    def wait(self) -> None:
+        """Until it is written. Raises SaveFailed."""
+        if writing := self._writing:
+            try:
+                writing.result()
+            finally:
+                if writing.done():  # not where Ctrl-C ends the wait
+                    self._writing = None
+
+
+def _may_pass(error: BaseException | None) -> bool:
+    """Whether it is the bucket's: storage.py gives its failures no number, as this machine's disk does."""
+    refused = isinstance(error, PermissionError | FileNotFoundError)
+    return isinstance(error, OSError) and error.errno is None and not refused
