@@ -57,7 +57,8 @@ wait_for() {
 # Sets base to a Python that the package runs on and that can make virtual environments; without one it fails, and
 # no_python says why.
 find_python() {
-  local version fits='import sys; v = sys.version_info[:2]; print("python%d.%d" % v); sys.exit(not (3, 11) <= v < (3, 14))'
+  local version fits='import sys; v = sys.version_info; print("python%d.%d" % v[:2])
+sys.exit(not (3, 11) <= v < (3, 14) or v.releaselevel != "final")' # python3.11 of Ubuntu 22.04 is a release candidate
   no_python=""
   for base in ${PYTHON:+"$PYTHON"} python3.11 python3.12 python3.13 python3; do
     version="$("$base" -c "$fits" 2>/dev/null)" || continue

@@ -30,12 +30,14 @@ if [ -n "$data" ]; then
   [ -n "$dry_run" ] || command -v gcloud >/dev/null || die "gcloud is not found; --data needs the Google Cloud CLI"
 fi
 
-# The images of TPU VMs bring Ubuntu 22.04, whose own Python is 3.10.
+# The images of TPU VMs bring Ubuntu 22.04, whose own Python is 3.10, and whose python3.11 is a release candidate; those of
+# the deadsnakes archive are releases.
 if ! find_python; then
   [ -n "$dry_run" ] || command -v apt-get >/dev/null || die "$no_python"
   # On a new VM Ubuntu's own upgrades hold apt's locks for some minutes; apt itself waits for dpkg's alone.
   apt=(sudo apt-get -qq -o DPkg::Lock::Timeout=600)
   tries 6 30 run "${apt[@]}" update || die "apt-get update failed, see above" 1
+  tries 6 30 run sudo add-apt-repository --yes ppa:deadsnakes/ppa || die "add-apt-repository failed, see above" 1
   tries 6 30 run "${apt[@]}" install --yes python3.11 python3.11-venv || die "apt-get install failed, see above" 1
   base=python3.11
 fi

@@ -30,6 +30,24 @@ def test_the_reference_slice_is_numbered_as_the_mesh_goes():
     assert mesh_devices(4, 4, find_topology("v5e-16").coordinates())[:2].tolist() == [[0, 1, 4, 5], [2, 3, 6, 7]]
 
 
+PRODUCTS = """
+import torch, torch_xla
+from eagle3_xla.xla.config import XlaConfig
+from eagle3_xla.xla.spmd import SpmdBackend
+for autocast in (False, True):
+    backend = SpmdBackend(XlaConfig(dp=2, autocast=autocast))
+    x = torch.ones(4, 4, device=backend.device)
+    hlo = torch_xla._XLAC._get_xla_tensors_hlo([(x + 1) @ x])
+    print(*(line.partition("operand_precision=")[2] or "default" for line in hlo.splitlines() if " dot(" in line))
+"""
+
+
+def test_float32_is_multiplied_as_float32(forks):
+    """On a TPU the default precision rounds the operands to bfloat16."""
+    done = forks.run_code(PRODUCTS, environment={"CPU_NUM_DEVICES": "2"})
+    assert done.stdout.split() == ["{highest,highest}", "default"], done.stderr
+
+
 def test_a_host_reads_the_part_of_its_replicas():
     mesh = mesh_devices(4, 4, find_topology("v5e-16").coordinates())
     third = [10, 11, 14, 15]  # the host at the far corner: the ring goes round it before the fourth

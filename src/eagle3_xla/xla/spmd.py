@@ -73,6 +73,8 @@ class SpmdBackend:
         self._tensor_parallel_draft = config.tp > 1 and not self._split_draft
         self.draft_groups = wanted if self._split_draft else config.dp  # devices that share the draft phase's rows
         self._autocast = config.autocast
+        # Without it a TPU multiplies float32 as bfloat16. (set_mat_mul_precision warns of every call.)
+        torch_xla._XLAC._xla_set_mat_mul_precision("default" if config.autocast else "highest")
         self._shape = f"dp={config.dp} x tp={config.tp}" + self._split_draft * f", draft dp={wanted}"
 
     @property
