@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
-# Serves a target with its draft head in SGLang: EAGLE3, 5 steps, topk 4, bfloat16.
+# Serves a target with its draft head in SGLang: EAGLE3, 5 steps, topk 4, bfloat16; a chain where SGLang is wrong with
+# the tree, which it sees in the folders (of hub ids give what `eval` prints).
 #   bash launch/serve_sglang.sh --target DIR [--head DIR] [options] [SGLang's own options]
 #     --target=DIR  the target, a folder or a hub id
 #     --head=DIR    its head, as `eagle3-xla export` writes it; without one: the server for bench --baseline
@@ -30,6 +31,14 @@ if [ -n "$head" ]; then
   # A head with a sliding window: SGLang counts the positions before a row's own.
   window="$(sed -n 's/.*"sliding_window": *\([0-9]\{1,\}\).*/\1/p' "$head/config.json" 2>/dev/null || true)"
   [ -z "$window" ] || command+=(--speculative-draft-window-size "$((window - 1))")
+  if [ -z "$cpu" ]; then # what a GPU's attention is right with: served_by in src/eagle3_xla/doctor/engines.py says why
+    of_type() { grep -Eq "\"model_type\": *\"($1)\"" "$target/config.json" 2>/dev/null; }
+    if [ -n "$window" ] || of_type "gpt_oss|gemma3_text"; then
+      command+=(--speculative-eagle-topk 1 --speculative-num-draft-tokens 6)
+    fi
+    ! of_type gemma3_text || command+=(--attention-backend triton)
+    [ -z "$window" ] || command+=(--speculative-draft-attention-backend fa3)
+  fi
   # A longrope target: its head has the positions that the target was first trained with.
   if grep -q '"longrope"' "$target/config.json" 2>/dev/null; then
     context="$(sed -n 's/.*"original_max_position_embeddings": *\([0-9]\{1,\}\).*/\1/p' "$target/config.json")"

@@ -152,7 +152,7 @@ def _asked(options: Namespace) -> str:
     return f"--server {shlex.quote(options.server)} --prompts {shlex.quote(options.prompts)}"
 
 
-def _served(target: str, head: str, prompts: str, engines: dict[str, dict[str, int]]) -> str:
+def _served(target: str, head: str, prompts: str, engines: dict[str, dict[str, int | str]]) -> str:
     """The command that serves the pair. engines: as doctor/engines.py has them."""
     name = next((name for name in engines if name.startswith(("SGLang", "vLLM"))), None)
     if name is None:

@@ -402,3 +402,4 @@ def test_a_window_that_vllm_lends_to_the_head(exported_head, tmp_path):
     edit(shutil.copytree(exported_head, tmp_path / "head"), WINDOWED, foreign=True)
     found = window(read_head(tmp_path / "head"), Target("target", MistralConfig(), None))
     assert "draft.window" not in found.message  # one of its own, which vLLM goes by
+    assert "--speculative-draft-attention-backend fa3 --speculative-eagle-topk 1 alone" in found.message

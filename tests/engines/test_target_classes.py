@@ -8,7 +8,7 @@ import pytest
 from engines.servers import engine_python
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
-from eagle3_xla.target.families import FAMILIES, LAST_IN_SGLANG, SGLANG, VLLM
+from eagle3_xla.target.families import FAMILIES, LAST_IN_SGLANG, SGLANG, VLLM, WINDOWED_IN_SGLANG
 
 GENERIC = "TransformersForCausalLM"  # of a target that the engine has no class for
 
@@ -71,9 +71,14 @@ def test_families(engine, serves):
     assert served == {kind for kind, family in FAMILIES.items() if engine in family.engines}
 
 
-def test_whose_last_layer_sglang_hands_out():
-    """A look at the index behind the last layer, after the loop over the layers."""
-    served = [kind for kind, family in FAMILIES.items() if SGLANG in family.engines]
-    files = {kind: sglang_file(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[kind]).read_text() for kind in served}
+def test_whose_last_layer_sglang_hands_out_and_whose_windows_it_has():
+    """A look at the index behind the last layer, after the loop over the layers; a window's size in the class."""
+    served = {
+        kind: MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[kind] for kind, family in FAMILIES.items() if SGLANG in family.engines
+    }
+    files = {kind: sglang_file(name).read_text() for kind, name in served.items()}
+    size = "get_attention_sliding_window_size"
+    windowed = {kind for kind, name in served.items() if inherits(sglang_file(name), name, size)}
+    assert windowed == {*WINDOWED_IN_SGLANG}
     behind = re.compile(r"(num|end)_layers? in self.layers_to_capture")
     assert {kind for kind in served if behind.search(files[kind])} == {*LAST_IN_SGLANG}

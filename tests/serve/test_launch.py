@@ -1,5 +1,6 @@
 """launch/serve_*.sh: the published flags, and one line for what is wrong before the engine starts or when it ends."""
 
+import json
 import os
 import shlex
 import shutil
@@ -9,8 +10,12 @@ import sys
 from pathlib import Path
 
 import pytest
+from transformers import Gemma3TextConfig, GptOssConfig, Qwen2Config
 
+from eagle3_xla.doctor.engines import CHAIN, TREE, served_by
+from eagle3_xla.draft.saved import read_head
 from eagle3_xla.serve.patch import MODEL
+from eagle3_xla.target import families
 
 LAUNCH = Path(__file__).parents[2] / "launch"
 SGLANG, SGLANG_JAX = LAUNCH / "serve_sglang.sh", LAUNCH / "serve_sglang_jax.sh"
@@ -58,6 +63,41 @@ def test_a_longrope_target(tmp_path):
     assert flags(SGLANG, "--target", tmp_path, "--head", "h")["--context-length"] == "4096"
     assert flags(SGLANG, "--target", tmp_path, "--head", "h", "--context-length", 99)["--context-length"] == "99"
     assert "--context-length" not in flags(SGLANG, "--target", "t", "--head", "h")
+
+
+FA3 = {"--speculative-draft-window-size": 15, "--speculative-draft-attention-backend": "fa3"}
+TRITON = {"--attention-backend": "triton"}
+
+
+@pytest.mark.parametrize(
+    "target, window, needed",
+    [
+        (Qwen2Config, None, {}),
+        (Qwen2Config, 16, CHAIN | FA3),
+        (GptOssConfig, None, CHAIN),
+        (Gemma3TextConfig, None, CHAIN | TRITON),
+        (Gemma3TextConfig, 16, CHAIN | TRITON | FA3),
+    ],
+)
+def test_windows_on_a_gpu(target, window, needed, exported_head, tmp_path):
+    """SGLang is given the drafts and the attention that it is right with; the script finds them in the folders."""
+    head = shutil.copytree(exported_head, tmp_path / "head")
+    if window:
+        config = json.loads((head / "config.json").read_text())
+        windowed = {"sliding_window": window, "layer_types": ["sliding_attention"]}
+        (head / "config.json").write_text(json.dumps(config | windowed, indent=2))
+    target().save_pretrained(tmp_path)
+    assert served_by(read_head(head), target())[families.SGLANG] == needed
+    pair = ("--target", tmp_path, "--head", head)
+    wanted = {name: str(value) for name, value in (TREE | needed).items()}
+    chosen = {*TREE, *FA3, *TRITON}
+    assert {name: value for name, value in flags(SGLANG, *pair).items() if name in chosen} == wanted
+    found = flags(SGLANG, *pair, "--cpu")
+    assert found["--speculative-eagle-topk"] == "4" and not {*found} & {
+        *TRITON,
+        "--speculative-draft-attention-backend",
+    }
+    assert flags(SGLANG, *pair, "--speculative-eagle-topk", 2)["--speculative-eagle-topk"] == "2"
 
 
 def line(done: subprocess.CompletedProcess, code: int) -> str:

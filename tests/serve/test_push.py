@@ -327,6 +327,9 @@ def test_commands_for_the_engines_that_serve_it(config, tensors, engines, export
     assert len(re.findall('dtype[ =]"?bfloat16', written)) == starts
     sizes = re.findall(r"window.size[ =](\d+)", written)
     assert sizes == (["15", "15"] if config == WINDOW else [])
+    topks = re.findall(r"sglang.(?:launch_server|Engine)(?s:.*?)eagle.topk[ =](\d)", written)
+    assert topks == ["1" if config == WINDOW else "4"] * (2 * ("SGLang" in engines.split()))
+    assert written.count('speculative_draft_attention_backend="fa3",\n    )') == (config == WINDOW)
     assert "The embedding is the target's and is not in the file.\n\n## Limitations" in written
     head.tensors["embed_tokens.weight"] = torch.ones(512, 64)
     with_embedding = content()
@@ -341,6 +344,7 @@ def test_commands_for_the_engines_that_serve_it(config, tensors, engines, export
         ("llama", False, "SGLang sglang-jax vLLM Python"),
         ("llama", True, "SGLang vLLM Python"),
         ("gemma3_text", True, "SGLang Python"),
+        ("gpt_oss", True, "SGLang vLLM Python"),
         ("olmo2", False, "vLLM"),
         ("gemma2", True, ""),
     ],
@@ -353,6 +357,9 @@ def test_commands_for_the_engines_that_serve_its_target(kind, tied, engines, exp
     assert re.findall(r"^(\S+?),?(?: .*)?:\n\n```", written, re.MULTILINE) == engines.split()
     assert ("No released engine" in written) == (not engines)
     assert ("patch apply" in written) == (kind == "qwen2")
+    assert written.count("speculative_eagle_topk=1,") == (kind in ("gemma3_text", "gpt_oss"))
+    assert ("--attention-backend triton\n```" in written) == (kind == "gemma3_text")
+    assert ('attention_backend="triton",' in written) == (kind == "gemma3_text")
 
 
 def test_commands_for_a_longrope_target(exported_head, small_target):

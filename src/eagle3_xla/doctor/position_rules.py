@@ -78,8 +78,12 @@ def window(head: SavedHead, target: Target) -> Finding:
         fix = dict(zip(fields, (trained, ["sliding_attention"], True))) if trained else dict.fromkeys(fields)
         return Finding("window", "fail", message, fix)
     if given:
-        message = f"the head sees {given} positions: vLLM reads that here, SGLang is to be told by "
-        message += f"--speculative-draft-window-size {given - 1} (without a row's own), sglang-jax sees all of them"
+        message = (
+            f"the head sees {given} positions: vLLM reads that here, SGLang is to be told by "
+            f"--speculative-draft-window-size {given - 1} (without a row's own) and is right on a GPU with "
+            "--speculative-draft-attention-backend fa3 --speculative-eagle-topk 1 alone (without FA3: vLLM), "
+            "sglang-jax sees all of them"
+        )
         return Finding("window", "warn", message)
     if lent := _lent_window(target.config):
         message = (

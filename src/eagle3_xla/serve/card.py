@@ -1,10 +1,11 @@
 """The model card of a head: every figure in it comes from a file, and names of foreign files can't write into it."""
 
+import json
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from eagle3_xla.checks import escaped
-from eagle3_xla.doctor.engines import served_by
+from eagle3_xla.doctor.engines import TREE, served_by
 from eagle3_xla.doctor.weight_rules import EMBEDDING
 from eagle3_xla.draft.saved import SavedHead, layers_of
 from eagle3_xla.evaluate.results import Figures
@@ -118,18 +119,20 @@ named above and on no others.{"".join(f" {limit}" for limit in facts.limits)}
 def _commands(head: SavedHead, target: Any, served: str, repo: str) -> str:
     """For the engines that serve them. target: its config; served: its name there."""
     engines = served_by(head, target)
+    of_sglang, of_vllm = TREE | engines.get(SGLANG, {}), engines.get(VLLM, {})
 
-    def options(engine: str) -> str:
-        return "".join(f" \\\n  {name} {value}" for name, value in engines.get(engine, {}).items())
+    def options(named: dict[str, Any]) -> str:
+        return "".join(f" \\\n  {name} {value}" for name, value in named.items())
 
-    named = {name.removeprefix("--").replace("-", "_"): value for name, value in engines.get(SGLANG, {}).items()}
-    arguments = "".join(f"\n        {name}={value}," for name, value in named.items())
+    arguments = "".join(
+        f"\n        {name.removeprefix('--').replace('-', '_')}={json.dumps(value)},"
+        for name, value in of_sglang.items()
+    )
     sglang = f"""SGLang:
 
 ```bash
 python -m sglang.launch_server --model-path {served} --speculative-algorithm EAGLE3 \\
-  --speculative-draft-model-path {repo} --speculative-num-steps 5 --speculative-eagle-topk 4 \\
-  --speculative-num-draft-tokens 8 --dtype bfloat16{options(SGLANG)}
+  --speculative-draft-model-path {repo} --dtype bfloat16{options(of_sglang)}
 ```
 """
     patched = ", with the patch of `eagle3-xla patch apply --engine sglang-jax`" if target.model_type == "qwen2" else ""
@@ -145,7 +148,7 @@ python -m sgl_jax.launch_server --model-path {served} --speculative-algorithm EA
 
 ```bash
 vllm serve {served} \\
-  --speculative-config '{{"method": "eagle3", "model": "{repo}", "num_speculative_tokens": 5}}'{options(VLLM)}
+  --speculative-config '{{"method": "eagle3", "model": "{repo}", "num_speculative_tokens": 5}}'{options(of_vllm)}
 ```
 """
     python = f"""Python, in SGLang:
@@ -158,10 +161,7 @@ if __name__ == "__main__":
         model_path="{served}",
         dtype="bfloat16",
         speculative_algorithm="EAGLE3",
-        speculative_draft_model_path="{repo}",
-        speculative_num_steps=5,
-        speculative_eagle_topk=4,
-        speculative_num_draft_tokens=8,{arguments}
+        speculative_draft_model_path="{repo}",{arguments}
     )
     print(engine.generate("The capital of France is", {{"temperature": 0, "max_new_tokens": 32}})["text"])
 ```

@@ -53,6 +53,7 @@ BY_LAYER, ALL_LAYERS = "by layer", "all layers"
 # SGLang calls `set_eagle3_layers_to_capture` of any target's class, vLLM asks for SupportsEagle3.
 SGLANG, VLLM, SGLANG_JAX = "SGLang 0.5.21", "vLLM 0.32", "sglang-jax"
 LAST_IN_SGLANG = ("gpt_oss", "gemma3_text")  # whose classes in SGLang hand out the last layer's output too
+WINDOWED_IN_SGLANG = ("gpt_oss", "gemma3_text")  # served there with windows; its Llama, Qwen and Phi-3 have none
 IN_SGLANG_JAX = ("qwen2", "llama", "qwen3")  # at cddbf6f1: Qwen2 by patches/sglang-jax-qwen2.patch
 
 
