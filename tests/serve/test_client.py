@@ -9,9 +9,12 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 import pytest
 
 from eagle3_xla import cli
+from eagle3_xla.data.tokenizer import load_tokenizer, stop_token_ids
 from eagle3_xla.draft.saved import load_head
 from eagle3_xla.errors import RunError, UserError
 from eagle3_xla.evaluate.fingerprint import measured
+from eagle3_xla.evaluate.options import EvalOptions
+from eagle3_xla.evaluate.run import decode_all, load_pair, prompt_ids
 from eagle3_xla.serve.bench import BenchOptions, _against, _drafts, bench, run_prompts, screen
 from eagle3_xla.serve.client import VLLM, Answer, Request, connect
 from eagle3_xla.serve.gap import _with_theta
@@ -313,3 +316,38 @@ def test_gap_names_a_head_that_doctor_fails(serving, exported_head, small_target
     assert cli.main(arguments) == 2 and "hidden_act is 'snake'" in capsys.readouterr().err
     alone = serving(pages | {"/server_info": (200, json.dumps(INFO | {"speculative_algorithm": None}))})
     assert cli.main([*arguments, "--server", alone]) == 2 and "serves without a head" in capsys.readouterr().err
+
+
+def test_gap_is_none_where_only_a_near_tie_differs(serving, exported_head, small_target, chat_file, capsys):
+    """Another kernel chooses another of two tokens once; acceptance is that of `eval`."""
+    options = EvalOptions(limit=2, max_new_tokens=6, draft_tokens=2, batch_size=1)
+    tokenizer = load_tokenizer(str(small_target))
+    ids = prompt_ids(tokenizer, str(chat_file), options, 10**6)
+    pair, stop_ids = load_pair(str(small_target), str(exported_head), options), stop_token_ids(small_target, tokenizer)
+    answers = []
+    for generation in decode_all(pair, ids, stop_ids, options):
+        reached = [generation.accepted.count(drafts) for drafts in range(3)]
+        meta = {"spec_num_correct_drafts": sum(generation.accepted), "spec_correct_drafts_histogram": reached}
+        answers.append((generation.tokens, {"spec_verify_ct": len(generation.accepted)} | meta))
+
+    def gap(*more: str) -> tuple[int, str]:
+        chunks = (chunk(tokens, **meta) for tokens, meta in [answers[0], *answers])  # the first is the warm-up
+        counts = ({"usage": {"prompt_tokens": len(prompt)}} for prompt in ids)
+        pages = {"/server_info": (200, json.dumps(INFO | {"speculative_draft_model_path": str(exported_head)}))}
+        pages |= {"/generate": lambda: (200, next(chunks)), "/flush_cache": (200, "{}")}
+        pages |= {"/v1/chat/completions": lambda: (200, json.dumps(next(counts)))}
+        arguments = ["--prompts", chat_file, "--target", small_target, "--draft", exported_head, "--limit", 2]
+        arguments += ["--server", serving(pages), "--max-new-tokens", 6, *more]
+        return cli.main(["gap", *map(str, arguments)]), capsys.readouterr().out
+
+    code, said = gap()
+    assert code == 0 and "no gap" in said and "differ between" not in said
+    answers[1] = ([*answers[1][0][:-1], answers[1][0][-1] ^ 1], answers[1][1])
+    code, said = gap()
+    assert code == 0 and "no gap" in said and "note: 1 of 2 greedy answers differ" in said
+    code, said = gap("--json")
+    result = json.loads(said)
+    assert code == 0 and result["ok"] and not result["causes"] and result["identical"] is False
+    answers[1][1].update(spec_num_correct_drafts=3, spec_correct_drafts_histogram=[2, 1, 1])  # another acceptance
+    code, said = gap()
+    assert code == 1 and "- 1 of 2 greedy answers differ" in said
