@@ -254,6 +254,7 @@ def _add_verbs(subparsers: Any, common: Parser, recipe: Parser) -> None:
     verb.add_argument("--draft", required=True, help="the exported head that the server serves")
     verb.add_argument("--max-new-tokens", type=SIZE, default=128)
     verb.add_argument("--dtype", default="float32", choices=("float32", "bfloat16"), help="of the offline side")
+    verb.add_argument("--device", default="cpu", choices=("cpu", "cuda"), help="of the offline side")
 
     verb = verbs.add_parser("push", parents=[common], help="a head to the hub, with a card of measured figures")
     verb.add_argument("head", metavar="DIR", help="an exported head")

@@ -295,7 +295,8 @@ def _gap(options: Namespace, overrides: list[str]) -> dict:
         from eagle3_xla.evaluate.options import EvalOptions
         from eagle3_xla.serve.gap import gap
 
-    settings = EvalOptions(limit=options.limit, max_new_tokens=options.max_new_tokens, dtype=options.dtype)
+    names = "limit max_new_tokens dtype device"
+    settings = EvalOptions(**{name: getattr(options, name) for name in names.split()})
     return gap(options.target, options.draft, options.prompts, options.server, settings)
 
 

@@ -351,3 +351,9 @@ def test_gap_is_none_where_only_a_near_tie_differs(serving, exported_head, small
     answers[1][1].update(spec_num_correct_drafts=3, spec_correct_drafts_histogram=[2, 1, 1])  # another acceptance
     code, said = gap()
     assert code == 1 and "- 1 of 2 greedy answers differ" in said
+
+
+def test_the_device_of_gap(monkeypatch, capsys):
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    arguments = ["gap", "--server", "u", "--prompts", "p", "--target", "t", "--draft", "d", "--device", "cuda"]
+    assert cli.main(arguments) == 2 and "--device cuda: torch finds no GPU here" in capsys.readouterr().err
