@@ -59,12 +59,14 @@ VERDICT = Path(__file__).parents[2] / "benchmarks/plans/qwen2.5-1.5b-v5e-8.json"
 
 
 class Hub(BaseHTTPRequestHandler):
-    """The calls that an upload makes; `received` holds the files of commits."""
+    """The calls that an upload makes; `received` holds the files of commits, `asked` the paths of the calls."""
 
     received: dict = {}
+    asked: list = []
     refuses = exists = private = False
 
     def do_POST(self):
+        self.asked.append(self.path)
         body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
         if not self.headers.get("Authorization"):
             return self.answer({"error": "who are you"}, 401)
@@ -112,7 +114,7 @@ class Hub(BaseHTTPRequestHandler):
 
 @pytest.fixture
 def hub():
-    Hub.received, Hub.refuses, Hub.exists, Hub.private = {}, False, False, False
+    Hub.received, Hub.asked, Hub.refuses, Hub.exists, Hub.private = {}, [], False, False, False
     server = ThreadingHTTPServer(("127.0.0.1", 0), Hub)
     threading.Thread(target=server.serve_forever, daemon=True).start()
     yield f"http://127.0.0.1:{server.server_port}"
@@ -273,6 +275,7 @@ def test_a_repository_of_something_else_is_kept(pushed, online, small_target, ca
         assert cli.main([*map(str, arguments), *more]) == 2
         return capsys.readouterr().err
 
+    assert "--repo head: OWNER/NAME is expected" in refused("--repo", "head") and Hub.asked == []
     assert "--repo me/head is the target; name a repository for the head" in refused("--base-model", "Me/head")
     assert "--private: me/head is there already, and public" in refused("--private")
     Hub.exists, model = True, {"model-00001-of-00002.safetensors": b"x", "config.json": b"{}"}

@@ -69,6 +69,8 @@ def push(folder: str | Path, target: str, repo: str, options: PushOptions) -> di
     base = options.base_model or (target if not Path(target).is_dir() else None)
     for name, value in (("--repo", repo), ("--base-model", base)):
         _check_id(name, value)
+    if "/" not in repo:
+        raise UserError(f"--repo {repo}: OWNER/NAME is expected")
     if base and repo.lower() == base.lower():
         raise UserError(f"--repo {repo} is the target; name a repository for the head")
     given = {"license": [options.license], "target-license": [options.target_license]}
