@@ -98,6 +98,11 @@ def first_line(error: BaseException) -> str:
     return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
+def one_line(error: BaseException) -> str:
+    """All of its message; its type where it has none."""
+    return " ".join(str(error).split()) or type(error).__name__
+
+
 def of_this_machine(folder: str | Path, option: str) -> Path:
     """Raises UserError for a URL, of which a Path would make the name of a folder here."""
     if storage.is_url(folder):

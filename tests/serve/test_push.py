@@ -63,7 +63,7 @@ class Hub(BaseHTTPRequestHandler):
 
     received: dict = {}
     asked: list = []
-    refuses = exists = private = False
+    refuses = exists = private = refuses_card = broken_storage = False
 
     def do_POST(self):
         self.asked.append(self.path)
@@ -72,13 +72,19 @@ class Hub(BaseHTTPRequestHandler):
             return self.answer({"error": "who are you"}, 401)
         if self.refuses or self.headers["Authorization"] != "Bearer hf_test":
             return self.answer({"error": "you may not write here"}, 403)
+        if self.path == "/api/validate-yaml" and self.refuses_card:
+            return self.answer({"errors": [{"message": '"license" must be one of [apache-2.0, mit]'}]}, 400)
         if self.path == "/api/repos/create":
             made = {"url": f"http://{self.headers['Host']}/me/head", "name": "me/head"}
             said = {"error": "You already created this model repo"}
             return self.answer(said | made, 409) if self.exists else self.answer(made)
         if "/preupload/" in self.path:
             files = json.loads(body)["files"]
-            return self.answer({"files": [{**f, "uploadMode": "regular", "shouldIgnore": False} for f in files]})
+            mode = "lfs" if self.broken_storage else "regular"
+            return self.answer({"files": [{**f, "uploadMode": mode, "shouldIgnore": False} for f in files]})
+        if self.path.endswith("/info/lfs/objects/batch"):  # nothing answers the PUT to that place
+            place = {"upload": {"href": f"http://{self.headers['Host']}/storage"}}
+            return self.answer({"objects": [part | {"actions": place} for part in json.loads(body)["objects"]]})
         if "/commit/" in self.path:
             for line in map(json.loads, body.splitlines()):
                 if line["key"] == "file":
@@ -115,6 +121,7 @@ class Hub(BaseHTTPRequestHandler):
 @pytest.fixture
 def hub():
     Hub.received, Hub.asked, Hub.refuses, Hub.exists, Hub.private = {}, [], False, False, False
+    Hub.refuses_card = Hub.broken_storage = False
     server = ThreadingHTTPServer(("127.0.0.1", 0), Hub)
     threading.Thread(target=server.serve_forever, daemon=True).start()
     yield f"http://127.0.0.1:{server.server_port}"
@@ -169,7 +176,16 @@ def test_the_head_and_its_card_arrive(pushed, online, small_target, monkeypatch,
 
     Hub.refuses = True
     assert "the upload to me/head failed, start it again to finish" in refused()
-    Hub.refuses, Hub.exists = False, True
+    Hub.refuses, Hub.broken_storage = False, True
+    assert "the upload to me/head failed, start it again to finish: Error while uploading" in refused()
+    Hub.broken_storage, Hub.refuses_card, Hub.asked = False, True, []
+    assert cli.main([*arguments, "--license", "Apache-2.0"]) == 2
+    said = capsys.readouterr().err.splitlines()[-1]
+    assert said.endswith(
+        'the hub refuses the card: Invalid metadata in README.md. - "license" must be one of [apache-2.0, mit]'
+    )
+    assert Hub.asked == ["/api/validate-yaml"] and Hub.received == {}
+    Hub.refuses_card, Hub.exists = False, True
     page = head.parent / "page.html"
     figures = json.loads(evaluated.read_text()) | PAGE
     write_page(page, figures, [], None)

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from eagle3_xla import storage
-from eagle3_xla.checks import of_this_machine
+from eagle3_xla.checks import of_this_machine, one_line
 from eagle3_xla.doctor.files import read_target
 from eagle3_xla.doctor.run import first_failure
 from eagle3_xla.draft.saved import INDEX, read_head, weight_files
@@ -61,7 +61,8 @@ def push(folder: str | Path, target: str, repo: str, options: PushOptions) -> di
 
     target: folder or hub id of the model it drafts for. `left_out` names what the card lacks for want of a file.
     Raises UserError for a head that fails a rule of `doctor`, for results that are none or another head's, for a
-    README.md of someone else, for a repository of something else; RunError when the hub refuses.
+    README.md of someone else, for a repository of something else, for a card that the hub refuses (a license that it
+    doesn't list); RunError when the upload fails.
     """
     if storage.is_url(folder):
         raise UserError(f"`push` writes its card into the head's folder; copy {folder} to this machine first")
@@ -188,10 +189,11 @@ def _of_this_head(figures: Figures, folder: Path, target: str) -> Figures:
 
 def _upload(head: Path, files: list[str], repo: str, options: PushOptions) -> str:
     from huggingface_hub import HfApi, get_token
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalTokenNotFoundError
+    from huggingface_hub.errors import HFValidationError, LocalTokenNotFoundError, XetError
 
     api, patterns = HfApi(), [glob.escape(file) for file in files]
     try:
+        _check_card(api, (head / "README.md").read_text())
         url = api.create_repo(repo, private=options.private, exist_ok=True)
         there = api.list_repo_files(repo)
         # Of an earlier upload these would go on as this head's weights and figures.
@@ -209,12 +211,24 @@ def _upload(head: Path, files: list[str], repo: str, options: PushOptions) -> st
         raise UserError(f"--repo {repo}: {str(error).splitlines()[0]}") from None
     except LocalTokenNotFoundError:
         raise RunError(NO_TOKEN) from None
-    except (HfHubHTTPError, OSError) as error:
+    except UserError:
+        raise
+    except (OSError, ValueError, RuntimeError, XetError) as error:  # OSError: HTTP errors too
         if getattr(getattr(error, "response", None), "status_code", None) == 401:
             raise RunError(NO_TOKEN) from None
-        reason = " ".join(str(error).split())[:300].replace(get_token() or "\0", "***")
+        reason = one_line(error)[:300].replace(get_token() or "\0", "***")
         raise RunError(f"the upload to {repo} failed, start it again to finish: {reason}") from None
     return str(url)
+
+
+def _check_card(api: Any, content: str) -> None:
+    """Raises UserError when the hub refuses the card's metadata, which an upload asks once there is a repository."""
+    try:
+        api._validate_yaml(content)
+    except OSError:  # the network, or an answer that is no JSON, which is a ValueError too
+        raise
+    except ValueError as error:
+        raise UserError(f"the hub refuses the card: {one_line(error)}") from None
 
 
 def _refuse_others(api: Any, repo: str, changed: list[str], options: PushOptions) -> None:
