@@ -243,3 +243,10 @@ def test_prepare_from_folders_like_the_hubs(packed, tmp_path, small_target):
 def test_an_unreachable_hub_set_says_what_to_do():
     with pytest.raises(UserError, match="neither a file nor a folder here, and the hub did not answer .* download it"):
         sources.fingerprint(Source(path="mlabonne/open-perfectblend"))
+
+
+def test_a_folder_that_datasets_has_no_package_for(tmp_path):
+    traced = openai(("user", "Hi"), ("assistant", "Hello."), id="a", source="s", model="m", system_prompt="p")
+    write(tmp_path / "traces" / "a.jsonl", [traced])
+    with pytest.raises(UserError, match=r"traces\[train\]:1: can't be read as a dataset .*install 'teich'"):
+        list(sources.rows(Source(path=str(tmp_path / "traces")), 0))

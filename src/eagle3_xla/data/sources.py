@@ -109,6 +109,7 @@ def _dataset_rows(source: Source, seed: int) -> Iterator[tuple[str, dict]]:
         ValueError,
         TypeError,
         RuntimeError,
+        ImportError,  # audio, agent traces: read by packages that are not here
         pyarrow.ArrowException,
         datasets.exceptions.DatasetsError,
     ) as e:
