@@ -250,3 +250,17 @@ def test_a_folder_that_datasets_has_no_package_for(tmp_path):
     write(tmp_path / "traces" / "a.jsonl", [traced])
     with pytest.raises(UserError, match=r"traces\[train\]:1: can't be read as a dataset .*install 'teich'"):
         list(sources.rows(Source(path=str(tmp_path / "traces")), 0))
+
+
+def test_a_configuration_of_a_set(tmp_path):
+    rows = {name: chats(2, source=name) for name in ("short", "long")}
+    for name in rows:
+        write(tmp_path / name / "a.jsonl", rows[name])
+    configs = [{"config_name": name, "data_files": f"{name}/*"} for name in rows]
+    (tmp_path / "README.md").write_text(f"---\nconfigs: {json.dumps(configs)}\n---\n")
+    with pytest.raises(UserError, match=r"can't be read as a dataset \(Config name is missing.*\['short', 'long'\]"):
+        list(sources.rows(Source(path=str(tmp_path)), 0))
+    of_each = {name: Source(path=str(tmp_path), config=name) for name in rows}
+    for name, source in of_each.items():
+        assert [row for _, row in sources.rows(source, 0)] == rows[name]
+    assert len({sources.fingerprint(source) for source in of_each.values()}) == 2

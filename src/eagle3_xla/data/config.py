@@ -17,6 +17,7 @@ class Source:
     cap: int = setting(0, within="[0, inf)")  # at most so many conversations of it; 0: no cap
     # stop after so many rows (a hub set is shuffled as it streams); 0: all rows
     read: int = setting(0, within="[0, inf)")
+    config: str = ""  # hub sets and folders: which of their configurations, where they have several
     split: str = "train"  # hub sets and folders
     file: str = ""  # hub sets and folders: this file of it
     revision: str = ""  # hub sets: a commit, tag or branch

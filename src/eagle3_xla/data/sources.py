@@ -5,7 +5,7 @@ from collections.abc import Iterator
 from dataclasses import asdict, replace
 from pathlib import Path
 
-from eagle3_xla.checks import first_line
+from eagle3_xla.checks import first_line, one_line
 from eagle3_xla.data.config import Source
 from eagle3_xla.data.files import PACKAGED, data_file, read_rows, without_nulls
 from eagle3_xla.errors import UserError
@@ -46,7 +46,11 @@ def is_file(source: Source) -> bool:
 
 
 def fingerprint(source: Source) -> str:
-    """sha256 of a local file or folder; the commit of a hub set."""
+    """sha256 of a local file or folder, or the commit of a hub set; then the name of its configuration, if any."""
+    return " ".join(filter(None, [_content(source), source.config]))
+
+
+def _content(source: Source) -> str:
     path = data_file(source.path)
     if is_file(source):
         if not path.is_file():
@@ -94,6 +98,7 @@ def _dataset_rows(source: Source, seed: int) -> Iterator[tuple[str, dict]]:
     try:
         stream = datasets.load_dataset(
             str(data_file(source.path)),
+            name=source.config or None,
             data_files=source.file or None,
             split=source.split,
             revision=source.revision or None,
@@ -113,4 +118,4 @@ def _dataset_rows(source: Source, seed: int) -> Iterator[tuple[str, dict]]:
         pyarrow.ArrowException,
         datasets.exceptions.DatasetsError,
     ) as e:
-        raise UserError(f"{name}:{number + 1}: can't be read as a dataset ({first_line(e)})") from None
+        raise UserError(f"{name}:{number + 1}: can't be read as a dataset ({one_line(e)})") from None
