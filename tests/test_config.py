@@ -46,6 +46,7 @@ def test_shipped_recipes_load(name, tmp_path):
         ("data.train=[a] data.conversations=9", r"is 9 \(perhaps the recipe's\), but no source has a share: give each"),
         ('data.train=[{"path":"a","share":1}]', "its sources have shares; of how many, say in data.conversations"),
         ('data.heldout=[{"path":"a","share":1}]', r"data.heldout\[0\].share is 1; .* give a held-out source a cap"),
+        ('data.train=[{"path":"a","config":"b","file":"c"}]', r"train\[0\] has config 'b' and file 'c'; .* leave one"),
         ("data.seed=-1", "data.seed is -1; it must be at least 0"),
         ("train.epochs=99999999999999999999", "train.epochs is 9+; a finite number is expected, whole ones below"),
         ("data.train=[unclosed", r"setting data.train=\[unclosed: not valid YAML"),

@@ -2,6 +2,7 @@
 
 import gzip
 import json
+from dataclasses import replace
 
 import pyarrow
 import pytest
@@ -250,6 +251,7 @@ def test_a_folder_that_datasets_has_no_package_for(tmp_path):
     write(tmp_path / "traces" / "a.jsonl", [traced])
     with pytest.raises(UserError, match=r"traces\[train\]:1: can't be read as a dataset .*install 'teich'"):
         list(sources.rows(Source(path=str(tmp_path / "traces")), 0))
+    assert [row for _, row in sources.rows(Source(path=str(tmp_path / "traces"), file="a.jsonl"), 0)] == [traced]
 
 
 def test_a_configuration_of_a_set(tmp_path):
@@ -264,3 +266,21 @@ def test_a_configuration_of_a_set(tmp_path):
     for name, source in of_each.items():
         assert [row for _, row in sources.rows(source, 0)] == rows[name]
     assert len({sources.fingerprint(source) for source in of_each.values()}) == 2
+
+
+@pytest.mark.parametrize("name", ["a.json", "main/a.parquet", "a.jsonl.gz"])
+def test_one_file_of_a_set_is_read_here(name, tmp_path, monkeypatch):
+    """datasets would read an array whole into memory; and `split` is no matter."""
+    monkeypatch.setattr("datasets.load_dataset", None)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    rows, commit = chats(3), "0" * 40
+    folder = tmp_path / "datasets--org--set" / "snapshots" / commit
+    write(folder / name, rows)
+    of_hub = Source(path="org/set", file=name, revision=commit, split="test")
+    lines = [2, 15, 28] if name == "a.json" else [1, 2, 3]
+    assert list(sources.rows(of_hub, 0)) == [(f"org/set/{name}:{n}", row) for n, row in zip(lines, rows, strict=True)]
+    assert len(list(sources.rows(replace(of_hub, read=2), 0))) == 2
+    of_folder = sources.rows(Source(path=str(folder), file=name), 0)
+    assert list(of_folder) == [(f"{folder / name}:{n}", row) for n, row in zip(lines, rows, strict=True)]
+    with pytest.raises(UserError, match=r"org/set/b.json can't be downloaded \(.* cannot find"):
+        list(sources.rows(replace(of_hub, file="b.json"), 0))

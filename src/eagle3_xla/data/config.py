@@ -15,11 +15,11 @@ class Source:
     name: str = ""  # in manifest and held-out figures; default: each row's own `source`, else the file's name
     share: float = setting(0.0, within="[0, inf)")  # relative part of data.conversations; 0: everything
     cap: int = setting(0, within="[0, inf)")  # at most so many conversations of it; 0: no cap
-    # stop after so many rows (a hub set is shuffled as it streams); 0: all rows
+    # stop after so many rows (a hub set without `file` is shuffled as it streams); 0: all rows
     read: int = setting(0, within="[0, inf)")
     config: str = ""  # hub sets and folders: which of their configurations, where they have several
     split: str = "train"  # hub sets and folders
-    file: str = ""  # hub sets and folders: this file of it
+    file: str = ""  # hub sets and folders: this file of it, whatever its split
     revision: str = ""  # hub sets: a commit, tag or branch
 
 
@@ -71,6 +71,11 @@ class DataConfig:
             for number, source in enumerate(getattr(self, key)):
                 if not source.path:
                     raise UserError(f"setting data.{key}[{number}].path is empty; name a file, a folder or a hub id")
+                if source.config and source.file:
+                    raise UserError(
+                        f"setting data.{key}[{number}] has config {source.config!r} and file {source.file!r}; a file "
+                        "is read whatever its configuration: leave one out"
+                    )
         for number, source in enumerate(self.heldout):
             if source.share:
                 raise UserError(

@@ -17,7 +17,7 @@ from eagle3_xla.errors import UserError
 SETS = {
     "mt-bench": Source(path="HuggingFaceH4/mt_bench_prompts"),
     "humaneval": Source(path="openai/openai_humaneval", split="test"),
-    "gsm8k": Source(path="openai/gsm8k", file="main/test-00000-of-00001.parquet"),  # a file by name is split "train"
+    "gsm8k": Source(path="openai/gsm8k", file="main/test-00000-of-00001.parquet"),
     "math500": Source(path="HuggingFaceH4/MATH-500", split="test"),
     "alpaca": Source(path="tatsu-lab/alpaca"),
 }

@@ -1,6 +1,7 @@
 """Sources of conversations: the three public sets by name, hub ids, folders and local files, all as streams of rows."""
 
 import hashlib
+import re
 from collections.abc import Iterator
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -18,7 +19,8 @@ KNOWN = {
     "perfectblend": Source(path="mlabonne/open-perfectblend", read=200_000),
 }
 ENDINGS = {".jsonl", ".json", ".parquet", ".gz", ".zst"}  # of what is surely a file; hub ids have dots too
-SHUFFLE_BUFFER = 10_000  # rows; of a hub set that is not read to its end
+ONE_FILE = re.compile(r"[^*?\[:]+\.(jsonl|json|parquet)(\.gz|\.zst)?")  # of a set; read here, so it may be of any size
+SHUFFLE_BUFFER = 10_000  # rows; of a set that is not read to its end
 
 
 def resolve(source: Source) -> Source:
@@ -80,12 +82,35 @@ def _content(source: Source) -> str:
 
 
 def rows(source: Source, seed: int) -> Iterator[tuple[str, dict]]:
-    """The source's rows as (where, row); `seed` shuffles a stream that `read` ends early."""
-    stream = read_rows(data_file(source.path)) if is_file(source) else _dataset_rows(source, seed)
+    """The source's rows as (where, row); `seed` shuffles the stream of a set's files that `read` ends early."""
+    if is_file(source):
+        stream = read_rows(data_file(source.path))
+    elif ONE_FILE.fullmatch(source.file):
+        stream = _rows_of_file(source)
+    else:
+        stream = _dataset_rows(source, seed)
     for number, row in enumerate(stream):
         if source.read and number >= source.read:
             return
         yield row
+
+
+def _rows_of_file(source: Source) -> Iterator[tuple[str, dict]]:
+    """Of `source.file` in a folder, or in a hub set: a copy of it stays in the hub's cache."""
+    folder = data_file(source.path)
+    if folder.is_dir():
+        yield from read_rows(folder / source.file)
+        return
+    from huggingface_hub import hf_hub_download
+    from huggingface_hub.errors import XetError
+
+    name = f"{source.path}/{source.file}"
+    try:
+        copy = hf_hub_download(source.path, source.file, repo_type="dataset", revision=source.revision or None)
+    except (OSError, ValueError, RuntimeError, XetError) as error:  # OSError: HTTP errors too
+        raise UserError(f"{name} can't be downloaded ({one_line(error)})") from None
+    for where, row in read_rows(Path(copy)):
+        yield name + where.removeprefix(copy), row
 
 
 def _dataset_rows(source: Source, seed: int) -> Iterator[tuple[str, dict]]:
@@ -109,12 +134,15 @@ def _dataset_rows(source: Source, seed: int) -> Iterator[tuple[str, dict]]:
         for row in stream:
             number += 1
             yield f"{name}:{number}", without_nulls(row)
+    except ImportError as e:  # for audio, or for rows that look like an agent's traces
+        raise UserError(
+            f"{name}:{number + 1}: can't be read as a dataset ({one_line(e)}); a `file` of it is read without that"
+        ) from None
     except (
         OSError,
         ValueError,
         TypeError,
         RuntimeError,
-        ImportError,  # audio, agent traces: read by packages that are not here
         pyarrow.ArrowException,
         datasets.exceptions.DatasetsError,
     ) as e:
