@@ -40,6 +40,7 @@ GCLOUD = {
     "billing projects link": "--billing-account",
     "services enable": "",
     "storage buckets create": "--location",
+    "storage buckets add-iam-policy-binding": "--member --role",
     "storage cp": "--recursive",
     "compute tpus queued-resources create": "--node-id --zone --accelerator-type --runtime-version --spot",
     "compute tpus queued-resources describe": "--zone",
@@ -125,7 +126,7 @@ def check(words: list[str], line: str) -> None:
         assert (ROOT / rest[0]).is_file()
     elif program == "torchrun":
         check(["eagle3-xla", *rest[rest.index("eagle3_xla") + 1 :]], line)
-    elif program in ("source", "git", "mkdocs", "docker", "."):
+    elif program in ("source", "git", "mkdocs", "docker", ".", "eval"):
         pass
     else:
         raise AssertionError(f"{program} is not known here")
