@@ -5,6 +5,7 @@ import sys
 import pytest
 
 from eagle3_xla.data.parallel import ordered_map
+from eagle3_xla.errors import UserError
 
 
 def make(add):
@@ -15,6 +16,15 @@ def make(add):
 @pytest.mark.parametrize("count", [0, 1, 2, 3, 9])
 def test_every_chunk_comes_back_in_order(workers, count):
     assert list(ordered_map(make, (100,), iter(range(count)), workers)) == list(range(100, 100 + count))
+
+
+def make_refused():
+    raise UserError("no target at 'nowhere'")
+
+
+def test_a_process_that_cannot_begin_says_why():
+    with pytest.raises(UserError, match="no target at 'nowhere'"):
+        list(ordered_map(make_refused, (), range(3), 2))
 
 
 def make_imported():

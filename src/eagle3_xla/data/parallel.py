@@ -10,6 +10,7 @@ from itertools import islice
 from typing import Any
 
 _function: Callable | None = None
+_failure: Exception | None = None
 
 
 def ordered_map(make: Callable, arguments: tuple, chunks: Iterable, workers: int) -> Iterator:
@@ -56,10 +57,15 @@ def batched(items: Iterable, size: int) -> Iterator[list]:
 
 
 def _initialise(make: Callable, arguments: tuple) -> None:
-    global _function
-    _function = make(*arguments)
+    global _function, _failure
+    try:
+        _function = make(*arguments)
+    except Exception as error:  # raised here it would arrive as a BrokenProcessPool
+        _failure = error
 
 
 def _call(chunk: Any) -> Any:
+    if _failure:
+        raise _failure
     assert _function is not None
     return _function(chunk)
