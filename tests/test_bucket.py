@@ -15,9 +15,11 @@ from eagle3_xla.data.prepare import load_prepared, prepare
 from eagle3_xla.doctor.run import doctor
 from eagle3_xla.draft.saved import read_head
 from eagle3_xla.errors import UserError
+from eagle3_xla.evaluate.fingerprint import target_fingerprint
 from eagle3_xla.export import export
 from eagle3_xla.outputs import only_writer
 from eagle3_xla.regenerate.run import Options, Sampling, regenerate
+from eagle3_xla.target.model import load_target
 from eagle3_xla.target.weights import StoredWeights
 from eagle3_xla.train.loop import train
 
@@ -105,17 +107,26 @@ def test_weights_at_a_url_are_read_tensor_by_tensor(gcs, small_target):
 
 
 def test_doctor_copies_no_weights_of_a_target(gcs, small_target, exported_head, tmp_path, monkeypatch):
-    """Of a head that brings the target's embeddings, these alone are read there."""
+    """Of a head that brings the target's embeddings, these alone are read there. Other programs' weights never are."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     url, head = f"{gcs.url}/doctor", shutil.copytree(exported_head, tmp_path / "head")
     storage.upload_folder(small_target, url)
+    others = {"consolidated.00.pth", "pytorch_model.bin"}
+    for other in ("original/consolidated.00.pth", "pytorch_model.bin"):
+        storage.write(f"{url}/{other}", "large")
     own = load((head / "model.safetensors").read_bytes())
     of_target = load((small_target / "model.safetensors").read_bytes())["model.embed_tokens.weight"]
     save_file(own | {"embed_tokens.weight": of_target}, head / "model.safetensors")
     rules = {rule["rule"]: rule["message"] for rule in doctor(head, url)["rules"]}
     assert rules["embedding"] == "embed_tokens is the target's"
-    copied = {file.name for file in (tmp_path / "cache").rglob("*") if file.is_file()}
-    assert "tokenizer_config.json" in copied and "model.safetensors" not in copied
+
+    def copied() -> set[str]:
+        return {file.name for file in (tmp_path / "cache").rglob("*") if file.is_file()}
+
+    assert "tokenizer_config.json" in copied() and not copied() & {"model.safetensors", *others}
+    load_target(url, torch.float32)
+    assert target_fingerprint(url) == target_fingerprint(str(small_target)) is not None
+    assert "model.safetensors" in copied() and not copied() & others
 
 
 @pytest.mark.parametrize(

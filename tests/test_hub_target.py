@@ -5,9 +5,23 @@ import shutil
 from pathlib import Path
 
 import pytest
+import requests
+import torch
+from huggingface_hub.errors import (
+    EntryNotFoundError,
+    GatedRepoError,
+    HfHubHTTPError,
+    LocalEntryNotFoundError,
+    RepositoryNotFoundError,
+)
 
 from eagle3_xla.cli import main
 from eagle3_xla.data.files import read_rows
+from eagle3_xla.data.tokenizer import load_tokenizer, stop_token_ids
+from eagle3_xla.doctor.files import read_target
+from eagle3_xla.errors import UserError
+from eagle3_xla.target.model import load_target
+from eagle3_xla.target.weights import StoredWeights
 
 HUB_ID, REVISION = "someone/small-model", "0" * 40
 
@@ -48,3 +62,75 @@ def test_from_data_to_a_card(hub_id, small_run, chat_file, tmp_path, capsys):
     run("push", head, "--repo", "someone/head", "--target", hub_id, "--results", tmp_path / "eval.json", "--dry-run")
     card = Path(head / "README.md").read_text()
     assert f"base_model: {hub_id}" in card
+
+
+def answer(kind: type[HfHubHTTPError], status: int) -> HfHubHTTPError:
+    response = requests.Response()
+    response.status_code = status
+    return kind(f"{status} Client Error.\nmore", response=response)
+
+
+def failing(error: Exception):
+    def fail(*arguments, **options):
+        raise error
+
+    return fail
+
+
+def test_the_hub_is_asked_for_no_file_twice(hub_id, monkeypatch):
+    """transformers asks it again for a tokenizer, and of a large one for the model's tags."""
+    asked = []
+    for module in ("huggingface_hub", "transformers.tokenization_utils_base"):
+        name = "model_info" if module == "huggingface_hub" else "list_repo_files"
+        monkeypatch.setattr(f"{module}.{name}", lambda *arguments, name=name, **options: asked.append(name))
+    monkeypatch.setattr("transformers.tokenization_utils_base.is_offline_mode", lambda: False)
+    monkeypatch.setattr("transformers.PreTrainedTokenizerFast.vocab_size", 150_000)
+    tokenizer = load_tokenizer(hub_id)
+    monkeypatch.setattr("huggingface_hub.snapshot_download", failing(AssertionError("asked again")))
+    assert stop_token_ids(hub_id, tokenizer) and not asked
+    target = read_target(hub_id)
+    assert target.name == hub_id and (target.folder / "tokenizer_config.json").is_file()
+
+
+def unreachable() -> LocalEntryNotFoundError:
+    error = LocalEntryNotFoundError("An error happened")
+    error.__cause__ = ConnectionError("no route to host")
+    return error
+
+
+@pytest.mark.parametrize(
+    "error, said",
+    [
+        (answer(GatedRepoError, 403), f"accept its terms at https://huggingface.co/{HUB_ID}, then `hf auth login`"),
+        (answer(RepositoryNotFoundError, 401), "none on the hub that this machine may read"),
+        (unreachable(), "no route to host"),
+        (requests.exceptions.ProxyError("refused\nby the proxy"), r"\(refused\); start it again"),
+    ],
+)
+def test_what_the_hub_refuses_is_one_line(error, said, hub_id, monkeypatch):
+    monkeypatch.setattr("huggingface_hub.snapshot_download", failing(error))
+    for load in (load_tokenizer, lambda path: stop_token_ids(path, None)):
+        with pytest.raises(UserError, match=f"^no target at '{HUB_ID}': .*{said}.*$"):
+            load(hub_id)
+
+
+@pytest.mark.parametrize(
+    "error, said",
+    [
+        (answer(EntryNotFoundError, 404), "has neither model.safetensors nor"),
+        (unreachable(), r"model.safetensors: .*\(no route to host\); start it again to go on"),
+        (RuntimeError("Data processing error: CAS\nmore"), r"\(Data processing error: CAS\); start it again to go on"),
+    ],
+)
+def test_weights_that_do_not_come(error, said, hub_id, small_target, tmp_path, monkeypatch):
+    weights = StoredWeights(hub_id, torch.float32)
+    assert weights.sample("model.norm.weight") == StoredWeights(str(small_target), torch.float32).sample(
+        "model.norm.weight"
+    )
+    next((tmp_path / "hub").rglob("model.safetensors")).unlink()
+    monkeypatch.setattr("huggingface_hub.hf_hub_download", failing(error))
+    with pytest.raises(UserError, match=said):
+        StoredWeights(hub_id, torch.float32)
+    monkeypatch.setattr("transformers.AutoModelForCausalLM.from_pretrained", failing(error))
+    with pytest.raises(UserError, match="don't load: .*start it again to go on"):
+        load_target(hub_id, torch.float32)

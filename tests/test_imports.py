@@ -15,6 +15,7 @@ ORDER = [
     "settings",
     "config",
     "checks",
+    "hub",
     "outputs",
     "data",
     "target",

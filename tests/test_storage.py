@@ -73,14 +73,14 @@ def test_copies_are_made_once_for_each_version(gcs, monkeypatch):
     url = f"{gcs.url}/versions"
     for name, content in (("a.txt", "one"), ("below/b.txt", "two"), ("big.bin", "left out")):
         storage.write(f"{url}/{name}", content)
-    folder = local_copies.local_folder(url, without=".bin")
+    folder = local_copies.local_folder(url, only=("*.txt", "below/*.txt"))
     assert storage.files(folder).keys() == {"a.txt", "below/b.txt"} and (folder / "a.txt").read_text() == "one"
     assert len(synced) == 2 and all(storage.PARTIAL in name for name in synced)  # before a name that is trusted
     requests = gcs.requests
-    assert local_copies.local_folder(url, without=".bin") == folder
+    assert local_copies.local_folder(url, only=("*.txt", "below/*.txt")) == folder
     assert gcs.requests == requests + 1  # the listing alone
     storage.write(f"{url}/a.txt", "three")
-    renewed = local_copies.local_folder(url, without=".bin")
+    renewed = local_copies.local_folder(url, only=("*.txt", "below/*.txt"))
     assert (renewed / "a.txt").read_text() == "three" and (folder / "a.txt").read_text() == "one"
     assert (renewed / "below/b.txt").resolve() == (folder / "below/b.txt").resolve()
     assert storage.read_range(f"{url}/a.txt", 1, 3) == b"hre"

@@ -3,9 +3,10 @@
 """
 
 import contextlib
+import fnmatch
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from pathlib import Path
 
 from eagle3_xla import storage
@@ -42,14 +43,15 @@ def local_file(location: Location, version: str | None = None) -> Path:
     return copy
 
 
-def local_folder(location: Location, without: str = "") -> Path:
-    """The folder itself, or one of links to the cached copies of a URL's files, but those whose names end in `without`.
+def local_folder(location: Location, only: Collection[str] = ()) -> Path:
+    """The folder itself, or one of links to the cached copies of a URL's files; only: patterns of names, in which a `*`
+    is of one folder.
 
     Raises FileNotFoundError when nothing is there.
     """
     if not storage.is_url(location):
         return Path(location)
-    versions = {n: v for n, v in storage.files(location).items() if not (without and n.endswith(without))}
+    versions = {n: v for n, v in storage.files(location).items() if not only or any(_matches(n, p) for p in only)}
     if not versions:
         raise FileNotFoundError(f"{location}: no such folder")
     folder = storage.cached("folders", f"{location} {versions}")
@@ -59,6 +61,10 @@ def local_folder(location: Location, without: str = "") -> Path:
         with contextlib.suppress(FileExistsError):
             link.symlink_to(copy)
     return folder
+
+
+def _matches(name: str, pattern: str) -> bool:
+    return name.count("/") == pattern.count("/") and fnmatch.fnmatchcase(name, pattern)
 
 
 def work_folder(location: Location) -> Path:

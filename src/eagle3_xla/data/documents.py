@@ -17,7 +17,7 @@ from eagle3_xla.data.clean import Unusable
 from eagle3_xla.data.config import DataConfig
 from eagle3_xla.data.parallel import ordered_map
 from eagle3_xla.data.spool import Chats, read_chat
-from eagle3_xla.data.tokenizer import load_tokenizer
+from eagle3_xla.data.tokenizer import load_tokenizer, small_files
 from eagle3_xla.data.workfiles import read_work_file, write_work_file
 from eagle3_xla.errors import UserError
 
@@ -101,7 +101,7 @@ def tokenize(chats: Chats, target: str, stop_ids: set[int], vocab_size: int, dat
     work.mkdir(parents=True, exist_ok=True)
     files = [work / f"chunk-{number:05d}" for number in range(-(-len(chats) // CHUNK))]
     gathered = _Gathered(files, vocab_size, target)
-    arguments = (target, stop_ids, data)
+    arguments = (small_files(target), stop_ids, data)  # the workers ask neither the hub nor the bucket
     with tqdm(total=len(chats), desc=f"tokenise {work.name}", unit="chat", delay=2) as bar:
         missing = []
         for number, file in enumerate(files):

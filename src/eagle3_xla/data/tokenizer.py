@@ -2,10 +2,11 @@
 
 import datetime
 import json
+import os
 import re
 from typing import Any, overload
 
-from eagle3_xla import local_copies, storage
+from eagle3_xla import hub, local_copies, storage
 from eagle3_xla.checks import config_fields, first_line, listing, number, text
 from eagle3_xla.errors import UserError
 
@@ -28,11 +29,11 @@ UNREADABLE = (OSError, ValueError, KeyError, TypeError, AttributeError)  # what 
 
 
 def small_files(path: str) -> str:
-    """A folder or a hub id itself; of a URL, a folder of this machine with all but the weights. Raises UserError."""
+    """A folder itself; of a URL or a hub id, a folder of this machine with all but the weights. Raises UserError."""
     if not storage.is_url(path):
-        return path
+        return path if os.path.exists(path) else str(hub.snapshot(path))
     try:
-        return str(local_copies.local_folder(path, without=".safetensors"))
+        return str(local_copies.local_folder(path, hub.SMALL))
     except FileNotFoundError as error:
         raise UserError(f"no target at {path!r}: {error}") from None
 
@@ -43,9 +44,10 @@ def written_config(path: str) -> dict:
 
     if not path:
         raise UserError("setting target.path is empty; name a folder or a hub id")
+    folder = small_files(path)
     try:
-        written = PretrainedConfig.get_config_dict(small_files(path))[0]
-        written.pop("_commit_hash", None)  # which transformers adds of a hub id
+        written = PretrainedConfig.get_config_dict(folder)[0]
+        written.pop("_commit_hash", None)  # which transformers adds in the hub's cache
     except UNREADABLE as error:
         raise UserError(f"no target at {path!r}: {first_line(error)}") from None
     where = f"target {path!r}: config.json"
@@ -68,8 +70,9 @@ def load_config(path: str) -> Any:
     from transformers import AutoConfig
 
     written_config(path)
+    folder = small_files(path)
     try:
-        config = AutoConfig.from_pretrained(small_files(path), trust_remote_code=False)
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
     except UNREADABLE as error:
         raise UserError(f"no target at {path!r}: {first_line(error)}") from None
     architectures = config.architectures or []
@@ -88,12 +91,12 @@ def load_tokenizer(path: str) -> Any:
     from transformers import AutoTokenizer, PreTrainedTokenizerFast
     from transformers.models.auto.tokenization_auto import get_tokenizer_config
 
+    folder = small_files(path)
     try:
-        path = small_files(path)
         # AutoTokenizer puts Qwen2's own splitter in the place of a generic tokenizer when it sees `model_type: qwen2`.
-        generic = get_tokenizer_config(path).get("tokenizer_class") == "PreTrainedTokenizerFast"
+        generic = get_tokenizer_config(folder).get("tokenizer_class") == "PreTrainedTokenizerFast"
         tokenizer = (PreTrainedTokenizerFast if generic else AutoTokenizer).from_pretrained(
-            path, trust_remote_code=False, clean_up_tokenization_spaces=False
+            folder, trust_remote_code=False, clean_up_tokenization_spaces=False
         )
     except Exception as error:  # the Rust tokenizers raise plain Exceptions for a file that they can't read
         raise UserError(f"no tokenizer at {path!r}: {first_line(error)}") from None
@@ -114,12 +117,10 @@ def stop_token_ids(path: str, tokenizer: Any) -> set[int]:
     """
     from transformers import GenerationConfig
 
+    folder = small_files(path)
     try:
-        ids = GenerationConfig.from_pretrained(small_files(path)).eos_token_id
-    except OSError as error:
-        if "not a valid JSON" in str(error):
-            raise UserError(f"target {path!r}: {first_line(error)}") from None
-        ids = None  # a folder or repository without that file
+        there = os.path.exists(os.path.join(folder, "generation_config.json"))
+        ids = GenerationConfig.from_pretrained(folder).eos_token_id if there else None
     except UNREADABLE as error:
         raise UserError(f"target {path!r}: generation_config.json can't be read: {first_line(error)}") from None
     where = "generation_config.json: eos_token_id"

@@ -4,7 +4,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from eagle3_xla import storage
 from eagle3_xla.data.tokenizer import load_config, small_files
 
 
@@ -20,11 +19,11 @@ class Finding:
 
 @dataclass
 class Target:
-    """config: Hugging Face config; folder: None for a hub id, of a URL a copy without the weights."""
+    """config: Hugging Face config; folder: of a URL or a hub id one of this machine, without what wasn't fetched."""
 
     name: str
     config: Any
-    folder: Path | None
+    folder: Path
 
     @property
     def head_dim(self) -> int:
@@ -32,5 +31,4 @@ class Target:
 
 
 def read_target(path: str) -> Target:
-    config, here = load_config(path), storage.is_url(path) or Path(path).is_dir()
-    return Target(path, config, Path(small_files(path)) if here else None)
+    return Target(path, load_config(path), Path(small_files(path)))

@@ -126,7 +126,7 @@ def t2d(head: SavedHead, target: Target) -> Finding:
 def end_of_turn(head: SavedHead, target: Target) -> Finding:
     """The draft vocabulary holds the tokens that end an answer."""
     offsets, rows = head.tensors.get("d2t"), head.shape("lm_head.weight") or (0,)
-    if offsets is None or target.folder is None or d2t_problem(offsets, target.config.vocab_size, rows[0]):
+    if offsets is None or d2t_problem(offsets, target.config.vocab_size, rows[0]):
         return Finding("end_of_turn", "pass", "not looked at")
     of_config = target.config.eos_token_id
     if of_config is None and not (target.folder / "generation_config.json").is_file():
@@ -169,15 +169,13 @@ def embedding(head: SavedHead, target: Target) -> Finding:
 
 def _target_embedding(target: Target) -> torch.Tensor | None:
     name = "model.embed_tokens.weight"
-    if target.folder is None:
-        return None
     index = target.folder / "model.safetensors.index.json"
     file: object = "model.safetensors"
     if index.is_file():
         file = mapping(read_json(index).get("weight_map"), f"{index}: weight_map").get(name)
     if not isinstance(file, str) or Path(file).name != file:
         return None
-    location = storage.join(target.name, file)
+    location = storage.join(target.name if storage.is_url(target.name) else target.folder, file)
     if not storage.exists(location):
         return None
     if storage.is_url(location):  # one request for the tensor, where the file has many
@@ -189,10 +187,9 @@ def _target_embedding(target: Target) -> torch.Tensor | None:
 
 def tokenizer(head: SavedHead, target: Target) -> Finding:
     """The target's tokenizer loads in every engine and has a chat template."""
-    file = target.folder and target.folder / "tokenizer_config.json"
-    if not file or not file.is_file():
-        message = "the target's folder has no tokenizer_config.json" if file else "not looked at"
-        return Finding("target_tokenizer", "warn" if file else "pass", message)
+    file = target.folder / "tokenizer_config.json"
+    if not file.is_file():
+        return Finding("target_tokenizer", "warn", "the target's folder has no tokenizer_config.json")
     try:
         settings = read_json(file)
     except UserError as error:

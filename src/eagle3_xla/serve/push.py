@@ -143,13 +143,13 @@ def _place_results(content: str, place: Path, overwrite: bool) -> None:
     place.write_text(content)
 
 
-def _licence_of(target: Path | None) -> str:
+def _licence_of(target: Path) -> str:
     """What the metadata of a model's README.md says, "" where it says nothing that can be read."""
     import yaml
     from huggingface_hub import metadata_load
 
     try:
-        about = metadata_load(target / "README.md") if target else None
+        about = metadata_load(target / "README.md")
     except (OSError, ValueError, yaml.YAMLError):
         return ""
     licence = (about or {}).get("license_name") or (about or {}).get("license")

@@ -4,12 +4,13 @@ import hashlib
 import re
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from torch import nn
 
-from eagle3_xla import local_copies, storage
+from eagle3_xla import hub, local_copies, storage
 from eagle3_xla.checks import first_line
 from eagle3_xla.data.tokenizer import UNREADABLE, config_content, written_config
 from eagle3_xla.errors import UserError
@@ -65,14 +66,15 @@ def load_target(path: str, dtype: torch.dtype) -> nn.Module:
         return model
     try:
         model, found = AutoModelForCausalLM.from_pretrained(
-            local_copies.local_folder(path) if storage.is_url(path) else path,
+            local_copies.local_folder(path, (*hub.SMALL, "*.safetensors")) if storage.is_url(path) else path,
             config=config,
             dtype=dtype,
             attn_implementation=plain_attention(config),
             output_loading_info=True,
         )
-    except UNREADABLE as error:
-        raise UserError(f"the weights of target {path!r} don't load: {first_line(error)}") from None
+    except (*UNREADABLE, RuntimeError) as error:  # hf_xet's
+        again = "" if storage.is_url(path) or Path(path).exists() else "; if the hub failed, start it again to go on"
+        raise UserError(f"the weights of target {path!r} don't load: {first_line(error)}{again}") from None
     if missing := sorted(found["missing_keys"]):  # transformers fills them with random numbers
         raise UserError(f"the weights of target {path!r} don't load: {missing[0]} is missing in its files")
     return model.eval().requires_grad_(False)

@@ -10,8 +10,9 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load
 
-from eagle3_xla import storage
+from eagle3_xla import hub, storage
 from eagle3_xla.checks import first_line
+from eagle3_xla.data.tokenizer import small_files
 from eagle3_xla.errors import UserError
 from eagle3_xla.storage import Location
 from eagle3_xla.target import quantised
@@ -32,12 +33,11 @@ class StoredWeights:
         self.path, self.dtype = path, dtype
         self._ranged: dict[str, RangedFile] = {}
         self._block = quantised.block_of(quantization or {})
-        index, single = _file(path, INDEX), _file(path, SINGLE)
-        if index:
+        if index := _file(path, INDEX):
             names = json.loads(storage.read(index))["weight_map"]
             files = {name: self._present(name) for name in sorted(set(names.values()))}
             self._files = {name: files[file] for name, file in names.items()}
-        elif single:
+        elif single := _file(path, SINGLE):
             with self._open(single) as file:
                 self._files = dict.fromkeys(file.keys(), single)
         else:
@@ -137,9 +137,9 @@ class RangedFile:
 
 
 def _file(path: str, name: str) -> Location | None:
-    from transformers.utils import cached_file
-
     if storage.is_url(path):
         return storage.join(path, name) if storage.exists(storage.join(path, name)) else None
-    found = cached_file(path, name, _raise_exceptions_for_missing_entries=False)
-    return Path(found) if found else None
+    here = Path(small_files(path), name)  # of a hub id too it has the index, where there is one
+    if here.is_file():
+        return here
+    return None if Path(path).exists() or name == INDEX else hub.file(path, name)
