@@ -14,12 +14,14 @@ from huggingface_hub.errors import (
     LocalEntryNotFoundError,
     RepositoryNotFoundError,
 )
+from safetensors.torch import save_file
 
 from eagle3_xla.cli import main
 from eagle3_xla.data.files import read_rows
 from eagle3_xla.data.tokenizer import load_tokenizer, stop_token_ids
 from eagle3_xla.doctor.files import read_target
 from eagle3_xla.errors import UserError
+from eagle3_xla.evaluate.fingerprint import target_fingerprint
 from eagle3_xla.target.model import load_target
 from eagle3_xla.target.weights import StoredWeights
 
@@ -134,3 +136,17 @@ def test_weights_that_do_not_come(error, said, hub_id, small_target, tmp_path, m
     monkeypatch.setattr("transformers.AutoModelForCausalLM.from_pretrained", failing(error))
     with pytest.raises(UserError, match="don't load: .*start it again to go on"):
         load_target(hub_id, torch.float32)
+
+
+def test_its_fingerprint_is_of_the_files_that_are_loaded(hub_id, small_target, tmp_path, monkeypatch):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "not transformers' own"))
+    expected = target_fingerprint(str(small_target))
+    assert expected and target_fingerprint(hub_id) == expected
+    weights = next((tmp_path / "hub").rglob("model.safetensors"))
+    save_file({"norm.weight": torch.ones(4)}, weights.with_name("consolidated.safetensors"))
+    assert target_fingerprint(hub_id) == expected
+    index = {"model.norm.weight": "model-1.safetensors", "lm_head.weight": "model-2.safetensors"}
+    weights.with_name("model.safetensors.index.json").write_text(json.dumps({"weight_map": index}))
+    weights.rename(weights.with_name("model-1.safetensors"))
+    assert target_fingerprint(hub_id) is None
+    assert target_fingerprint("someone/nothing") is None

@@ -2,18 +2,20 @@
 
 import hashlib
 import time
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
 
-from eagle3_xla import __version__, local_copies, storage
-from eagle3_xla.checks import read_json
+from eagle3_xla import __version__, hub, local_copies, storage
+from eagle3_xla.checks import mapping, read_json, text
 from eagle3_xla.data.prompts import fingerprint as prompts_fingerprint
 from eagle3_xla.data.tokenizer import config_content
 from eagle3_xla.draft.saved import read_head
 from eagle3_xla.errors import UserError
+from eagle3_xla.target.weights import INDEX, SINGLE
 
 
 def measured(verb: str, head: str | None, target: str, prompts: str) -> dict:
@@ -49,24 +51,37 @@ def target_fingerprint(path: str) -> str | None:
 
     path: a folder or a hub id. None where the weights, in safetensors, are not on this machine.
     """
-    folder = _folder(path)
-    files = sorted(folder.glob("*.safetensors")) if folder else []
-    if not folder or not files:
+    folder = _folder(path, only=(*hub.SMALL, "*.safetensors"))
+    if not folder:
         return None
     rows = {}
     try:
         digest = hashlib.sha256(config_content(read_json(folder / "config.json")))
-        for file in files:
-            with safe_open(file, framework="pt") as opened:
+        for file in _weight_files(folder):
+            with safe_open(folder / file, framework="pt") as opened:
                 for name in opened.keys():
                     rows[name] = _rows(opened.get_slice(name))
     except (UserError, OSError, SafetensorError):
+        return None
+    if not rows:
         return None
     for name, parts in sorted(rows.items()):
         digest.update(name.encode())
         for part in parts:
             digest.update(part)
     return digest.hexdigest()
+
+
+def _weight_files(folder: Path) -> list[str]:
+    """Names of the files that hold the target's weights; others (consolidated.safetensors) hold them again.
+
+    Raises UserError for an index that can't be read.
+    """
+    index = folder / INDEX
+    if not index.is_file():
+        return [SINGLE]
+    files = mapping(read_json(index).get("weight_map"), f"{index}: weight_map").values()
+    return sorted({text(file, f"{index}: weight_map") for file in files})
 
 
 def _rows(tensor: Any) -> list[bytes]:
@@ -76,14 +91,7 @@ def _rows(tensor: Any) -> list[bytes]:
     return [described, *(end.contiguous().reshape(-1).view(torch.uint8).numpy().tobytes() for end in ends)]
 
 
-def _folder(path: str) -> Path | None:
+def _folder(path: str, only: Collection[str] = ()) -> Path | None:
     if Path(path).is_dir() or storage.is_url(path) and storage.is_folder(path):
-        return local_copies.local_folder(path)
-    from huggingface_hub import try_to_load_from_cache
-    from huggingface_hub.errors import HFValidationError
-
-    try:
-        found = try_to_load_from_cache(path, "config.json")
-    except HFValidationError:
-        return None
-    return Path(found).parent if isinstance(found, str) else None
+        return local_copies.local_folder(path, only)
+    return hub.cached_snapshot(path)
