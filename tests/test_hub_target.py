@@ -22,6 +22,7 @@ from eagle3_xla.data.tokenizer import load_tokenizer, stop_token_ids
 from eagle3_xla.doctor.files import read_target
 from eagle3_xla.errors import UserError
 from eagle3_xla.evaluate.fingerprint import target_fingerprint
+from eagle3_xla.evaluate.run import load_pair
 from eagle3_xla.target.model import load_target
 from eagle3_xla.target.weights import StoredWeights
 
@@ -42,7 +43,7 @@ def hub_id(small_target, tmp_path, monkeypatch) -> str:
     return HUB_ID
 
 
-def test_from_data_to_a_card(hub_id, small_run, chat_file, tmp_path, capsys):
+def test_from_data_to_a_card(hub_id, small_run, chat_file, tmp_path, capsys, monkeypatch):
     def run(*arguments) -> str:
         assert main([*map(str, arguments)]) == 0, arguments
         return capsys.readouterr().out
@@ -55,6 +56,14 @@ def test_from_data_to_a_card(hub_id, small_run, chat_file, tmp_path, capsys):
     run("export", "--checkpoint", tmp_path / "run", "--out", head)
     assert json.loads(run("doctor", head, "--target", hub_id, "--json"))["ok"]
     options = ["--prompts", chat_file, "--limit", 2, "--max-new-tokens", 4]
+    weights = next((tmp_path / "hub").rglob("model.safetensors"))
+    elsewhere = weights.rename(tmp_path / "not fetched yet")
+
+    def fetch_and_load(*arguments):
+        elsewhere.rename(weights)
+        return load_pair(*arguments)
+
+    monkeypatch.setattr("eagle3_xla.evaluate.run.load_pair", fetch_and_load)
     figures = json.loads(run("eval", "--target", hub_id, "--draft", head, *options, "--json"))
     assert figures["identical"] and figures["measured"]["target"]
     places = [f"--data.train=[{chat_file}]", "--data.heldout=[]", "--data.max_tokens=300"]

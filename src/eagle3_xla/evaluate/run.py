@@ -71,9 +71,9 @@ def evaluate(
         readable_run(run)
     if not options.force and (problem := first_failure(draft, target_path)):
         raise UserError(f"{draft} fails a rule of `doctor`, {problem}; --force measures it all the same")
-    about = measured("eval", draft, target_path, prompts)
     saved = read_head(draft)
     pair = load_pair(target_path, saved, options)
+    about = measured("eval", draft, target_path, prompts)  # of a hub id the weights are here only now
     engines = served_by(saved, pair.model.config)
     del saved
     tokenizer = load_tokenizer(target_path)
