@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -113,7 +114,7 @@ def test_head_configs(head, tmp_path_factory, data):
     (broken / "config.json").write_text(json.dumps(content), errors="surrogatepass")
     with explained:
         saved = read_head(broken)
-        examine(saved, Target("t", TARGET, None))
+        examine(saved, Target("t", TARGET, Path("/nowhere")))
         layers_of(saved, 8)
         load_head(saved)[0].rotary(torch.zeros(1), torch.arange(4)[None])
 
@@ -145,14 +146,17 @@ def test_maps_and_weights(head, values, edge, kind, shape, which, record):
     value = {"flat": value, "column": value[:, None], "row": value[None], "scalar": value[:1].reshape(())}[shape]
     saved = SavedHead(folder, config, tensors | ({which: value} if which != "record" else {}), _record(config))
     with explained:
-        examine(saved, Target("t", TARGET, None))
+        examine(saved, Target("t", TARGET, Path("/nowhere")))
         read_d2t(saved, 64, 32)
         load_head(saved)
     if which == "record":
         from eagle3_xla.draft.saved import _record as read_record
 
         with explained:
-            examine(SavedHead(folder, config, tensors, read_record(json.dumps(record), "f")), Target("t", TARGET, None))
+            examine(
+                SavedHead(folder, config, tensors, read_record(json.dumps(record), "f")),
+                Target("t", TARGET, Path("/nowhere")),
+            )
 
 
 RESULT = {"tau": 2.0, "acceptance": [0.6], "acc_all_positions": [0.5], "tokens_per_second": 30.0, "prompts": 3}

@@ -118,11 +118,17 @@ def unreachable() -> LocalEntryNotFoundError:
         (requests.exceptions.ProxyError("refused\nby the proxy"), r"\(refused\); start it again"),
     ],
 )
-def test_what_the_hub_refuses_is_one_line(error, said, hub_id, monkeypatch):
+def test_what_the_hub_refuses_is_one_line(error, said, hub_id, tmp_path, monkeypatch):
+    """Where the target isn't here already."""
+    monkeypatch.setattr("huggingface_hub.HfApi.model_info", lambda *arguments, **options: None)
     monkeypatch.setattr("huggingface_hub.snapshot_download", failing(error))
+    cache = tmp_path / "hub"
+    elsewhere = cache.rename(tmp_path / "not fetched yet")
     for load in (load_tokenizer, lambda path: stop_token_ids(path, None)):
         with pytest.raises(UserError, match=f"^no target at '{HUB_ID}': .*{said}.*$"):
             load(hub_id)
+    elsewhere.rename(cache)
+    assert stop_token_ids(hub_id, load_tokenizer(hub_id))
 
 
 @pytest.mark.parametrize(
@@ -153,6 +159,9 @@ def test_its_fingerprint_is_of_the_files_that_are_loaded(hub_id, small_target, t
     assert expected and target_fingerprint(hub_id) == expected
     weights = next((tmp_path / "hub").rglob("model.safetensors"))
     save_file({"norm.weight": torch.ones(4)}, weights.with_name("consolidated.safetensors"))
+    assert target_fingerprint(hub_id) == expected
+    stale = weights.with_name("model.safetensors.index.json")  # transformers takes the single file
+    stale.write_text(json.dumps({"weight_map": {"norm.weight": "gone.safetensors"}}))
     assert target_fingerprint(hub_id) == expected
     index = {"model.norm.weight": "model-1.safetensors", "lm_head.weight": "model-2.safetensors"}
     weights.with_name("model.safetensors.index.json").write_text(json.dumps({"weight_map": index}))

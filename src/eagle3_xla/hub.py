@@ -13,7 +13,8 @@ from eagle3_xla.checks import first_line
 from eagle3_xla.errors import UserError
 
 # All of a model but its weights, and what lies in its folders for other programs.
-SMALL = ("*.json", "*.jinja", "additional_chat_templates/*.jinja", "*.txt", "*.model", "tokenizer.model*", "README.md")
+SMALL = ("*.json", "*.jinja", "*.txt", "*.model", "tokenizer.model*", "README.md")
+ANSWER_SECONDS = 10
 FAILURES = (OSError, RuntimeError, ValueError)  # of requests, of hf_xet, of a name that is no hub id
 
 
@@ -26,11 +27,17 @@ def snapshot(hub_id: str) -> Path:
 
 @functools.cache
 def _snapshot(hub_id: str, cache: str) -> str:
-    from huggingface_hub import snapshot_download
+    from huggingface_hub import HfApi, snapshot_download
 
+    here = cached_snapshot(hub_id)
     try:
-        return snapshot_download(hub_id, cache_dir=cache, allow_patterns=list(SMALL), tqdm_class=_NoBar)
+        HfApi().model_info(hub_id, timeout=ANSWER_SECONDS)  # which snapshot_download asks too, and may wait for ever
+        return snapshot_download(
+            hub_id, cache_dir=cache, allow_patterns=list(SMALL), ignore_patterns="*/*", tqdm_class=_NoBar
+        )
     except FAILURES as error:
+        if here:
+            return str(here)
         raise UserError(f"no target at {hub_id!r}: {_reason(hub_id, error)}") from None
 
 

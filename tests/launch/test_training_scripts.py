@@ -247,7 +247,7 @@ def test_the_guides_commands_go_on_after_a_preemption_notice(hosts, metadata_ser
     folder, environment = hosts
     steps = re.split(r"^## \d", (ROOT / "docs" / "tpu.md").read_text(), flags=re.MULTILINE)[1:]
     bash = [re.findall(r"^```bash\n(.*?)^```", step, re.DOTALL | re.MULTILINE) for step in steps]
-    software, (_, make_slice, train, _) = bash[4][0], bash[5]
+    software, (_, make_slice, train, _) = bash[4][1], bash[5]
     clone = tmp_path / "eagle3-xla"
     shutil.copytree(LAUNCH, clone / "launch")
     (clone / "launch" / "torchrun").write_text(TORCHRUN_STUB)

@@ -73,12 +73,12 @@ def target_fingerprint(path: str) -> str | None:
 
 
 def _weight_files(folder: Path) -> list[str]:
-    """Names of the files that hold the target's weights; others (consolidated.safetensors) hold them again.
+    """Names of the files that transformers loads; others (consolidated.safetensors) hold the weights again.
 
     Raises UserError for an index that can't be read.
     """
     index = folder / INDEX
-    if not index.is_file():
+    if (folder / SINGLE).is_file() or not index.is_file():
         return [SINGLE]
     files = mapping(read_json(index).get("weight_map"), f"{index}: weight_map").values()
     return sorted({text(file, f"{index}: weight_map") for file in files})
