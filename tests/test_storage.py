@@ -125,6 +125,21 @@ def test_what_grows_is_copied_when_it_has_changed(gcs):
     assert (again.path / "metrics.jsonl").read_text() == "1\n2\n"
 
 
+def test_what_is_on_its_way_is_of_one_block_alone(monkeypatch, tmp_path):
+    """Here of two blocks of one process, for which a lock is what it is for two processes."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    left = storage.cached("scratch", "gs://bucket/file")
+    left.mkdir(parents=True)
+    (left / "file").write_text("of a process that was killed")
+    with storage.scratch("gs://bucket/file") as first:
+        assert not left.exists() and not any(first.iterdir())
+        (first / "file").write_text("half")
+        with storage.scratch("gs://bucket/file") as second:
+            assert not any(second.iterdir()) and (first / "file").read_text() == "half"
+        assert (first / "file").exists() and not second.exists()
+    assert not first.exists()
+
+
 def test_failures_are_one_line(gcs, no_waiting, tmp_path):
     def message(kind, function, *arguments) -> str:
         with pytest.raises(kind) as failure:

@@ -9,12 +9,14 @@ Every failure is an OSError whose message is one line and names the location.
 """
 
 import contextlib
+import fcntl
 import hashlib
 import io
 import logging
 import os
 import re
 import shutil
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -245,14 +247,38 @@ def cached(kind: str, what: str) -> Path:
 
 @contextlib.contextmanager
 def scratch(location: Location) -> Iterator[Path]:
-    """An empty folder of this machine for what is on its way to or from `location`; one that a kill left is reused."""
-    folder = cached("scratch", str(location))
-    shutil.rmtree(folder, ignore_errors=True)
-    folder.mkdir(parents=True)
+    """An empty folder of this machine, of this block alone, for what is on its way to or from `location`. Folders that
+    a kill left go with the next one.
+    """
+    name = cached("scratch", str(location))
+    name.parent.mkdir(parents=True, exist_ok=True)
+    with contextlib.ExitStack() as in_use:
+        with _locked(name.parent):  # one that is made now isn't locked yet
+            for left in name.parent.iterdir():
+                with contextlib.suppress(FileNotFoundError), _locked(left, wait=False) as unused:
+                    if unused:
+                        shutil.rmtree(left, ignore_errors=True)
+            folder = Path(tempfile.mkdtemp(prefix=f"{name.name}-", dir=name.parent))
+            in_use.enter_context(_locked(folder))
+        try:
+            yield folder
+        finally:
+            shutil.rmtree(folder, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def _locked(folder: Path, wait: bool = True) -> Iterator[bool]:
+    """Whether the block holds the folder's lock; on a file system without locks it never does."""
+    descriptor, held = os.open(folder, os.O_RDONLY), False
     try:
-        yield folder
+        with contextlib.suppress(OSError):
+            fcntl.flock(descriptor, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+            held = True
+        yield held
     finally:
-        shutil.rmtree(folder, ignore_errors=True)
+        if held:
+            fcntl.flock(descriptor, fcntl.LOCK_UN)  # a process that was forked meanwhile has the descriptor too
+        os.close(descriptor)
 
 
 class _Stream(io.RawIOBase):
