@@ -22,7 +22,7 @@ class HeldOut:
     """
 
     def __init__(self, rows: Any, sources: list[str], buckets: list[tuple[int, int, int]], limit: int, batch: int):
-        source = np.asarray(rows["source"]) if len(rows) else np.array([], int)
+        source = np.asarray(rows["source"][:]) if len(rows) else np.array([], int)
         each = max(1, limit // max(1, len(sources))) if limit else 0
         of_each = [np.flatnonzero(source == s) for s in range(len(sources))]
         of_each = [_spread(mine, each) if len(buckets) > 1 else mine[:each] for mine in of_each]
@@ -43,13 +43,13 @@ class HeldOut:
     @property
     def lengths(self) -> list[int]:
         """Row lengths of the batches."""
-        return sorted({self.rows[int(indices[0])]["input_ids"].shape[0] for _, indices, _ in self.batches})
+        return sorted({self.rows["input_ids"][int(indices[0])].shape[0] for _, indices, _ in self.batches})
 
     def capacities(self, group: int) -> dict[int, int]:
         """By row length: the most drafted positions that a group of `group` rows has (data/batches.py)."""
         most: dict[int, int] = {}
         for _, indices, _ in self.batches:
-            mask = self.rows[indices]["loss_mask"]
+            mask = self.rows["loss_mask"][indices]
             drafted = drafted_positions(mask).sum(1).reshape(-1, group).sum(1)
             most[mask.shape[1]] = max(most.get(mask.shape[1], 1), int(drafted.max()))
         return {length: rounded(count, group * length) for length, count in most.items()}

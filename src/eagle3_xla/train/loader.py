@@ -106,7 +106,7 @@ class Loader:
 def training_batches(recipe: Recipe, rows: Any, manifest: dict, backend: Backend) -> tuple[Batches, Loader]:
     """The batches of a run and what loads them; rows, manifest: `load_prepared`'s."""
     buckets = buckets_of(manifest, "train", len(rows))
-    drafted = np.concatenate([drafted_positions(rows[f : f + n]["loss_mask"]).sum(1) for _, f, n in buckets])
+    drafted = np.concatenate([drafted_positions(rows["loss_mask"][f : f + n]).sum(1) for _, f, n in buckets])
     group = recipe.train.batch_size * backend.data_parallel // backend.draft_groups
     batches = Batches(drafted, buckets, group, backend.draft_groups, recipe.train.seed)
     # An answer's positions are all that is computed, where the loss counts these (loss/rows.py).
