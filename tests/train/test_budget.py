@@ -13,13 +13,13 @@ backend = make_backend(XlaConfig())
 scale = 0.25
 
 def step(batch):
-    return (batch["x"].float() * scale).sum()
+    return sum((x.float() * scale).sum() for x in batch.values())
 
 def fresh(allow=False):
     return CompileBudget(backend, {"step": 1}, print, allow), backend.compile(step)
 
-def attempt(name, budget, function, x):
-    batch = {"x": backend.replicate(x)}
+def attempt(name, budget, function, x, *more):
+    batch = {"x": backend.replicate(x)} | {name: backend.replicate(x) for name in more}
     backend.settle()
     try:
         budget.run("step", function, batch)
@@ -40,6 +40,9 @@ attempt("lr", budget, function, torch.ones(2, 6))
 budget, function = fresh(allow=True)
 attempt("allowed first", budget, function, torch.ones(3, 4))
 attempt("allowed", budget, function, torch.ones(3, 5))
+budget, function = fresh()
+attempt("one", budget, function, torch.ones(4, 4))
+attempt("another", budget, function, torch.ones(4, 4), "rows")
 """
 
 
@@ -54,3 +57,5 @@ def test_what_changed_is_named(forks):
     assert said[5].startswith("lr stopped: ") and "a Python number that changes is part of the graph" in said[5]
     assert said[6] == "allowed first went on, 1 compiled"
     assert said[7].startswith("`step` was compiled beyond") and said[8] == "allowed went on, 2 compiled", said
+    assert said[10].startswith("another stopped: "), said
+    assert "(1): rows is float32[4, 4], was None; every batch needs" in said[10]

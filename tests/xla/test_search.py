@@ -46,6 +46,9 @@ def test_the_key_of_a_verdict_is_of_all_that_shapes_it(tmp_path, monkeypatch):
     monkeypatch.setattr(metadata, "version", lambda name: "0" if name == "transformers" else version(name))
     keys.append(key())
     assert len({*keys}) == 4
+    monkeypatch.setattr("eagle3_xla.plan.search.COMPILER", ("torch_xla", "no-such-package"))
+    with pytest.raises(UserError, match=r"^the TPU compiler is not installed \(.*no-such-package\): pip install"):
+        key()
 
 
 @pytest.mark.slow

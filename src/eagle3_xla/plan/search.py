@@ -20,7 +20,7 @@ from eagle3_xla.data.manifest import prepared_manifest
 from eagle3_xla.errors import UserError
 from eagle3_xla.plan.verdict import plan
 from eagle3_xla.target.known import plan_config
-from eagle3_xla.xla.tpu import find_topology
+from eagle3_xla.xla.tpu import find_topology, not_installed
 
 COMPILER = ("torch_xla", "jaxlib", "libtpu")
 
@@ -56,7 +56,7 @@ def search(recipe: Recipe) -> dict:
     Verdicts are kept in the user's cache folder, by recipe, prepared data, a warm start's config, topology,
     LIBTPU_INIT_ARGS, and versions of this package, transformers and the compiler.
 
-    Raises UserError when there is no candidate.
+    Raises UserError when there is no candidate or no compiler.
     """
     topology = find_topology(recipe.plan.topology)
     heads = plan_config(recipe.target.path).num_key_value_heads
@@ -122,7 +122,10 @@ def _cache_folder() -> Path:
 def _key(recipe: Recipe) -> str:
     digest = hashlib.sha256(json.dumps(dataclasses.asdict(recipe), sort_keys=True).encode())
     digest.update(plan_config(recipe.target.path).to_json_string().encode())
-    digest.update(" ".join(metadata.version(name) for name in (*COMPILER, "transformers")).encode())
+    try:
+        digest.update(" ".join(metadata.version(name) for name in (*COMPILER, "transformers")).encode())
+    except metadata.PackageNotFoundError as error:
+        raise not_installed(error) from None
     digest.update(os.environ.get("LIBTPU_INIT_ARGS", "").encode())  # torch_xla's defaults add to it (xla/tpu.py)
     if manifest := prepared_manifest(recipe.data.prepared):
         digest.update(storage.read(manifest))

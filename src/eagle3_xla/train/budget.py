@@ -47,8 +47,11 @@ class CompileBudget:
                 "of the graph (a learning rate, a step count); keep it in a tensor on the device"
             )
         elif len(seen) == self.planned[name]:
+            was = seen[-1]
             changed = [
-                f"{key} is {now}, was {seen[-1].get(key)}" for key, now in inputs.items() if now != seen[-1][key]
+                f"{key} is {inputs.get(key)}, was {was.get(key)}"
+                for key in was | inputs
+                if inputs.get(key) != was.get(key)
             ]
             reason = f"{', '.join(changed)}; every batch needs one of the planned shapes and dtypes"
         elif made > 1:

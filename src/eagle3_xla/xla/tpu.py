@@ -187,14 +187,16 @@ def topology_devices(topology: Topology) -> list:
         import libtpu  # noqa: F401
         from jax.experimental import topologies
     except ImportError as error:
-        raise UserError(
-            f"the TPU compiler is not installed ({error}): pip install 'eagle3-xla[plan]' (Linux on x86)"
-        ) from None
+        raise not_installed(error) from None
     try:
         description = topologies.get_topology_desc(topology.compiler_name, "tpu", chip_config_name=topology.chip.config)
     except RuntimeError as error:  # jaxlib's own error is one
         raise UserError(f"the TPU compiler does not start: {str(error).splitlines()[0]}") from None
     return sorted(description.devices, key=lambda device: device.id)
+
+
+def not_installed(error: ImportError) -> UserError:
+    return UserError(f"the TPU compiler is not installed ({error}): pip install 'eagle3-xla[plan]' (Linux on x86)")
 
 
 def libtpu_flags(topology: Topology) -> str:
