@@ -115,7 +115,7 @@ def test_figures_by_hand():
     plain, conditional = acceptance_by_position([2, 0, 1], depth=3)
     assert plain == [2 / 3, 1 / 3, 0.0] and conditional == [2 / 3, 1 / 2, 0.0]
     runs = [Generation([1] * 6, 1.0, [2, 0, 1])]
-    sums = AcceptanceSums(*(torch.tensor(column) for column in ([4, 4], [2, 1], [4, 2], [2, 1], [0, 0])))
+    sums = AcceptanceSums(*(torch.tensor(column) for column in ([4, 4], [2, 1], [4, 2], [2, 1])))
     options = EvalOptions(draft_tokens=2, top_p=0.9, draft_window=8)
     figures = summary(runs, [Generation([1] * 6, 2.0)], [(sums, sums)], options)
     assert figures["acc_all_positions"] == [0.5, 0.25] and figures["speedup"] == 2.0

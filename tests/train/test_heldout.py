@@ -181,7 +181,7 @@ def test_speed_on_a_device_that_runs_behind_the_host(small_run, monkeypatch, log
         nonlocal free, clock
         free = max(free, clock) + 1
         clock = clock if behind else free
-        result = torch.ones(1 + 6 * 3)
+        result = torch.ones(1 + 4 * 3)
         ready[id(result)] = free, result
         tokens.extend([int((batch["document_ids"] > 0).sum())] * (micro_step is not None))
         return result, torch.ones(())

@@ -55,7 +55,7 @@ def test_batches_come_ahead_in_order(small_run):
 
     heldout = HeldOut(heldout_rows, manifest["heldout_sources"], [[64, 0, len(heldout_rows)]], 4, 2)
     loader, backend.placed = Loader(heldout.rows, None, 2, backend), 0
-    figures = [heldout.measure(loader, lambda batch: torch.ones(1 + 6 * 3)) for _ in range(3)]
+    figures = [heldout.measure(loader, lambda batch: torch.ones(1 + 4 * 3)) for _ in range(3)]
     assert backend.placed == len(heldout.batches) == 2 and figures[0] == figures[2]
 
 

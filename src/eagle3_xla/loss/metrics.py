@@ -12,15 +12,13 @@ class AcceptanceSums(NamedTuple):
     `drafts`: rows that count; `hits`: of these, the ones where the head's argmax is the target's;
 
     `chain_drafts`: rows whose earlier steps all hit; `chain_hits`: of these, the ones that hit too; where asked for,
-    both of the rows alone at which decoding would draft (`decoding_rows`);
-    `overlap`: sum of min(p, q) over `drafts`.
+    both of the rows alone at which decoding would draft (`decoding_rows`).
     """
 
     drafts: torch.Tensor
     hits: torch.Tensor
     chain_drafts: torch.Tensor
     chain_hits: torch.Tensor
-    overlap: torch.Tensor
 
 
 def add_up(batches: Sequence[AcceptanceSums]) -> AcceptanceSums:
@@ -29,10 +27,9 @@ def add_up(batches: Sequence[AcceptanceSums]) -> AcceptanceSums:
 
 def rates(sums: AcceptanceSums) -> dict[str, list[float]]:
     """acc: hits per draft on teacher-forced text (the usual training accuracy, on answer rows only);
-    acceptance_conditional: given that all earlier steps hit; acceptance: all steps up to k hit;
-    overlap: acceptance of speculative sampling at temperature 1.
+    acceptance_conditional: given that all earlier steps hit; acceptance: all steps up to k hit.
     """
-    drafts, hits, chain_drafts, chain_hits, overlap = (value.double().tolist() for value in sums)
+    drafts, hits, chain_drafts, chain_hits = (value.double().tolist() for value in sums)
     conditional = [h / d if d else 0.0 for h, d in zip(chain_hits, chain_drafts)]
     plain, product = [], 1.0
     for rate in conditional:
@@ -40,7 +37,6 @@ def rates(sums: AcceptanceSums) -> dict[str, list[float]]:
         plain.append(product)
     return {
         "acc": [h / d if d else 0.0 for h, d in zip(hits, drafts)],
-        "overlap": [o / d if d else 0.0 for o, d in zip(overlap, drafts)],
         "acceptance": plain,
         "acceptance_conditional": conditional,
     }

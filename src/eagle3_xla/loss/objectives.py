@@ -30,7 +30,7 @@ class Statistics(NamedTuple):
     cross_entropies: -sum_v p(v) log q(v), p renormalised on the draft vocabulary; acceptance: sum_v min(p(v), q(v)),
     the chance that speculative sampling accepts the draft (Leviathan et al., 2023), where p is the target's real
     distribution: what lies outside the draft vocabulary is never accepted; reverse: sum_v q(v) log(q(v) / p(v)), p
-    renormalised as well; zero where no objective asks for it.
+    renormalised as well. The last two are zero where no objective asks for them.
     """
 
     cross_entropies: torch.Tensor
@@ -79,20 +79,19 @@ def unroll_loss(
     normed: list[torch.Tensor],
     in_order: bool = False,
     anchors: torch.Tensor | None = None,
-) -> tuple[torch.Tensor, torch.Tensor, list[torch.Tensor], list[torch.Tensor]]:
+) -> tuple[torch.Tensor, torch.Tensor, list[torch.Tensor]]:
     """sum_k decay**k * step_loss over all TTT steps.
 
     teacher [G, R, ...] at step 0's positions (step k's are k further on); weight [D, H]: lm_head; normed: K hidden
     states [G, R, H] after the final norm. Returns the loss with gradient, and detached: the unweighted step losses
-    [K], the head's choices [K] of [G, R] int64 (draft ids) and its acceptance [K] of [G, R] float32. in_order: each
-    step's logits only after the step before has used its own (target/order.py), for the memory. anchors [G, N]: the
-    rows at which all steps but the first are unrolled; R is then N in what belongs to these.
+    [K] and the head's choices [K] of [G, R] int64 (draft ids). in_order: each step's logits only after the step before
+    has used its own (target/order.py), for the memory. anchors [G, N]: the rows at which all steps but the first are
+    unrolled; R is then N in what belongs to these.
     """
-    length = len(normed)
-    loss, step_losses, *rest = _UnrollLoss.apply(
+    loss, step_losses, *choices = _UnrollLoss.apply(
         config, teacher, steps, torch.is_grad_enabled(), in_order, anchors, weight, *normed
     )
-    return loss, step_losses, rest[:length], rest[length:]
+    return loss, step_losses, choices
 
 
 class _UnrollLoss(torch.autograd.Function):
@@ -117,7 +116,7 @@ class _UnrollLoss(torch.autograd.Function):
         every = (every_p, teacher.logits, every_logsumexp, (every_logsumexp - teacher.logsumexp).exp())
         # One sum for each group until the end: the partitioner then reduces over dp once, not at every step.
         d_weight = torch.zeros(len(every_p), *weight.shape, dtype=torch.float32, device=weight.device)
-        total, step_losses, choices, overlaps, d_normed = 0.0, [], [], [], []
+        total, step_losses, choices, d_normed = 0.0, [], [], []
         before: list[torch.Tensor] = []  # with in_order: what step k - 1 computes from its logits
         for k, (hidden, rows) in enumerate(zip(normed, steps)):
             if anchors is None or k == 0:
@@ -130,13 +129,15 @@ class _UnrollLoss(torch.autograd.Function):
             hidden = after(hidden, *(x[:, : hidden.shape[1]] for x in before))
             logits = torch.einsum("grh,dh->grd", hidden, weight).float()
             q, log_norm = softmax(logits)
-            real_p = p * in_vocabulary[..., None]
             with torch.set_grad_enabled(with_gradient):
                 cross_entropies = (log_norm - (p * logits).sum(-1)).requires_grad_(with_gradient)
-                acceptance = torch.minimum(real_p, q).sum(-1).requires_grad_(with_gradient)
-                reverse = torch.zeros_like(log_norm)
+                acceptance, reverse = torch.zeros_like(log_norm), torch.zeros_like(log_norm)
+                if terms.keys() & {"tv", "lk_alpha", "lk_lambda"}:
+                    real_p = p * in_vocabulary[..., None]
+                    acceptance = torch.minimum(real_p, q).sum(-1)
                 if "reverse_kl" in terms:
                     reverse = (q * (logits - teacher_logits)).sum(-1) - (log_norm - logsumexp)
+                acceptance.requires_grad_(with_gradient)
                 statistics = Statistics(cross_entropies, acceptance, reverse.requires_grad_(with_gradient))
                 loss = step_loss(terms, statistics, trained, rows.denominator)
                 decayed = config.decay**k * loss
@@ -159,11 +160,10 @@ class _UnrollLoss(torch.autograd.Function):
             total = total + decayed.detach()
             step_losses.append(loss.detach())
             choices.append(shift_left(logits.argmax(-1), back))
-            overlaps.append(shift_left(acceptance.detach(), back))
             if in_order:  # not d_hidden: with tensor parallelism its reduction would have to be waited for
                 before = [x.detach()[..., None] for x in (cross_entropies, acceptance, choices[-1])] + [d_weight[:, :1]]
         ctx.save_for_backward(d_weight.sum(0), *d_normed)
-        results = (torch.stack(step_losses), *choices, *overlaps)
+        results = (torch.stack(step_losses), *choices)
         ctx.mark_non_differentiable(*results)
         return total, *results
 

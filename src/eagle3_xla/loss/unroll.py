@@ -127,7 +127,7 @@ def unroll(
             weights = weights / _in_same_sequence(rows_at[k].take(sequences), weights)
         denominator = float(input_ids.numel()) if config.mean_over == "all" else weights.sum().clamp_min(1.0)
         steps.append(StepRows(drafted, weights, denominator))
-    loss, step_losses, choices, overlaps = unroll_loss(
+    loss, step_losses, choices = unroll_loss(
         config, teacher, steps, head.lm_head.weight, normed, remat is not None, anchors and anchors.index
     )
 
@@ -142,13 +142,13 @@ def unroll(
             accepted = torch.stack([*accumulate(hits, and_)]).int().sum(0)
             first = rows.take(drafting[0] & ~shift_right(drafting[0], 1))
             chain = decoding_rows(accepted, steps[0].drafted, first, config.ttt_length)
-        for k, (hit, overlap) in enumerate(zip(hits, overlaps)):
+        for k, hit in enumerate(hits):
             drafted = steps[k].drafted
             if anchors and k == 1:
                 chain = anchors.take(chain)
             in_chain = chain & drafted
             chain = in_chain & hit
-            sums.append([x.float().sum() for x in (drafted, hit, in_chain, chain, overlap * drafted)])
+            sums.append([x.float().sum() for x in (drafted, hit, in_chain, chain)])
         stacked = [torch.stack(column) for column in zip(*sums)]
     return UnrollResult(loss, step_losses, AcceptanceSums(*stacked))
 

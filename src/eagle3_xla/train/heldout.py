@@ -61,7 +61,7 @@ class HeldOut:
         vectors = [evaluate(batch) for batch in self._placed]  # all of them, before the first is waited for
         sums: dict[str, list[AcceptanceSums]] = {}
         for (source, _, _), vector in zip(self.batches, vectors):
-            sums.setdefault(source, []).append(unpack_metrics(vector)[2])
+            sums.setdefault(source, []).append(unpack_metrics(vector)[1])
         acceptance = rates(add_up([each for of_source in sums.values() for each in of_source]))["acceptance"]
         by_source = {source: expected_tau(rates(add_up(of))["acceptance"]) for source, of in sums.items()}
         return {"tau": expected_tau(acceptance), "acceptance": acceptance, "sources": by_source}

@@ -106,7 +106,7 @@ class Reporter:
     ) -> None:
         """window: what train/step.py returned for the steps since the last log; reading it waits for these.
         counted: what `counted` said after them; the next step has been dispatched since."""
-        losses, _, sums = zip(*(unpack_metrics(vector) for vector, _ in window))
+        losses, sums = zip(*(unpack_metrics(vector) for vector, _ in window))
         norms = [float(norm) for _, norm in window if norm is not None]
         now = time.perf_counter()
         tokens, work = counted

@@ -1,6 +1,6 @@
 """One micro-step: target, teacher, TTT unroll, backward, and every `gradient_accumulation` of them AdamW."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial, wraps
 from typing import Any
@@ -187,15 +187,14 @@ class TrainStep:
         return self._pack_metrics(result)
 
     def _pack_metrics(self, result: UnrollResult) -> torch.Tensor:
-        """One float32 vector, so that one transfer fetches everything: [1 + 6 K]; steps not unrolled have zeros."""
-        columns = [result.step_losses, *result.sums]
+        """One float32 vector, so that one transfer fetches everything: [1 + 4 K]; steps not unrolled have zeros."""
+        sums: Sequence[torch.Tensor] = result.sums
         if missing := self.recipe.loss.ttt_length - len(result.step_losses):
-            columns = [torch.nn.functional.pad(column, (0, missing)) for column in columns]
-        return torch.cat([result.loss.detach().reshape(1), *columns])
+            sums = [torch.nn.functional.pad(column, (0, missing)) for column in sums]
+        return torch.cat([result.loss.detach().reshape(1), *sums])
 
 
-def unpack_metrics(vector: torch.Tensor) -> tuple[float, torch.Tensor, AcceptanceSums]:
-    """(loss, step losses [K], acceptance sums) on the host."""
+def unpack_metrics(vector: torch.Tensor) -> tuple[float, AcceptanceSums]:
+    """(loss, acceptance sums) on the host."""
     vector = vector.float().cpu()
-    columns = vector[1:].view(6, -1)
-    return float(vector[0]), columns[0], AcceptanceSums(*columns[1:])
+    return float(vector[0]), AcceptanceSums(*vector[1:].view(4, -1))
