@@ -75,7 +75,7 @@ def test_a_refusal_of_few_layers_is_told_for_all(monkeypatch):
     def refuse(*_):
         raise DoesNotFit(110 * GIB, [])
 
-    head, layer = Argument("head", "", 0, GIB), Argument("layer", "", 0, GIB // 100)
+    head, layer = Argument("head", "", GIB), Argument("layer", "", GIB // 100)
     steps = [LoweredStep(b"", arguments, []) for arguments in ([head, *[layer] * 8], [layer] * 8, [layer] * 12)]
     monkeypatch.setattr(compiled, "lowered_steps", lambda *_: steps)
     monkeypatch.setattr(compiled, "compile_for", refuse)

@@ -1,4 +1,4 @@
-"""What a run says while it goes: the progress line, metrics.jsonl, the tracker, a trace on request."""
+"""What a run says while it goes: the progress line, metrics.jsonl, the tracker."""
 
 import contextlib
 import json
@@ -66,8 +66,8 @@ class Reporter:
             flat = {f"{s}.{k}": v for s, values in sections.items() for k, v in values.items()}
             self.tracker = make_tracker(config, self.local.path, flat | {"target": recipe["target"]["path"]})
         self.bar = tqdm(total=total, initial=start, desc="train", unit="step", mininterval=1.0, disable=not self.speaks)
-        self._since, self._tokens, self._speed, self._host_seconds, self._steps = time.perf_counter(), 0, 0.0, 0.0, 0
-        self._work, self._work_speed = 0.0, 0.0
+        self._since, self._tokens, self._work = time.perf_counter(), 0, 0.0
+        self._host_seconds, self._steps = 0.0, 0
         self._waited = dict.fromkeys(WAITS, 0.0)
 
     @contextlib.contextmanager
@@ -110,32 +110,32 @@ class Reporter:
         norms = [float(norm) for _, norm in window if norm is not None]
         now = time.perf_counter()
         tokens, work = counted
-        if tokens:
-            self._speed, self._work_speed = tokens / (now - self._since), work / (now - self._since)
+        seconds = now - self._since
+        speed = tokens / seconds
         acc = rates(add_up(sums))["acc"]
         row = {
             "step": step,
             "loss": sum(losses) / len(losses),
             "acc": acc,
-            "tokens_per_second": self._speed,
+            "tokens_per_second": speed,
             "compilations": compilations,
             "device": self.backend.description,
-            "seconds": now - self._since,
+            "seconds": seconds,
             "lr": optimizer.lr_at(step),
             "gradient_norm": max(norms, default=None),
             "host_seconds_per_step": self._host_seconds / max(1, self._steps),
         }
-        row |= {f"{what}_wait_seconds": seconds for what, seconds in self._waited.items()}  # since the last row
+        row |= {f"{what}_wait_seconds": waited for what, waited in self._waited.items()}  # since the last row
         self._waited = dict.fromkeys(WAITS, 0.0)
         self._since, self._host_seconds, self._steps = now, 0.0, 0
         if self.backend.peak_flops:
-            row["mfu"] = self._work_speed / self.backend.peak_flops
+            row["mfu"] = work / seconds / self.backend.peak_flops
         if memory := self.backend.memory_bytes():
             row["memory_gib"] = memory / 2**30
         self._write(row)
         shown = {f"acc_{k}": f"{value:.3f}" for k, value in enumerate(acc[:3])}
         shown |= {"mfu": f"{row['mfu']:.1%}"} if "mfu" in row else {}
-        self.bar.set_postfix({"loss": f"{row['loss']:.3f}", **shown, "tokens/s": f"{self._speed:.0f}"})
+        self.bar.set_postfix({"loss": f"{row['loss']:.3f}", **shown, "tokens/s": f"{speed:.0f}"})
         scalars = {f"train/acc_{k}": value for k, value in enumerate(acc)}
         self._track(scalars | {f"train/{k}": v for k, v in row.items() if isinstance(v, int | float)}, step)
 

@@ -19,11 +19,10 @@ _XLAC = torch_xla._XLAC
 
 
 class Argument(NamedTuple):
-    """name: "" for a constant of the graph; shape, numel: the whole tensor's; bytes: on one device."""
+    """name: "" for a constant of the graph; shape: the whole tensor's; bytes: on one device."""
 
     name: str
     shape: str
-    numel: int
     bytes: int
 
 
@@ -41,9 +40,6 @@ class AotBackend(SpmdBackend):
     """SpmdBackend whose tensors hold no data. Nothing runs; `lower` gives the graph of a function."""
 
     runs_here = False  # what the TPU compiler frees, gigabytes, is given back
-
-    def _move(self, module: torch.nn.Module) -> torch.nn.Module:
-        return module._apply(self._to_device)
 
     def _to_device(self, tensor: torch.Tensor) -> torch.Tensor:
         # clone(): a tensor of its own over the placeholder, so that sharding it leaves the placeholder as it is.
@@ -65,7 +61,7 @@ class AotBackend(SpmdBackend):
         names = {_placeholders([tensor])[0]: name for name, tensor in {**inputs, **state, **frozen}.items()}
         placed = {name: _argument(name, tensor) for name, tensor in {**inputs, **state, **frozen}.items()}
         outputs = [*function(inputs), *state.values()]
-        constant = Argument("", "", 0, 0)
+        constant = Argument("", "", 0)
         arguments = [placed.get(names.get(number), constant) for number in _placeholders(outputs)]
         hlo = _XLAC._get_xla_tensors_hlo_proto(outputs)
         return LoweredStep(hlo, arguments, [i for i, argument in enumerate(arguments) if argument.name in state])
@@ -77,7 +73,7 @@ def _placeholders(tensors: list[torch.Tensor]) -> list[int]:
 
 
 def _argument(name: str, tensor: torch.Tensor) -> Argument:
-    sharding = re.search(r"devices=\[([\d,]+)\]\S*( last_tile_dim_replicate)?", _XLAC._get_xla_sharding_spec(tensor))
+    sharding = re.search(r"devices=\[([\d,]+)\]", _XLAC._get_xla_sharding_spec(tensor))
     parts = [int(n) for n in sharding[1].split(",")][: tensor.ndim] if sharding else []
     shape = f"{str(tensor.dtype).removeprefix('torch.')}[{','.join(map(str, tensor.shape))}]"
-    return Argument(name, shape, tensor.numel(), tensor.numel() * tensor.element_size() // math.prod(parts))
+    return Argument(name, shape, tensor.numel() * tensor.element_size() // math.prod(parts))

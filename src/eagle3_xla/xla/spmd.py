@@ -42,7 +42,7 @@ class SpmdBackend:
     it reads.
     """
 
-    runs_here = True
+    runs_here = runs_behind = True
 
     def __init__(self, config: XlaConfig, hosts: Hosts | None = None, coordinates: list | None = None):
         wanted = config.dp * config.tp
@@ -81,14 +81,7 @@ class SpmdBackend:
     def description(self) -> str:
         return f"{_hardware()}, torch_xla {torch_xla.__version__}, mesh {self._shape}"
 
-    @property
-    def runs_behind(self) -> bool:
-        return True
-
-    # What xla/aot.py does with placeholders instead of data: move a module, move a tensor, give a tensor its sharding.
-    def _move(self, module: torch.nn.Module) -> torch.nn.Module:
-        return module.to(self.device)
-
+    # What xla/aot.py does with placeholders instead of data: move a tensor, give a tensor its sharding.
     def _to_device(self, tensor: torch.Tensor) -> torch.Tensor:
         return tensor.to(self.device)
 
@@ -122,7 +115,7 @@ class SpmdBackend:
         return target.place(self._to_device, mark)
 
     def place_head(self, head: Eagle3Head) -> Eagle3Head:
-        head = self._move(head)
+        head = head._apply(self._to_device)
         for name, parameter in head.named_parameters():
             self._mark(parameter, self._stored(name, parameter))
         return head
@@ -194,18 +187,13 @@ class SpmdBackend:
         """The whole tensor on the host, put together from its shards: `.cpu()` would compile a gather for each."""
         tensor = tensor.detach()
         if self.hosts.count > 1:  # other hosts hold shards too
-            tensor = self.gathered(tensor)
+            tensor = tensor.clone()  # a compiled transfer for each shape
+            _annotate(tensor, self.mesh.get_op_sharding((None,) * tensor.ndim))
+            torch_xla.sync()
         xla_model.wait_device_ops()  # shards of a step that is still running can't be read
         whole = torch.empty(tensor.shape, dtype=tensor.dtype)
         for shard in spmd.XLAShardedTensor(tensor).local_shards:
             whole[shard.indices] = shard.unpadded_data
-        return whole
-
-    def gathered(self, tensor: torch.Tensor) -> torch.Tensor:
-        """A copy that every device holds whole; a compiled transfer for each shape."""
-        whole = tensor.clone()
-        _annotate(whole, self.mesh.get_op_sharding((None,) * tensor.ndim))
-        torch_xla.sync()
         return whole
 
     @alone

@@ -171,10 +171,11 @@ class _Walk:
 
     def _fused_collective(self, instruction: Instruction) -> Instruction | None:
         """The all-reduce inside a reduce-scatter fusion, or the collective that an asynchronous fusion is part of."""
-        if instruction.opcode != "fusion":
-            return None
-        inside = self.computations.get(instruction.calls[0], [])
-        return next((i for i in inside if i.opcode in COLLECTIVES), None)
+        return next((i for i in self._inside(instruction) if i.opcode in COLLECTIVES), None)
+
+    def _inside(self, instruction: Instruction) -> list[Instruction]:
+        """What a fusion does."""
+        return self.computations.get(instruction.calls[0], []) if instruction.opcode == "fusion" else []
 
     def _collective(
         self, instruction: Instruction, base: str, shapes: dict[str, list[Array]]
@@ -219,9 +220,7 @@ class _Walk:
         """Of all matmuls in an instruction."""
         if instruction.opcode in ("convolution", "dot"):
             return instruction.matmul_flops(*(shapes[name][0].shape for name in instruction.operands[:2]))
-        if instruction.opcode != "fusion":
-            return 0
-        inside = self.computations.get(instruction.calls[0], [])
+        inside = self._inside(instruction)
         within = {i.name: i.arrays for i in inside}
         return sum(self._flops(i, within) for i in inside)
 
@@ -229,9 +228,7 @@ class _Walk:
         """How much of an operand an instruction reads: a gather or a slice takes only what it returns."""
         if instruction.opcode in ("gather", "dynamic-slice", "slice") and position == 0:
             return 0.0  # what it returns is counted as its result
-        if instruction.opcode != "fusion":
-            return 1.0
-        inside = self.computations.get(instruction.calls[0], [])
+        inside = self._inside(instruction)
         parameters = {i.name: i for i in inside if i.opcode == "parameter"}
         for name, parameter in parameters.items():
             if int(parameter.text.split(")")[0]) != position:
@@ -241,9 +238,4 @@ class _Walk:
         return 1.0
 
     def _is_matmul(self, instruction: Instruction) -> bool:
-        if instruction.opcode in ("convolution", "dot"):
-            return True
-        if instruction.opcode != "fusion":
-            return False
-        inside = self.computations.get(instruction.calls[0], [])
-        return any(i.opcode in ("convolution", "dot") or self._is_matmul(i) for i in inside)
+        return instruction.opcode in ("convolution", "dot") or any(map(self._is_matmul, self._inside(instruction)))
