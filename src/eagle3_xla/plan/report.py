@@ -1,6 +1,7 @@
 """A verdict as text."""
 
-GIB = 1024**3
+from eagle3_xla.xla.tpu import GIB
+
 TOKENS_OF = {
     "data.prepared": "the {:.1f}M tokens of all epochs of the prepared data",
     "plan.tokens": "{:.1f}M tokens, which plan.tokens assumes: no data is prepared",

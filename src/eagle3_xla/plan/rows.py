@@ -9,6 +9,9 @@ from eagle3_xla.data.batches import Batches
 from eagle3_xla.data.manifest import prepared_manifest
 from eagle3_xla.data.prepare import load_prepared
 from eagle3_xla.draft.saved import load_head, read_head
+from eagle3_xla.train.budget import planned_graphs
+from eagle3_xla.train.heldout import HeldOut
+from eagle3_xla.train.loader import buckets_of
 
 
 def as_the_run(recipe: Recipe) -> tuple[Recipe, list[str]]:
@@ -61,9 +64,6 @@ def run_graphs(recipe: Recipe) -> dict[str, int]:
     Raises UserError for prepared data that is damaged.
     """
     from eagle3_xla.plan.lowering import TOTAL_STEPS
-    from eagle3_xla.train.budget import planned_graphs
-    from eagle3_xla.train.heldout import HeldOut
-    from eagle3_xla.train.loader import buckets_of
 
     settings = recipe.train
     if not prepared_manifest(recipe.data.prepared):
@@ -79,7 +79,5 @@ def run_graphs(recipe: Recipe) -> dict[str, int]:
 
 def _batches(recipe: Recipe, manifest: dict) -> Batches:
     """The run's, without what its rows hold."""
-    from eagle3_xla.train.loader import buckets_of
-
     buckets = buckets_of(manifest, "train", manifest["train"]["rows"])
     return Batches(np.empty(0), buckets, recipe.train.batch_size, recipe.xla.dp, recipe.train.seed)

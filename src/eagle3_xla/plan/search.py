@@ -20,7 +20,7 @@ from eagle3_xla.data.manifest import prepared_manifest
 from eagle3_xla.errors import UserError
 from eagle3_xla.plan.verdict import plan
 from eagle3_xla.target.known import plan_config
-from eagle3_xla.xla.tpu import find_topology, not_installed
+from eagle3_xla.xla.tpu import GIB, find_topology, not_installed
 
 COMPILER = ("torch_xla", "jaxlib", "libtpu")
 
@@ -100,7 +100,8 @@ def _shape(recipe: Recipe) -> dict:
 
 
 def _verdict(recipe: Recipe, compilers: Executor) -> dict:
-    cached = _cache_folder() / f"{_key(recipe)}.json"
+    cached = storage.cached("plans", _key(recipe)).with_suffix(".json")
+    cached.parent.mkdir(parents=True, exist_ok=True)
     if cached.exists():
         return json.loads(cached.read_text())
     try:
@@ -111,12 +112,6 @@ def _verdict(recipe: Recipe, compilers: Executor) -> dict:
     partial.write_text(json.dumps(verdict))
     os.replace(partial, cached)
     return verdict
-
-
-def _cache_folder() -> Path:
-    folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "eagle3-xla" / "plans"
-    folder.mkdir(parents=True, exist_ok=True)
-    return folder
 
 
 def _key(recipe: Recipe) -> str:
@@ -140,7 +135,7 @@ def _table(rows: list[dict]) -> str:
     heads = ("dp x tp", "draft", "remat", "batch", "accum.", "HBM GiB", "step ms", "tokens/s", "MFU", "hours")
     lines = ["{:>8} {:>6} {:>5} {:>5} {:>6} {:>7} {:>7} {:>8} {:>4} {:>5}".format(*heads)]
     for row in rows:
-        hbm = row["hbm_bytes_per_chip"] / 1024**3
+        hbm = row["hbm_bytes_per_chip"] / GIB
         draft = f"dp {row['dp'] * row['tp']}" if row["draft_data_parallel"] or row["tp"] == 1 else f"tp {row['tp']}"
         line = f"{row['dp']:>4} x {row['tp']:<1} {draft:>6} {'yes' if row['remat'] else 'no':>5}"
         line += f" {row['batch_size']:>5} {row['gradient_accumulation']:>6} {hbm:>7.2f}"

@@ -8,12 +8,14 @@ from typing import Any
 from eagle3_xla.config import Recipe
 from eagle3_xla.data.manifest import prepared_manifest
 from eagle3_xla.errors import UserError
-from eagle3_xla.plan.report import GIB, verdict_screen
+from eagle3_xla.plan.disk import disk_bytes
+from eagle3_xla.plan.report import verdict_screen
 from eagle3_xla.plan.rows import as_the_run, planned_tokens, run_graphs
 from eagle3_xla.target.families import refuse_longer_rows
 from eagle3_xla.target.known import plan_config
 from eagle3_xla.train.flops import flops_per_token
-from eagle3_xla.xla.tpu import DoesNotFit, Memory, compiler_flags, find_topology
+from eagle3_xla.xla.time_model import STATED_ERROR, host_seconds
+from eagle3_xla.xla.tpu import GIB, DoesNotFit, Memory, compiler_flags, find_topology
 
 
 def plan(recipe: Recipe) -> dict:
@@ -39,14 +41,13 @@ def compile_verdict(recipe: Recipe) -> dict:
         raise UserError(f"xla.device is {recipe.xla.device}; only device xla is compiled for a TPU")
     compiler_flags(recipe.plan.xla_flags)
     target = plan_config(recipe.target.path)
-    _refuse_indivisible(recipe, target)
+    if name := _indivisible(target, recipe.xla.tp):
+        raise UserError(f"xla.tp is {recipe.xla.tp}, which does not divide the target's {name} {getattr(target, name)}")
     recipe, notes = as_the_run(recipe)
     prepared = prepared_manifest(recipe.data.prepared)
     refuse_longer_rows(target, recipe.data.row_length, recipe.data.prepared if prepared else "setting data.row_length")
 
     from eagle3_xla.plan.compiled import compile_step
-    from eagle3_xla.plan.disk import disk_bytes
-    from eagle3_xla.xla.time_model import STATED_ERROR, host_seconds
 
     started = time.perf_counter()
     limit = topology.chip.hbm_bytes
@@ -103,11 +104,6 @@ def compile_verdict(recipe: Recipe) -> dict:
         "dollars": hours * topology.chips * price if hours and price else None,
         "seconds": time.perf_counter() - started,
     }
-
-
-def _refuse_indivisible(recipe: Recipe, target: Any) -> None:
-    if name := _indivisible(target, recipe.xla.tp):
-        raise UserError(f"xla.tp is {recipe.xla.tp}, which does not divide the target's {name} {getattr(target, name)}")
 
 
 def _indivisible(target: Any, tp: int) -> str | None:
