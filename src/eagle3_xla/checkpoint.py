@@ -60,13 +60,18 @@ class Checkpoint:
     heldout_taus: list[float] = dataclasses.field(default_factory=list)
 
 
+def folder_of(folder: Location, micro_step: int) -> Location:
+    """Of the checkpoint in `folder` after so many micro-steps."""
+    return storage.join(folder, f"{STEP}{micro_step:08d}")
+
+
 def save(folder: Location, checkpoint: Checkpoint, keep: int, warn: Callable[[str], object] = print) -> Location:
     """Write a checkpoint whole or not at all; once it is durable, drop all but the last `keep` and the best by tau.
 
     Returns its folder. Raises SaveFailed when the disk is full or refuses; the earlier ones are untouched then. That a
     bucket does not remove one is reported through `warn`.
     """
-    final = storage.join(folder, f"{STEP}{checkpoint.micro_step:08d}")
+    final = folder_of(folder, checkpoint.micro_step)
     tensors = {f"head.{name}": value for name, value in checkpoint.head.items()}
     tensors |= {f"optimizer.{name}": value for name, value in checkpoint.optimizer.items()}
     tensors |= {"d2t": checkpoint.d2t, "t2d": checkpoint.t2d}
@@ -193,7 +198,7 @@ def _newest_whole(folder: Location) -> str | None:
     if storage.is_url(folder):
         return max(_steps(folder), default=None)
     saved = _first_whole(folder, reversed(_steps(folder)), warn=lambda _: None)
-    return f"{STEP}{saved.micro_step:08d}" if saved else None
+    return storage.base_name(folder_of(folder, saved.micro_step)) if saved else None
 
 
 def _verified_meta(path: Location) -> tuple[bytes, dict]:

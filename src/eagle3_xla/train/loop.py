@@ -10,8 +10,8 @@ import dataclasses
 import signal
 import sys
 
+from eagle3_xla import checkpoint as checkpoints
 from eagle3_xla import storage
-from eagle3_xla.checkpoint import Checkpoint
 from eagle3_xla.config import Recipe
 from eagle3_xla.errors import RunError, UserError
 from eagle3_xla.storage import Location
@@ -71,7 +71,7 @@ def _why(stopping: list[str]) -> str:
     return stopping[0] if stopping else "SIGTERM"  # the latter: another host was told to
 
 
-def _summary(recipe: Recipe, saved: Checkpoint | None, total_steps: int) -> dict:
+def _summary(recipe: Recipe, saved: checkpoints.Checkpoint | None, total_steps: int) -> dict:
     """Of a run that goes on from `saved`, before its first step."""
     step = saved.micro_step if saved else 0
     return {
@@ -79,7 +79,7 @@ def _summary(recipe: Recipe, saved: Checkpoint | None, total_steps: int) -> dict
         "of": total_steps,
         "tau": saved and saved.tau,
         "best_tau": max(saved.heldout_taus, default=None) if saved else None,
-        "checkpoint": saved and str(storage.join(recipe.train.out, "checkpoints", f"step-{step:08d}")),
+        "checkpoint": saved and str(checkpoints.folder_of(storage.join(recipe.train.out, "checkpoints"), step)),
     }
 
 
@@ -94,7 +94,7 @@ class Loop:
         self.taus = list(run.saved.heldout_taus) if run.saved else []  # of every evaluation so far
         # Steps done, what the steps since the last log returned, and their tokens and FLOPs (Reporter.counted).
         self.unlogged: tuple[int, list, tuple[int, float]] | None = None
-        self.path = run.saved and storage.join(run.out, "checkpoints", f"step-{self.done:08d}")  # the last checkpoint
+        self.path = run.saved and checkpoints.folder_of(storage.join(run.out, "checkpoints"), self.done)  # the last one
         self.budget = self._compile_budget(allow_recompile)
         self.flops = self._flops_per_token()
 
@@ -217,7 +217,7 @@ class Loop:
         """`export` takes the best checkpoint that the run made, never the head that it started from."""
         taus = self.taus
         if len(taus) > 1 and max(taus) <= taus[0]:
-            start = storage.join(self.run.out, "initial", "step-00000000")
+            start = checkpoints.folder_of(storage.join(self.run.out, "initial"), 0)
             self.reporter.say(
                 f"held-out tau never came above the {taus[0]:.3f} before the first step: train.lr may be too high; "
                 f"that head is at {start}"
@@ -243,9 +243,9 @@ class Loop:
             self._refuse_what_is_not_finite(state)
             if self.run.backend.hosts.index == 0:  # every host holds the whole state, one writes it
                 self.saver.save(place, state)
-        return storage.join(place, f"step-{self.done:08d}")
+        return checkpoints.folder_of(place, self.done)
 
-    def _refuse_what_is_not_finite(self, state: Checkpoint) -> None:
+    def _refuse_what_is_not_finite(self, state: checkpoints.Checkpoint) -> None:
         """Raises RunError, on every host, before the checkpoints of a head that was one are replaced."""
         if not all(weight.isfinite().all() for weight in state.head.values()):
             self.saver.hurry()
