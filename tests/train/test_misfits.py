@@ -95,17 +95,6 @@ def test_a_head_of_a_larger_vocabulary(small_run, small_target, tmp_path):
         train(load_recipe(None, [*small_run, f"train.warm_start={tmp_path / 'head'}"]))
 
 
-def test_reused_states_of_held_out_rows_of_two_lengths(small_run, chat_file, tmp_path):
-    long = tmp_path / "long.jsonl"
-    long.write_text("".join(line for line in chat_file.open() if "Python" in line))
-    settings = [*small_run, f"data.train=[{long}]", "data.packing=bucketed", "data.buckets=[50]"]
-    recipe = load_recipe(None, [*settings, "train.heldout_rows=32", "train.reuse_states=true"])
-    manifest = prepare(recipe)
-    assert [len(manifest[split]["buckets"]) for split in ("train", "heldout")] == [1, 2]
-    with pytest.raises(UserError, match="train.reuse_states needs rows of one length"):
-        train(recipe)
-
-
 def test_a_bucket_that_fills_no_batch(small_run, capsys):
     recipe = load_recipe(None, [*small_run, "data.packing=bucketed", "data.row_length=72", "data.buckets=[52, 64]"])
     (_, _, many), (length, _, few) = prepare(recipe)["train"]["buckets"]
