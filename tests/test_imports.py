@@ -66,7 +66,7 @@ def test_imports_go_one_way():
 
 
 def test_the_plain_path_needs_no_torch_xla(tmp_path):
-    """A machine without torch_xla: every module but xla/spmd.py imports, and the CPU backend works."""
+    """A machine without torch_xla: what the CPU backend needs imports, and it works."""
     (tmp_path / "torch_xla.py").write_text("raise ImportError('not installed here')")
     code = (
         "import importlib.util, sys\n"

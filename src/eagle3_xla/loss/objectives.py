@@ -16,7 +16,7 @@ from eagle3_xla.target.order import after
 
 class StepRows(NamedTuple):
     """Of one TTT step: drafted [G, R] bool, rows that an engine drafts at; trained [G, R] float32, the weight of a
-    row in the loss, 0 where it doesn't count; denominator: what the sum of the cross-entropies is divided by, a scalar.
+    row in the loss, 0 where it doesn't count; denominator: of `kl` and `reverse_kl`, a scalar.
     """
 
     drafted: torch.Tensor

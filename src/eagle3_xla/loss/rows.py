@@ -23,9 +23,10 @@ def shift_right(x: torch.Tensor, by: int) -> torch.Tensor:
 class Rows:
     """Between all rows of a batch, [B, T, ...], and the listed ones, [G, R, ...].
 
-    The batch is G groups of B/G sequences (one group a data-parallel replica). index [G, R]: the listed rows of a
-    group, numbered over its B/G * T rows, ascending where they count; slots [G, B/G * T]: where each row is in the
-    list, R when it is not. Without an index every row is listed, R = B/G * T, and nothing moves.
+    The batch is G groups of B/G sequences, one group a data-parallel replica, or with xla.draft_data_parallel one a
+    device. index [G, R]: the listed rows of a group, numbered over its B/G * T rows, ascending where they count; slots
+    [G, B/G * T]: where each row is in the list, R when it is not. Without an index every row is listed, R = B/G * T,
+    and nothing moves.
     """
 
     def __init__(self, groups: int, index: torch.Tensor | None = None, slots: torch.Tensor | None = None):

@@ -53,8 +53,8 @@ def search(recipe: Recipe) -> dict:
     A batch that doesn't fit is tried again with xla.remat, as are the larger ones of its mesh; one that still doesn't
     fit ends the mesh's list.
 
-    Verdicts are kept in the user's cache folder, by recipe, prepared data, a warm start's config, topology,
-    LIBTPU_INIT_ARGS, and versions of this package, transformers and the compiler.
+    Verdicts are kept in the user's cache folder, by recipe, the target's config, prepared data, a warm start's config,
+    LIBTPU_INIT_ARGS, this package's code, and versions of transformers and the compiler.
 
     Raises UserError when there is no candidate or no compiler.
     """

@@ -26,7 +26,8 @@ PROFILED = range(3, 6)  # micro-steps of this process that --profile traces: the
 
 
 def train(recipe: Recipe, max_steps: int = 0, allow_recompile: bool = False, profile: bool = False) -> dict:
-    """Train to the end of the recipe, or save and stop after `max_steps` further micro-steps (0: no such limit).
+    """Train to the end of the recipe, or save and stop after `max_steps` further micro-steps, rounded up to whole
+    updates (0: no such limit).
 
     Returns a summary: `micro_steps` done, `of` how many, held-out expected `tau`, the last `checkpoint`, `ended`:
     done | max_steps | SIGTERM | SIGINT | patience (after a signal it saves first). Raises UserError for a recipe, data

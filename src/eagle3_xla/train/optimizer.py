@@ -21,7 +21,7 @@ class AdamW:
     lr_scale: name -> tensor that broadcasts against the parameter and multiplies its learning rate. Adam's update does
     not know the scale of a layer's inputs; dividing the rate of an input column by the input's RMS is the same as
     training on normalised inputs, and the exported weights stay plain.
-    state: what `state()` returned earlier; it replaces moments, step and lr_scale.
+    state: what `state()` returned earlier; it replaces moments, step and, where none is given, lr_scale.
     """
 
     def __init__(

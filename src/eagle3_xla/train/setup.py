@@ -35,7 +35,7 @@ SCALE_ROWS = 32  # of a warm start, for the scale of its aux channels alone
 
 
 class Stopped(Exception):
-    """SIGTERM before the first step. saved: the checkpoint that the run was to go on from."""
+    """SIGTERM or Ctrl-C before the first step. saved: the checkpoint that the run was to go on from."""
 
     def __init__(self, saved: checkpoints.Checkpoint | None, total_steps: int):
         self.saved, self.total_steps = saved, total_steps

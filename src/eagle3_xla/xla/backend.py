@@ -47,8 +47,8 @@ class Backend(Protocol):
 
 
 def make_backend(config: XlaConfig, hosts: Hosts | None = None) -> Backend:
-    """The backend of a recipe: SpmdBackend (XLA devices) or PlainBackend (one CPU or GPU, eager); hosts: who run it
-    together (default: this process alone)."""
+    """The backend of a recipe: SpmdBackend (XLA devices) or PlainBackend (one CPU, or one GPU with CUDA graphs);
+    hosts: who run it together (default: this process alone)."""
     if config.device == "xla":
         try:
             from eagle3_xla.xla.spmd import SpmdBackend
