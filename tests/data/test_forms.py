@@ -2,12 +2,13 @@
 
 import json
 import shutil
+from collections import Counter
 
 import pytest
 from data.test_surprises import chats, recipe, write
 
 from eagle3_xla.data.chat import ChatEncoder
-from eagle3_xla.data.clean import Chat, Repairs, Unusable, clean
+from eagle3_xla.data.clean import Chat, Unusable, clean
 from eagle3_xla.data.config import DataConfig
 from eagle3_xla.data.prepare import load_prepared, prepare
 from eagle3_xla.data.tokenizer import shows_reasoning, stop_token_ids
@@ -33,7 +34,7 @@ FORMS = [
 
 @pytest.mark.parametrize("row, messages", FORMS)
 def test_forms(row, messages):
-    assert clean(row, "here:1", "test", DataConfig(), Repairs()).messages == messages
+    assert clean(row, "here:1", "test", DataConfig(), Counter()).messages == messages
 
 
 @pytest.mark.parametrize(
@@ -52,7 +53,7 @@ def test_forms(row, messages):
 )
 def test_forms_that_are_none(row, error, message):
     with pytest.raises(error, match=message):
-        clean(row, "here:1", "test", DataConfig(), Repairs())
+        clean(row, "here:1", "test", DataConfig(), Counter())
 
 
 def test_all_forms_in_one_file(small_target, tmp_path):

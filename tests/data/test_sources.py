@@ -2,6 +2,7 @@
 
 import gzip
 import json
+from collections import Counter
 from dataclasses import replace
 
 import pyarrow
@@ -11,7 +12,7 @@ from pyarrow import parquet
 
 from eagle3_xla.config import load_recipe
 from eagle3_xla.data import sources
-from eagle3_xla.data.clean import Chat, Repairs, Unusable, clean
+from eagle3_xla.data.clean import Chat, Unusable, clean
 from eagle3_xla.data.config import DataConfig, Source
 from eagle3_xla.data.files import read_rows
 from eagle3_xla.data.prepare import load_prepared, prepare
@@ -66,7 +67,7 @@ PERFECTBLEND = [
 
 @pytest.mark.parametrize("row, expected", SHAREGPT + ULTRACHAT + PERFECTBLEND)
 def test_oddities(row, expected):
-    repairs = Repairs()
+    repairs = Counter()
     try:
         chat = clean(row, "here:1", "set", DataConfig(), repairs)
     except Unusable as reason:
@@ -77,12 +78,12 @@ def test_oddities(row, expected):
 
 
 def test_repairs_keep_the_texts():
-    repairs = Repairs()
+    repairs = Counter()
     chat = clean(SHAREGPT[5][0], "here:1", "set", DataConfig(), repairs)
     assert chat == Chat(openai(("user", "Hi\n\nthere"), ("assistant", "Hello."))["messages"], True, "set", "here:1")
     clean(SHAREGPT[2][0], "here:1", "set", DataConfig(), repairs)
     clean(SHAREGPT[8][0], "here:1", "set", DataConfig(), repairs)
-    assert repairs.counts == {"same_role_twice": 1, "answer_before_any_question": 1, "cut_at_an_empty_turn": 1}
+    assert repairs == {"same_role_twice": 1, "answer_before_any_question": 1, "cut_at_an_empty_turn": 1}
 
 
 TOOLS = [
@@ -98,8 +99,8 @@ TOOLS = [
 @pytest.mark.parametrize("row", TOOLS)
 def test_tool_turns_are_refused_or_kept(row):
     with pytest.raises(Unusable, match="tool turn"):
-        clean(row, "here:1", "set", DataConfig(), Repairs())
-    chat = clean(row, "here:1", "set", DataConfig(tool_turns="keep"), Repairs())
+        clean(row, "here:1", "set", DataConfig(), Counter())
+    chat = clean(row, "here:1", "set", DataConfig(tool_turns="keep"), Counter())
     assert [m["role"] for m in chat.messages if m["role"] != "system"] == ["user", "assistant", "tool", "assistant"]
     assert chat.tools == row.get("tools")
 
@@ -115,7 +116,7 @@ def test_a_tables_nulls_are_no_arguments(tmp_path):
     parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / "a.parquet")
     keep, read = DataConfig(tool_turns="keep"), []
     for where, row in read_rows(tmp_path / "a.parquet"):
-        message = clean(row, where, "set", keep, Repairs()).messages[-1]
+        message = clean(row, where, "set", keep, Counter()).messages[-1]
         read.append(message["tool_calls"][0]["function"]["arguments"])
     assert read == [{"a": 1}, {"city": "Rome"}]
 
@@ -135,13 +136,13 @@ def test_languages_and_truncated_answers():
     german = openai(("user", "Wie ist das Wetter heute in Berlin?"), ("assistant", "Es regnet heute den ganzen Tag."))
     english = openai(("user", "What is the weather like today?"), ("assistant", "It is raining all day long today."))
     only = DataConfig(languages=["en"])
-    assert clean(english, "here:1", "set", only, Repairs())
+    assert clean(english, "here:1", "set", only, Counter())
     with pytest.raises(Unusable, match="its language is de"):
-        clean(german, "here:1", "set", only, Repairs())
+        clean(german, "here:1", "set", only, Counter())
     cut = english | {"finish": "length"}
-    assert not clean(cut, "here:1", "set", DataConfig(), Repairs()).complete
+    assert not clean(cut, "here:1", "set", DataConfig(), Counter()).complete
     with pytest.raises(Unusable, match="finish"):
-        clean(cut, "here:1", "set", DataConfig(truncated_answers="drop"), Repairs())
+        clean(cut, "here:1", "set", DataConfig(truncated_answers="drop"), Counter())
 
 
 def chats(count, form=share, **more):

@@ -3,13 +3,14 @@
 import asyncio
 import json
 import shutil
+from collections import Counter
 
 import pytest
 from data.test_chat import encoder, spans
 from target.family_models import CONFIGS
 from transformers import GptOssConfig, GptOssForCausalLM
 
-from eagle3_xla.data.clean import Chat, Repairs, Unusable, clean
+from eagle3_xla.data.clean import Chat, Unusable, clean
 from eagle3_xla.data.config import DataConfig
 from eagle3_xla.data.tokenizer import shows_reasoning
 from eagle3_xla.regenerate.conversation import Sampling, rewrite
@@ -48,7 +49,7 @@ def test_gpt_oss_channels(template_targets):
     for name in ("thinking", "reasoning_content"):
         answer = {"role": "assistant", "content": "b", name: "hm"}
         for messages in ([question, answer], [question, answer, question, answer]):
-            chat = clean({"messages": messages}, "here:1", "test", DataConfig(), Repairs())
+            chat = clean({"messages": messages}, "here:1", "test", DataConfig(), Counter())
             assert masked(coder, *chat.messages)[1] == [thought]
     call = {"type": "function", "function": {"name": "add", "arguments": {"a": 1}}}
     answer = {"role": "assistant", "content": "I add.", "reasoning_content": "hm", "tool_calls": [call]}
@@ -120,7 +121,7 @@ def test_gpt_oss_answers_of_regenerate(template_targets, tmp_path):
         return [each async for each in rows()]
 
     for written, expected, row in asyncio.run(read()):
-        chat = clean(row, "here:1", "test", DataConfig(), Repairs())
+        chat = clean(row, "here:1", "test", DataConfig(), Counter())
         assert (chat.messages[1]["content"], chat.messages[1].get("reasoning_content", "")) == expected
         [encoded] = coder.encode([chat])
         assert [coder.tokenizer.decode(s) for s in spans(encoded.ids, encoded.mask)] == [written]
@@ -187,7 +188,7 @@ def test_tool_calls_are_the_assistants(family, first, second, template_targets):
             {"role": "tool", "content": "2"},
             {"role": "assistant", "content": "2"},
         ]
-        chat = clean({"messages": messages, "tools": form([TOOL])}, "here:1", "test", keep, Repairs())
+        chat = clean({"messages": messages, "tools": form([TOOL])}, "here:1", "test", keep, Counter())
         text, answers = masked(coder, *chat.messages, tools=chat.tools)
         assert answers == [first, second]
         assert ("type add" if family == "gpt-oss" else '"description": "d"') in text

@@ -8,7 +8,8 @@ web page.
 
 import json
 import re
-from dataclasses import dataclass, field
+from collections import Counter
+from dataclasses import dataclass
 from typing import Any
 
 from eagle3_xla.data.config import DataConfig
@@ -67,18 +68,8 @@ class Unusable(ValueError):
         return Unusable, (self.reason, str(self))
 
 
-@dataclass
-class Repairs:
-    """How many conversations were used after a repair, by kind."""
-
-    counts: dict[str, int] = field(default_factory=dict)
-
-    def add(self, kind: str) -> None:
-        self.counts[kind] = self.counts.get(kind, 0) + 1
-
-
-def clean(row: dict, where: str, source: str, data: DataConfig, repairs: Repairs) -> Chat:
-    """The conversation of one row, repaired where that is safe.
+def clean(row: dict, where: str, source: str, data: DataConfig, repairs: Counter[str]) -> Chat:
+    """The conversation of one row, repaired where that is safe; `repairs` counts what was done to it, by kind.
 
     Raises Unusable for a conversation to leave out, UserError for a row that is no conversation at all.
     """
@@ -98,12 +89,12 @@ def clean(row: dict, where: str, source: str, data: DataConfig, repairs: Repairs
         [message[key] for message in messages for key in ("content", "reasoning_content") if key in message], data
     )
     if any("reasoning_content" in message for message in messages):
-        repairs.add(REASONING)
+        repairs[REASONING] += 1
     tools = _read(row.get("tools"), list) if data.tool_turns == "keep" else None
     return Chat(messages, complete, source, where, tools if isinstance(tools, list) and tools else None)
 
 
-def clean_questions(row: dict, where: str, source: str, data: DataConfig, repairs: Repairs) -> Chat:
+def clean_questions(row: dict, where: str, source: str, data: DataConfig, repairs: Counter[str]) -> Chat:
     """The questions of one row, each with an answer after it that will be replaced, so whatever that one is.
 
     Takes what `clean` takes, and questions alone: `prompt` (a text or messages), `turns` (texts), `instruction`, or
@@ -130,10 +121,10 @@ def clean_questions(row: dict, where: str, source: str, data: DataConfig, repair
         if not message["content"].strip():
             if message["role"] == "system":
                 continue
-            repairs.add("cut_at_an_empty_turn")
+            repairs["cut_at_an_empty_turn"] += 1
             break
         if kept and kept[-1]["role"] == message["role"] == "user":
-            repairs.add("same_role_twice")
+            repairs["same_role_twice"] += 1
             kept[-1]["content"] += f"\n\n{message['content']}"
         else:
             kept.append(message)
@@ -256,7 +247,7 @@ def _encodes(text: str) -> bool:
     return True
 
 
-def _without_oddities(messages: list[dict], repairs: Repairs) -> list[dict]:
+def _without_oddities(messages: list[dict], repairs: Counter[str]) -> list[dict]:
     """System turn, then user and assistant (or tool) turns that alternate and end with an answer."""
     if messages[0]["role"] == "system" and not messages[0]["content"].strip():
         messages = messages[1:]
@@ -265,17 +256,17 @@ def _without_oddities(messages: list[dict], repairs: Repairs) -> list[dict]:
     kept: list[dict] = []
     for turn in turns:
         if not kept and turn["role"] == "assistant":
-            repairs.add("answer_before_any_question")
+            repairs["answer_before_any_question"] += 1
             continue
         if not turn["content"].strip() and "tool_calls" not in turn:
-            repairs.add("cut_at_an_empty_turn")
+            repairs["cut_at_an_empty_turn"] += 1
             break
         if (
             kept
             and turn["role"] == kept[-1]["role"] != "tool"
             and not ("tool_calls" in turn or "tool_calls" in kept[-1])
         ):
-            repairs.add("same_role_twice")
+            repairs["same_role_twice"] += 1
             thoughts = [t["reasoning_content"] for t in (kept[-1], turn) if "reasoning_content" in t]
             kept[-1] = {"role": turn["role"], "content": f"{kept[-1]['content']}\n\n{turn['content']}"}
             kept[-1] |= {"reasoning_content": "\n\n".join(thoughts)} if thoughts else {}

@@ -4,6 +4,7 @@ larger than memory. A spool that is whole is read again when an interrupted run 
 import hashlib
 import json
 from array import array
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -13,7 +14,7 @@ import numpy as np
 from tqdm import tqdm
 
 from eagle3_xla.data import sources
-from eagle3_xla.data.clean import REASONING, Chat, Repairs, Unusable, clean, clean_questions
+from eagle3_xla.data.clean import REASONING, Chat, Unusable, clean, clean_questions
 from eagle3_xla.data.config import DataConfig, Source
 from eagle3_xla.data.parallel import batched, ordered_map
 from eagle3_xla.data.workfiles import file_is, read_work_file, write_work_file
@@ -82,7 +83,7 @@ def spool(source: Source, data: DataConfig, folder: Path, questions: bool) -> Sp
     index.unlink(missing_ok=True)
     name = sources.label(source)
     dropped: dict[str, dict] = {}
-    repaired: dict[str, int] = {}
+    repaired: Counter[str] = Counter()
     read, offsets, digest = 0, array("q"), hashlib.sha256()
     chunks = batched(sources.rows(source, data.seed), CHUNK)
     with path.open("wb") as file, tqdm(desc=f"read {name}", unit="chat", delay=2) as bar:
@@ -94,8 +95,7 @@ def spool(source: Source, data: DataConfig, folder: Path, questions: bool) -> Sp
             for reason, where, message in reasons:
                 entry = dropped.setdefault(reason, {"rows": 0, "first": f"{where}: {message}"})
                 entry["rows"] += 1
-            for kind, count in repairs.items():
-                repaired[kind] = repaired.get(kind, 0) + count
+            repaired += repairs
             read += len(chats) + len(reasons)
             bar.update(len(chats) + len(reasons))
     if not offsets:
@@ -116,19 +116,18 @@ class _Cleaner:
         self.source, self.name, self.data = source, name, data
         self.clean = clean_questions if questions else clean
 
-    def __call__(self, rows: list[tuple[str, dict]]) -> tuple[list[bytes], list[tuple], dict]:
-        lines, reasons, repairs = [], [], Repairs()
+    def __call__(self, rows: list[tuple[str, dict]]) -> tuple[list[bytes], list[tuple], Counter[str]]:
+        lines, reasons, repairs = [], [], Counter[str]()
         for where, row in rows:
             own = row.get("source")
             source = self.source.name or (own if isinstance(own, str) and own else self.name)
-            made = Repairs()
+            made: Counter[str] = Counter()
             try:
                 chat = self.clean(row, where, source, self.data, made)
                 lines.append(json.dumps(asdict(chat), ensure_ascii=False).encode() + b"\n")
-                for kind in made.counts:
-                    repairs.add(kind)
+                repairs.update(made.keys())  # conversations, however often it was done to one
             except Unusable as reason:
                 reasons.append((reason.reason, where, str(reason)))
             except UnicodeEncodeError:  # half characters in a name or a tool
                 reasons.append(("bad_characters", where, "half characters beside its texts"))
-        return lines, reasons, repairs.counts
+        return lines, reasons, repairs
