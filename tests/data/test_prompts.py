@@ -38,7 +38,7 @@ def test_prompts_in_every_form(tmp_path):
     assert len(read_prompts(str(tmp_path / "prompts.jsonl"), 3)) == 3
 
 
-def test_prompts_are_read_as_training_reads_them(tmp_path):
+def test_prompts_are_read_as_regenerate_reads_them(tmp_path):
     parts = [{"type": "text", "text": "a"}]
     rows = [
         {"messages": [{"role": "User", "content": parts}]},
@@ -53,19 +53,20 @@ def test_prompts_are_read_as_training_reads_them(tmp_path):
         ]},
         {"messages": [{"role": "user", "content": "a"}, {"role": "tool", "content": {"x": 1}}]},
         {"messages": [{"role": "user", "content": "a"}, {"role": "ipython", "content": "x"}]},
-        {"messages": [{"role": "user", "content": "a"}, {"role": "user", "content": "b"}]},
+        {"messages": [{"role": "system", "content": "s"}, *[{"role": "user", "content": "a"}] * 2]},
+        {"prompt": "a", "turns": ["a", "b"], "messages": None},
     ]  # fmt: skip
     found = read_prompts(written(tmp_path / "prompts.jsonl", rows))
-    assert [prompt.messages[-1]["content"] for prompt in found] == ["a"] * 9 + ["a\n\nb"]
-    assert [len(prompt.messages) for prompt in found] == [1] * 6 + [2, 1, 1, 1]
-    assert [prompt.later for prompt in found] == [*[[]] * 6, ["a"], [], [], []]
-    with pytest.raises(UserError, match="prompts.jsonl:1: no user turn to ask"):
+    assert [prompt.messages[-1]["content"] for prompt in found] == ["a"] * 9 + ["a\n\na", "a"]
+    assert [len(prompt.messages) for prompt in found] == [1] * 6 + [2, 1, 1, 2, 1]
+    assert [prompt.later for prompt in found] == [*[[]] * 6, ["a"], [], [], [], ["b"]]
+    with pytest.raises(UserError, match="prompts.jsonl:1: no question in it"):
         read_prompts(written(tmp_path / "prompts.jsonl", [{"prompt": " "}]))
 
 
 def test_a_row_without_a_prompt_is_named(tmp_path):
     file = written(tmp_path / "prompts.jsonl", [{"text": "a"}])
-    with pytest.raises(UserError, match="prompts.jsonl:1: none of .*`question`.* in this row"):
+    with pytest.raises(UserError, match="prompts.jsonl:1: no question in this row .*`question`"):
         read_prompts(file)
     for row in ({"turns": [3]}, {"instruction": 3, "input": "b"}):
         with pytest.raises(UserError, match="the text of a user turn is int, not a string"):

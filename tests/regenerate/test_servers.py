@@ -365,28 +365,34 @@ def test_a_key_is_sent_only_when_it_is_named(misbehaving, questions, tmp_path, m
             run(tmp_path / "out", questions, [server], api_key_env="OTHER")
 
 
-@pytest.mark.parametrize(
-    "row, asked",
-    [
+def test_questions_without_a_usable_answer_are_asked(misbehaving, tmp_path):
+    question = {"role": "user", "content": "a?"}
+    asked = [
         ({"prompt": "a?"}, ["a?"]),
-        ({"prompt": [{"role": "system", "content": "s"}, {"role": "user", "content": "a?"}]}, ["s", "a?"]),
+        ({"prompt": [{"role": "system", "content": "s"}, question]}, ["s", "a?"]),
+        ({"prompt": ["a?", "b?"]}, ["a?", "b?"]),
         ({"turns": ["a?", "b?"]}, ["a?", "b?"]),
+        ({"turns": ["a?", "b?"], "prompt": "a?"}, ["a?", "b?"]),
+        ({"question": "a?"}, ["a?"]),
+        ({"problem": "a?"}, ["a?"]),
         ({"instruction": "a", "input": "b"}, ["a\n\nb"]),
-        ({"messages": [{"role": "user", "content": "a?"}]}, ["a?"]),
+        ({"messages": [question]}, ["a?"]),
         ({"conversations": [{"from": "human", "value": "a?"}]}, ["a?"]),
-        ({"messages": [{"role": "user", "content": "a?"}, {"role": "assistant", "content": 7}]}, ["a?"]),
-        ({"messages": [{"role": "user", "content": "a?"}, {"role": "assistant", "content": "</div>"}]}, ["a?"]),
-        ({"messages": [{"role": "user", "content": "a?"}, {"role": "assistant", "content": "x" * 300_000}]}, ["a?"]),
+        ({"messages": [question, {"role": "assistant", "content": 7}]}, ["a?"]),
+        ({"messages": [question, {"role": "assistant", "content": "</div>"}]}, ["a?"]),
+        ({"messages": [question, {"role": "assistant", "content": "x" * 300_000}]}, ["a?"]),
         ({"prompt": "a?", "completion": "no"}, ["a?"]),
-    ],
-)
-def test_questions_without_a_usable_answer_are_asked(row, asked, misbehaving, tmp_path):
-    (tmp_path / "questions.jsonl").write_text(json.dumps(row) + "\n")
+        # A table has all its columns in each row.
+        ({"messages": None, "turns": None, "prompt": "a?"}, ["a?"]),
+        ({"messages": [], "turns": [], "prompt": None, "question": "a?"}, ["a?"]),
+    ]
+    (tmp_path / "questions.jsonl").write_text("".join(json.dumps(row) + "\n" for row, _ in asked))
     server = misbehaving()
-    assert run(tmp_path / "out", tmp_path / "questions.jsonl", [server])["finished"] == 1
-    [written] = rows_of(tmp_path / "out")
-    assert [m["content"] for m in written["messages"] if m["role"] != "assistant"] == asked
-    assert len(server.bodies) == sum(m["role"] == "user" for m in written["messages"])
+    assert run(tmp_path / "out", tmp_path / "questions.jsonl", [server])["finished"] == len(asked)
+    rows = sorted(rows_of(tmp_path / "out"), key=lambda row: row["id"])
+    texts = [[m["content"] for m in row["messages"] if m["role"] != "assistant"] for row in rows]
+    assert texts == [questions for _, questions in asked]
+    assert len(server.bodies) == sum(m["role"] == "user" for row in rows for m in row["messages"])
 
 
 def test_what_is_no_question(misbehaving, tmp_path):

@@ -32,6 +32,7 @@ ROLES = {
     "observation": "tool",
     "function_response": "tool",
 }
+QUESTIONS = ("conversations", "messages", "turns", "prompt", "question", "problem", "instruction")
 TOOLS = ("tool", "function", "observation", "function_response", "function_call")
 REASONING = "reasoning_content"  # counted among the repairs: whether a template shows it is not known here
 HUGE_TURN = 200_000  # characters; some ShareGPT turns are whole pasted files
@@ -97,21 +98,16 @@ def clean(row: dict, where: str, source: str, data: DataConfig, repairs: Counter
 def clean_questions(row: dict, where: str, source: str, data: DataConfig, repairs: Counter[str]) -> Chat:
     """The questions of one row, each with an answer after it that will be replaced, so whatever that one is.
 
-    Takes what `clean` takes, and questions alone: `prompt` (a text or messages), `turns` (texts), `instruction`, or
-    messages that end with a question. Raises as `clean` does.
+    Takes what `clean` takes, and the forms of `question_turns`. Raises as `clean` does.
     """
-    turns = _turns(row)
-    if turns is None and isinstance(row.get("turns"), list):
-        answer = {"role": "assistant", "content": ""}
-        turns = [turn for text in row["turns"] for turn in ({"role": "user", "content": text}, answer)]
-    if turns is None and "prompt" in row:
-        turns = _as_turns(row["prompt"], "user")
-    if turns is None and "instruction" in row:
-        turns = alpaca_question(row)
-    if turns is None:
-        raise UserError(
-            f"{where}: no question in this row (`prompt`, `turns`, `instruction`, `messages` or `conversations`)"
-        )
+    messages = questions_of(_turns(row) or question_turns(row, where), data, repairs)
+    _refuse_texts([message["content"] for message in messages if message["role"] != "assistant"], data)
+    return Chat(messages, True, source, where)
+
+
+def questions_of(turns: Any, data: DataConfig, repairs: Counter[str]) -> list[dict]:
+    """Turns of any row -> questions, each with an answer after it (empty where it has none that is usable), and system
+    turns. Raises Unusable where nothing is asked."""
     kept: list[dict] = []
     for message in messages_of(turns, data, questions=True):
         if message["role"] == "assistant":
@@ -134,8 +130,7 @@ def clean_questions(row: dict, where: str, source: str, data: DataConfig, repair
         raise Unusable("no_question", "no question in it")
     if kept[-1]["role"] == "user":
         kept.append({"role": "assistant", "content": ""})
-    _refuse_texts([message["content"] for message in kept if message["role"] != "assistant"], data)
-    return Chat(kept, True, source, where)
+    return kept
 
 
 def _refuse_texts(texts: list[str], data: DataConfig) -> None:
@@ -156,6 +151,28 @@ def _turns(row: dict) -> Any:
     if "instruction" in row and "output" in row:
         return alpaca_question(row) + _as_turns(row["output"], "assistant")
     return [] if "conversations" in row or "messages" in row else None
+
+
+def question_turns(row: dict, where: str) -> Any:
+    """The turns of chats (messages may end with a question), or of questions alone: MT-Bench (`turns`, or a list of
+    texts as `prompt`), HumanEval (`prompt`), GSM8K (`question`), MATH500 (`problem`), Alpaca (`instruction`, `input`).
+
+    Texts are each answered before the next; messages stand as they are. Raises UserError for a row of no such form.
+    """
+    if chat := row.get("conversations") or row.get("messages"):
+        return chat
+    turns = row["turns"] if isinstance(row.get("turns"), list) else None  # elsewhere their number
+    found = [value for value in (turns, *map(row.get, ("prompt", "question", "problem"))) if value not in (None, [])]
+    if found:
+        answer = {"role": "assistant", "content": ""}
+        texts = found[0] if isinstance(found[0], list) else [found[0]]
+        pairs = [[text] if isinstance(text, dict) else [{"role": "user", "content": text}, answer] for text in texts]
+        return [turn for pair in pairs for turn in pair]
+    if "instruction" in row:
+        return alpaca_question(row)
+    if row.keys().isdisjoint(QUESTIONS):
+        raise UserError(f"{where}: no question in this row (none of {', '.join(f'`{name}`' for name in QUESTIONS)})")
+    return []
 
 
 def _as_turns(value: Any, role: str) -> list:

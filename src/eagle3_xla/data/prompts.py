@@ -1,19 +1,20 @@
 """Evaluation prompts: files of several forms, and the published sets by name."""
 
 import hashlib
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
-from itertools import islice
+from itertools import islice, takewhile
 from pathlib import Path
 from typing import Any
 
 from eagle3_xla.data import sources
-from eagle3_xla.data.clean import ROLES, Unusable, alpaca_question, messages_of
+from eagle3_xla.data.clean import ROLES, Unusable, question_turns, questions_of
 from eagle3_xla.data.config import DataConfig, Source
 from eagle3_xla.data.files import data_file, read_rows
 from eagle3_xla.errors import UserError
 
-# Hub ids; what their columns mean is found by `_turns`, in a local copy of them too.
+# Hub ids; what their columns mean is found by `question_turns`, in a local copy of them too.
 SETS = {
     "mt-bench": Source(path="HuggingFaceH4/mt_bench_prompts"),
     "humaneval": Source(path="openai/openai_humaneval", split="test"),
@@ -21,7 +22,6 @@ SETS = {
     "math500": Source(path="HuggingFaceH4/MATH-500", split="test"),
     "alpaca": Source(path="tatsu-lab/alpaca"),
 }
-FORMS = "`conversations`, `messages`, `turns`, `prompt`, `question`, `problem`, `instruction`"
 
 
 @dataclass
@@ -61,29 +61,15 @@ def _rows(name: str) -> Iterator[tuple[str, dict[str, Any]]]:
 
 
 def _prompt(where: str, row: dict[str, Any]) -> Prompt:
-    """Read as training reads it (clean.py): an empty system turn is none, questions in a row are one."""
+    """Read as `regenerate` reads it (clean.py)."""
     try:
-        messages = messages_of(_of_people(_turns(where, row)), DataConfig(tool_turns="keep"), questions=True)
+        asked = questions_of(_of_people(question_turns(row, where)), DataConfig(tool_turns="keep"), Counter())
     except Unusable as reason:
         raise UserError(f"{where}: {reason}") from None
-    system: list[dict[str, str]] = []
-    questions: list[str] = []
-    unanswered = False
-    for message in messages:
-        text, asks = message["content"], message["role"] == "user"
-        if asks and not text.strip():
-            break
-        if asks and unanswered:
-            questions[-1] += f"\n\n{text}"
-        elif asks:
-            questions.append(text)
-        elif message["role"] == "system" and not questions and text.strip():
-            system.append({"role": "system", "content": text})
-        unanswered = asks
-    if not questions:
-        raise UserError(f"{where}: no user turn to ask")
-    first = {"role": "user", "content": questions[0]}
-    return Prompt([*system, first], questions[1:], str(row.get("category") or ""), str(row.get("source") or ""))
+    system = takewhile(lambda message: message["role"] == "system", asked)
+    first, *later = (message["content"] for message in asked if message["role"] == "user")
+    messages = [*system, {"role": "user", "content": first}]
+    return Prompt(messages, later, str(row.get("category") or ""), str(row.get("source") or ""))
 
 
 def _of_people(turns: Any) -> Any:
@@ -95,28 +81,3 @@ def _of_people(turns: Any) -> Any:
         asked |= ours == "user"
         kept += [turn] if ours not in ("tool", "") else []
     return kept if isinstance(turns, list) else turns
-
-
-def _turns(where: str, row: dict[str, Any]) -> Any:
-    """The row's conversation: MT-Bench (`turns`, or a list of texts as `prompt`), HumanEval (`prompt`), GSM8K
-    (`question`), MATH500 (`problem`), Alpaca (`instruction`, `input`), chats."""
-
-    def of_user(texts: list[Any]) -> list[Any]:
-        """Texts are each answered before the next; messages stand as they are."""
-        answer = {"role": "assistant", "content": ""}
-        turns = [[text] if isinstance(text, dict) else [{"role": "user", "content": text}, answer] for text in texts]
-        return [turn for of_text in turns for turn in of_text]
-
-    for key in ("messages", "conversations"):
-        if row.get(key):
-            return row[key]
-    if "prompt" in row:
-        return of_user(row["prompt"] if isinstance(row["prompt"], list) else [row["prompt"]])
-    if isinstance(row.get("turns"), list):
-        return of_user(row["turns"])
-    for key in ("question", "problem"):
-        if key in row:
-            return of_user([row[key]])
-    if "instruction" in row:
-        return alpaca_question(row)
-    raise UserError(f"{where}: none of {FORMS} in this row")
