@@ -13,7 +13,7 @@ from eagle3_xla.data.config import DataConfig
 from eagle3_xla.data.documents import Documents
 from eagle3_xla.data.packing import bucket, pack, row_arrays
 
-ROWS_AT_ONCE = 1000
+ROWS_AT_ONCE, TOKENS_AT_ONCE = 1000, 1 << 25  # held in memory before they are written: what is reached first
 SPLIT_FILES = ("data-*.arrow", "cache-*.arrow", "dataset_info.json", "state.json")  # that a folder of rows may hold
 
 
@@ -31,14 +31,15 @@ def write_rows(path: Path, documents: Documents, data: DataConfig, pad_id: int, 
     for length, rows in groups:
         buckets.append([length, count, len(rows)])
         count, slots = count + len(rows), slots + len(rows) * length
-        for start in range(0, len(rows), ROWS_AT_ONCE):
-            some = rows[start : start + ROWS_AT_ONCE]
+        at_once = max(1, min(ROWS_AT_ONCE, TOKENS_AT_ONCE // length))
+        for start in range(0, len(rows), at_once):
+            some = rows[start : start + at_once]
             arrays = row_arrays([[documents.document(i) for i in row] for row in some], length, pad_id)
             if split == "heldout":
                 arrays["source"] = np.array([documents.source[row[0]] for row in some], np.int32)
             for values in arrays.values():
                 digest.update(values.tobytes())
-            writer.write(arrays)
+            writer.writer.write_batch(arrays)
     writer.close(digest.hexdigest())
     tokens = int(documents.lengths.sum())
     report = {
@@ -83,31 +84,14 @@ class _Writer:
         disable_progress_bars()
         shutil.rmtree(path, ignore_errors=True)
         features = {name: Sequence(Value(kind), length or -1) for name, kind in columns.items()}
-        self.features = Features(features | ({"source": Value("int32")} if with_source else {}))
+        features = Features(features | ({"source": Value("int32")} if with_source else {}))
         # `datasets` describes a folder without rows; the file of rows is added to it.
-        Dataset.from_dict({name: [] for name in self.features}, self.features).save_to_disk(str(path))
+        Dataset.from_dict({name: [] for name in features}, features).save_to_disk(str(path))
         self.state, self.file = path / "state.json", path / "data-00000-of-00001.arrow"
-        self.writer = ArrowWriter(features=self.features, path=str(self.file))
-
-    def write(self, arrays: dict[str, np.ndarray]) -> None:
-        """Columns [R, T], `source` [R]."""
-        import pyarrow as pa
-
-        def column(values: np.ndarray, kind: pa.DataType) -> pa.Array:
-            if values.ndim == 1:
-                return pa.array(values)
-            flat, length = pa.array(values.reshape(-1)), values.shape[1]
-            if pa.types.is_fixed_size_list(kind):
-                return pa.FixedSizeListArray.from_arrays(flat, length)
-            offsets = pa.array(np.arange(0, len(flat) + 1, length, dtype=np.int32))
-            return pa.ListArray.from_arrays(offsets, flat)
-
-        schema = self.features.arrow_schema
-        self.writer.write_table(pa.table([column(arrays[f.name], f.type) for f in schema], schema=schema))
+        self.writer = ArrowWriter(features=features, path=str(self.file))
 
     def close(self, fingerprint: str) -> None:
         self.writer.finalize()
-        self.writer.stream.close() if self.writer.stream else None
         with self.file.open("rb") as written:
             os.fsync(written.fileno())
         files = [{"filename": self.file.name}]
