@@ -88,16 +88,11 @@ def load_tokenizer(path: str) -> Any:
 
     Raises UserError when there is none or it has no chat template.
     """
-    from transformers import AutoTokenizer, PreTrainedTokenizerFast
-    from transformers.models.auto.tokenization_auto import get_tokenizer_config
+    from transformers import AutoTokenizer
 
     folder = small_files(path)
     try:
-        # AutoTokenizer puts Qwen2's own splitter in the place of a generic tokenizer when it sees `model_type: qwen2`.
-        generic = get_tokenizer_config(folder).get("tokenizer_class") == "PreTrainedTokenizerFast"
-        tokenizer = (PreTrainedTokenizerFast if generic else AutoTokenizer).from_pretrained(
-            folder, trust_remote_code=False, clean_up_tokenization_spaces=False
-        )
+        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False, clean_up_tokenization_spaces=False)
     except Exception as error:  # the Rust tokenizers raise plain Exceptions for a file that they can't read
         raise UserError(f"no tokenizer at {path!r}: {first_line(error)}") from None
     if not tokenizer.chat_template:
