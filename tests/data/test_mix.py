@@ -1,7 +1,6 @@
 """The mix: shares, caps, seed, duplicates, evaluation prompts, the split; caches, interruptions, numbers of workers."""
 
 import json
-import operator
 import os
 import random
 import shutil
@@ -15,7 +14,6 @@ from eagle3_xla.config import load_recipe
 from eagle3_xla.data import documents, filters, mix, prepare, spool
 from eagle3_xla.data.config import DataConfig, Source
 from eagle3_xla.data.evaluations import Evaluations
-from eagle3_xla.data.parallel import batched, ordered_map
 from eagle3_xla.data.spool import read_chat
 from eagle3_xla.errors import UserError
 
@@ -174,13 +172,6 @@ def test_evaluation_prompts_are_kept_out(form, tmp_path):
     assert sorted(questions(result.train)) == sorted(row["messages"][0]["content"] for row in rows[3:])
     with pytest.raises(UserError, match=r"a.jsonl:1: no evaluation prompt|bad.jsonl:1: no evaluation prompt"):
         Evaluations([str(write(tmp_path / "bad.jsonl", [{"text": "a"}]))])
-
-
-@pytest.mark.parametrize("workers", [1, 2])
-def test_every_chunk_once_and_in_order(workers):
-    for count in (0, 1, 2, 3, 10, 23) if workers == 1 else (23,):
-        done = list(ordered_map(operator.methodcaller, ("copy",), batched(range(count), 2), workers))
-        assert [x for chunk in done for x in chunk] == list(range(count))
 
 
 def settings_of(tmp_path, target, files, **more):

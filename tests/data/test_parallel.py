@@ -4,7 +4,7 @@ import sys
 
 import pytest
 
-from eagle3_xla.data.parallel import ordered_map
+from eagle3_xla.data.parallel import batched, ordered_map
 from eagle3_xla.errors import UserError
 
 
@@ -16,6 +16,10 @@ def make(add):
 @pytest.mark.parametrize("count", [0, 1, 2, 3, 9])
 def test_every_chunk_comes_back_in_order(workers, count):
     assert list(ordered_map(make, (100,), iter(range(count)), workers)) == list(range(100, 100 + count))
+
+
+def test_batches_of_a_stream():
+    assert list(batched(range(5), 2)) == [[0, 1], [2, 3], [4]] and not list(batched([], 2))
 
 
 def make_refused():

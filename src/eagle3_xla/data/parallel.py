@@ -46,14 +46,8 @@ def ordered_map(make: Callable, arguments: tuple, chunks: Iterable, workers: int
 
 def batched(items: Iterable, size: int) -> Iterator[list]:
     """Lists of `size` items; the last may be shorter."""
-    batch = []
-    for item in items:
-        batch.append(item)
-        if len(batch) == size:
-            yield batch
-            batch = []
-    if batch:
-        yield batch
+    items = iter(items)
+    return iter(lambda: list(islice(items, size)), [])
 
 
 def _initialise(make: Callable, arguments: tuple) -> None:
