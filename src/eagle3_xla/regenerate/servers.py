@@ -58,7 +58,7 @@ class Servers:
                 raise UserError(f"--server {url!r} is not a URL ({first_line(error)})") from None
         self.servers = [_Server(url.rstrip("/").removesuffix("/v1")) for url in urls]
         self.sampling, self.timeout, self.rest = sampling, timeout, rest
-        self.model, self.last_answer, self.answers, self.refusals = "", -1.0, 0, 0
+        self.model, self.last_answer, self.refusals = "", -1.0, 0  # the second: time.monotonic(), -1 before any
         self.gpt_oss = self.sets_apart = False  # the second: thoughts came beside the text
         self.known: set[str] = set()  # URLs
         self.answered = PROBE  # of the questions, the last
@@ -101,7 +101,7 @@ class Servers:
                     raise
                 problem = str(refusal)
             else:
-                server.failures, self.last_answer, self.answers = 0, time.monotonic(), self.answers + 1
+                server.failures, self.last_answer = 0, time.monotonic()
                 self.answered = [*messages]
                 return reply
             finally:
@@ -183,7 +183,7 @@ class Servers:
     def _refusal(self, message: str) -> Exception:
         """Of this question; of all, when nothing else was ever answered."""
         self.refusals += 1
-        return RunError(message) if self.refusals >= REFUSALS and not self.answers else Refused(message)
+        return RunError(message) if self.refusals >= REFUSALS and self.last_answer < 0 else Refused(message)
 
     async def _model_of(self, url: str) -> str:
         problem = ""
