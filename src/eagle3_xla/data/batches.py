@@ -107,9 +107,7 @@ def list_rows(loss_mask: torch.Tensor, groups: int, capacity: int) -> dict[str, 
     drafted = drafted_positions(loss_mask.numpy()).reshape(groups, -1)
     assert drafted.sum(1).max() <= capacity <= drafted.shape[1]
     rows = np.argsort(~drafted, axis=1, kind="stable")[:, :capacity]
-    slots: np.ndarray = np.full(drafted.shape, capacity, np.int32)
-    np.put_along_axis(slots, rows, np.arange(capacity, dtype=np.int32)[None], axis=1)
-    return {"rows": torch.from_numpy(rows.astype(np.int32)), "slots": torch.from_numpy(slots)}
+    return {"rows": torch.from_numpy(rows.astype(np.int32)), "slots": _slots(rows, drafted.shape[1])}
 
 
 def draw_anchors(drafted: np.ndarray, count: int, seed: int, step: int, first: int) -> dict[str, torch.Tensor]:
@@ -121,9 +119,16 @@ def draw_anchors(drafted: np.ndarray, count: int, seed: int, step: int, first: i
     groups, rows = drafted.shape
     random = np.stack([np.random.default_rng([seed, step, first + group, 2]).random(rows) for group in range(groups)])
     anchors = np.sort(np.argsort(random + ~drafted, axis=1)[:, :count], axis=1)
-    slots = np.full(drafted.shape, count, np.int32)
-    np.put_along_axis(slots, anchors, np.arange(count, dtype=np.int32)[None], axis=1)
-    return {"anchors": torch.from_numpy(anchors.astype(np.int32)), "anchor_slots": torch.from_numpy(slots)}
+    return {"anchors": torch.from_numpy(anchors.astype(np.int32)), "anchor_slots": _slots(anchors, rows)}
+
+
+def _slots(listed: np.ndarray, rows: int) -> torch.Tensor:
+    """Numbers [groups, count] of the listed ones of `rows` rows -> [groups, rows] int32: where in its group's list each
+    row is, `count` where it isn't."""
+    groups, count = listed.shape
+    slots: np.ndarray = np.full((groups, rows), count, np.int32)
+    np.put_along_axis(slots, listed, np.arange(count, dtype=np.int32)[None], axis=1)
+    return torch.from_numpy(slots)
 
 
 def anchor_count(share: float, rows: int) -> int:

@@ -41,7 +41,7 @@ class ChatEncoder:
 
     def encode(self, chats: list[Chat]) -> list[Encoded | Unusable]:
         """Each chat's ids and mask, cut to data.row_length, or why it is left out."""
-        found: list = []
+        found: list[tuple[str, list[tuple[int, int]], bool] | Unusable] = []
         for chat in chats:
             try:
                 found.append(self._spans(chat))
@@ -49,10 +49,7 @@ class ChatEncoder:
                 found.append(reason)
         rendered = [item for item in found if not isinstance(item, Unusable)]
         encodings = iter(self._tokenize([text for text, _, _ in rendered]))
-        return [
-            item if isinstance(item, Unusable) else self._encoded(item[0], item[1], item[2], next(encodings))
-            for item in found
-        ]
+        return [item if isinstance(item, Unusable) else self._encoded(*item, next(encodings)) for item in found]
 
     def _spans(self, chat: Chat) -> tuple[str, list[tuple[int, int]], bool]:
         """The chat's text, the character spans of its answers, and whether it was too long for a row even so."""
