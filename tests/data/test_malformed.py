@@ -6,6 +6,7 @@ import json
 import os
 import re
 import shutil
+from collections import Counter
 
 import pyarrow
 import pytest
@@ -14,6 +15,7 @@ from pyarrow import parquet
 
 from eagle3_xla.cli import main
 from eagle3_xla.data import files
+from eagle3_xla.errors import UserError
 
 
 def row(question="Name a colour.", answer="Green is a colour.") -> dict:
@@ -30,11 +32,11 @@ def lines(*bad: str | bytes):
     return b"\n".join(encoded) + b"\n"
 
 
-def turns(*pairs, **more):
-    return lines(json.dumps({"conversations": [{"from": role, "value": value} for role, value in pairs]} | more))
+def turns(*pairs) -> str:
+    return json.dumps({"conversations": [{"from": role, "value": value} for role, value in pairs]})
 
 
-def answer(value):
+def answer(value) -> str:
     return turns(("human", "Name a colour."), ("gpt", value))
 
 
@@ -103,27 +105,29 @@ ERRORS = {
     "parquet without the columns": ("a.parquet", table([{"text": "a"}]), r":1: neither `conversations` nor"),
     "empty parquet": ("a.parquet", table([row()])[:0] + b"PAR1", r":1: not a readable Parquet file"),
 }
-# name -> (content, reason in the manifest)
-DROPS = {
-    "NUL in a text": (answer("a\0b"), "bad_characters"),
-    "half a character": (lines('{"conversations": [{"from": "human", "value": "\\ud83d"}]}'), "bad_characters"),
-    "no list": (lines('{"conversations": "hello"}'), "no_turns"),
-    "turns null": (lines('{"messages": null}'), "no_turns"),
-    "turns NaN": (lines('{"messages": NaN}'), "no_turns"),
-    "no turns": (lines('{"messages": []}'), "no_turns"),
-    "turns are strings": (lines('{"messages": ["a", "b"]}'), "malformed_turn"),
-    "turns without a role": (lines('{"messages": [{"content": "a"}]}'), "malformed_turn"),
-    "unknown role": (turns(("human", "a"), ("oracle", "b")), "unknown_role"),
-    "role is a number": (turns((7, "a"), ("gpt", "b")), "unknown_role"),
-    "text is a number": (answer(7), "not_text"),
-    "text is an object": (answer({"a": 1}), "not_text"),
-    "text holds a picture": (answer([{"type": "image_url", "image_url": "x"}]), "not_text"),
-    "all texts null": (turns(("human", None), ("gpt", None)), "no_answer"),
-    "no question": (turns(("gpt", "Hello!")), "no_answer"),
-    "10 MB turn": (answer("word " * 2_000_000), "huge_turn"),
-    "tool calls that are none": (lines('{"messages": [{"role": "assistant", "tool_calls": 5}]}'), "tool_turn"),
-    "a web page's left-overs": (answer("Sure.</div>Copy code`x`"), "html"),
-}
+THROUGH_PREPARE = ("array broken", "bad JSON", "gz cut off")
+COLUMNS = ("missing columns", "parquet without the columns")  # which a reader of rows does not know
+# (line, reason in the manifest)
+DROPS = [
+    (answer("a\0b"), "bad_characters"),
+    ('{"conversations": [{"from": "human", "value": "\\ud83d"}]}', "bad_characters"),
+    ('{"conversations": "hello"}', "no_turns"),
+    ('{"messages": null}', "no_turns"),
+    ('{"messages": NaN}', "no_turns"),
+    ('{"messages": []}', "no_turns"),
+    ('{"messages": ["a", "b"]}', "malformed_turn"),
+    ('{"messages": [{"content": "a"}]}', "malformed_turn"),
+    (turns(("human", "a"), ("oracle", "b")), "unknown_role"),
+    (turns((7, "a"), ("gpt", "b")), "unknown_role"),
+    (answer(7), "not_text"),
+    (answer({"a": 1}), "not_text"),
+    (answer([{"type": "image_url", "image_url": "x"}]), "not_text"),
+    (turns(("human", None), ("gpt", None)), "no_answer"),
+    (turns(("gpt", "Hello!")), "no_answer"),
+    (answer("word " * 2_000_000), "huge_turn"),
+    ('{"messages": [{"role": "assistant", "tool_calls": 5}]}', "tool_turn"),
+    (answer("Sure.</div>Copy code`x`"), "html"),
+]
 assert len(ERRORS) + len(DROPS) >= 40
 
 
@@ -163,26 +167,35 @@ def refused(prepared, bad, message, capsys):
     assert content(out) == before
 
 
-@pytest.mark.parametrize("name", sorted(ERRORS))
-def test_one_line_that_names_file_and_line(name, prepared, tmp_path, capsys):
+@pytest.mark.parametrize("name", sorted(ERRORS.keys() - COLUMNS))
+def test_one_line_that_names_file_and_line(name, tmp_path):
+    file_name, data, message = ERRORS[name]
+    (tmp_path / file_name).write_bytes(data)
+    with pytest.raises(UserError, match=rf"{file_name}.*{message}") as refusal:
+        list(files.read_rows(tmp_path / file_name))
+    assert "\n" not in str(refusal.value) and len(str(refusal.value)) < 450
+
+
+@pytest.mark.parametrize("name", THROUGH_PREPARE + COLUMNS)
+def test_prepare_says_it_and_leaves_its_folder_whole(name, prepared, tmp_path, capsys):
     file_name, data, message = ERRORS[name]
     (tmp_path / file_name).write_bytes(data)
     refused(prepared, tmp_path / file_name, rf"{file_name}.*{message}", capsys)
 
 
-@pytest.mark.parametrize("name", sorted(DROPS))
-def test_a_counted_drop(name, prepared, tmp_path, capsys):
-    data, reason = DROPS[name]
-    (tmp_path / "a.jsonl").write_bytes(data)
-    _, code = prepare_with(prepared, tmp_path / "a.jsonl", tmp_path / "d")
+def test_counted_drops(prepared, tmp_path, capsys):
+    path, expected, first = tmp_path / "a.jsonl", Counter(reason for _, reason in DROPS), {}
+    path.write_bytes(lines(*(line for line, _ in DROPS)))
+    for number, (_, reason) in enumerate(DROPS, 4):
+        first.setdefault(reason, f"{path}:{number}")
+    _, code = prepare_with(prepared, path, tmp_path / "d")
     output = capsys.readouterr()
     assert code == 0, output.err
     manifest = json.loads(output.out)
     source = manifest["sources"][1]
-    assert source["read"] == 5 and source["kept"] == 4 and list(source["dropped"]) == [reason]
-    assert source["dropped"][reason]["rows"] == 1
-    assert source["dropped"][reason]["first"].startswith(f"{tmp_path / 'a.jsonl'}:4: ")
-    assert manifest["train"]["chats"] == 8
+    assert source["read"] == 4 + len(DROPS) and source["kept"] == 4 and manifest["train"]["chats"] == 8
+    assert {reason: entry["rows"] for reason, entry in source["dropped"].items()} == expected
+    assert {reason: entry["first"].partition(": ")[0] for reason, entry in source["dropped"].items()} == first
 
 
 def test_what_is_no_file(prepared, tmp_path, capsys):
