@@ -295,8 +295,8 @@ def test_unusual_answers_are_answers(answer, said, misbehaving, tmp_path):
         (reply(" \n"), "with an empty answer"),
     ],
 )
-def test_answers_that_are_none_are_left_out(answer, message, misbehaving, tmp_path, monkeypatch):
-    """Of one question: its conversation ends before it, or is dropped with the reason. Of all: the run ends."""
+def test_answers_that_are_none_are_left_out(answer, message, misbehaving, tmp_path):
+    """The conversation ends before the question, or is dropped with the reason."""
     questions = write_questions(tmp_path / "questions.jsonl", 3)
 
     def fault(messages, n):
@@ -306,23 +306,22 @@ def test_answers_that_are_none_are_left_out(answer, message, misbehaving, tmp_pa
     assert result["dropped"] == {"no_answer": 1} and result["finish"] == {"stop": 2}
     assert message in json.loads((tmp_path / "out" / "dropped.jsonl").read_text())["message"]
     assert {row["id"]: len(row["messages"]) for row in rows_of(tmp_path / "out")} == {0: 4, 2: 2}
+
+
+def test_whose_fault_an_answer_is_that_is_none(misbehaving, tmp_path, monkeypatch):
+    """The question's, or that of the server, which answers none: then the run ends."""
+    questions, answer, message = write_questions(tmp_path / "questions.jsonl", 3), reply(None), "with an empty answer"
     # One that has no words for "Hi" answered others, so the fault is in this question.
-    speechless = run(
-        tmp_path / "speechless",
-        questions,
-        [misbehaving(lambda messages, n: answer if messages == servers.PROBE else fault(messages, n))],
-        concurrency=1,
-    )
-    assert speechless["dropped"] == {"no_answer": 1} and speechless["finish"] == {"stop": 2}
+    odd = [[{"role": "user", "content": "question 1 0"}], servers.PROBE]
+    speechless = misbehaving(lambda messages, n: answer if messages in odd else None)
+    result = run(tmp_path / "speechless", questions, [speechless], concurrency=1)
+    assert result["dropped"] == {"no_answer": 1} and result["finish"] == {"stop": 2}
     with pytest.raises(RunError, match=f"{message}.*; it refuses 'Hi' too"):
         run(tmp_path / "all", questions, [misbehaving(lambda messages, n: answer)])
     monkeypatch.setattr(servers, "REFUSALS", 3)
+    each = misbehaving(lambda messages, n: answer if messages != servers.PROBE else None)
     with pytest.raises(RunError, match=message):
-        run(
-            tmp_path / "each",
-            questions,
-            [misbehaving(lambda messages, n: answer if messages != servers.PROBE else None)],
-        )
+        run(tmp_path / "each", questions, [each])
 
 
 @pytest.mark.parametrize(
