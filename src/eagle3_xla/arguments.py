@@ -158,7 +158,7 @@ def _add_verbs(subparsers: Any, common: Parser, recipe: Parser) -> None:
     verb.add_argument("--show", type=SIZE, metavar="N", help="then print N rows, what is trained on in colour")
     verb = verbs.add_parser("regenerate", parents=[recipe], help="the target rewrites the answers of chats")
     verb.add_argument("--server", default="", metavar="URL[,URL]", help="running OpenAI-compatible servers")
-    verb.add_argument("--target", default="", metavar="DIR", help="or a small target to run in this process")
+    verb.add_argument("--target", default="", help="or folder or hub id of a small target to run in this process")
     verb.add_argument("--chats", nargs="+", default=[], metavar="FILE", help="default: the recipe's data.train mix")
     verb.add_argument("--out", required=True, help="folder; started again with it, it continues")
     verb.add_argument("--limit", type=COUNT, default=0, help="only the first conversations")

@@ -70,7 +70,7 @@ class DataConfig:
         for key in ("train", "heldout"):
             for number, source in enumerate(getattr(self, key)):
                 if not source.path:
-                    raise UserError(f"setting data.{key}[{number}].path is empty; name a file, a folder or a hub id")
+                    raise UserError(f"setting data.{key}[{number}].path is empty; name a file, folder, URL or hub id")
                 if source.config and source.file:
                     raise UserError(
                         f"setting data.{key}[{number}] has config {source.config!r} and file {source.file!r}; a file "

@@ -1,4 +1,4 @@
-"""The target's tokenizer, its end-of-turn tokens and its vocabulary size, from a folder or a hub id."""
+"""The target's tokenizer, its end-of-turn tokens and its vocabulary size, from a folder, a URL or a hub id."""
 
 import datetime
 import json
@@ -39,11 +39,12 @@ def small_files(path: str) -> str:
 
 
 def written_config(path: str) -> dict:
-    """config.json of a folder or a hub id as it is written. Raises UserError for none, or a field of another type."""
+    """config.json of a folder, a URL or a hub id as it is written. Raises UserError for none, or a field of a wrong
+    type."""
     from transformers import PretrainedConfig
 
     if not path:
-        raise UserError("setting target.path is empty; name a folder or a hub id")
+        raise UserError("setting target.path is empty; name a folder, a URL or a hub id")
     folder = small_files(path)
     try:
         written = PretrainedConfig.get_config_dict(folder)[0]

@@ -47,9 +47,10 @@ NAMED = 10  # of the conversations without an answer
 
 @dataclass
 class Options:
-    """servers: URLs, or target: a folder to run in this process on `device`; chats: files instead of the recipe's
-    mix; limit: the first of them only, 0 for all; concurrency: conversations in flight; timeout: seconds an answer;
-    api_key_env: the environment variable whose value the servers get as bearer token: none is sent unasked.
+    """servers: URLs, or target: a folder, a URL or a hub id, to run in this process on `device`; chats: files instead
+    of the recipe's mix; limit: the first of them only, 0 for all; concurrency: conversations in flight; timeout:
+    seconds an answer; api_key_env: the environment variable whose value the servers get as bearer token: none is sent
+    unasked.
     """
 
     servers: list[str] = field(default_factory=list)
@@ -67,7 +68,7 @@ def regenerate(recipe: Recipe, out: Location, options: Options) -> dict:
     """Write `out` (above), or what is missing in it; return counts. Raises UserError when it was begun with other
     settings, RunError when conversations are left without an answer: starting again goes on with those."""
     if bool(options.servers) == bool(options.target):
-        raise UserError("give either --server URL[,URL...] or --target DIR")
+        raise UserError("give either --server URL[,URL...] or --target TARGET")
     if options.concurrency < 1 or options.limit < 0 or not 0 < options.timeout < math.inf:
         raise UserError("--concurrency must be 1 or more, --limit 0 or more, --timeout positive and finite")
     recipe = replace(recipe, data=_chats_to_ask(recipe.data, options.chats))
