@@ -174,6 +174,7 @@ def test_a_shallow_model_has_every_kind_of_layer():
 
 
 QWEN2 = {"architectures": ["Qwen2ForCausalLM"], "model_type": "qwen2", "num_hidden_layers": 8, "vocab_size": 64}
+WINDOWED = ["full_attention"] * 7 + ["sliding_attention"]
 LLAMA_31 = {"rope_type": "llama3", **LLAMA3}
 EIGHTFOLD = {"rope_type": "linear", "factor": 8.0}
 GEMMA2 = {  # as Google writes it
@@ -209,6 +210,10 @@ REFUSED = [
     ({"attn_logit_softcapping": 30.0}, "attn_logit_softcapping"),
     ({"residual_multiplier": 0.2}, "residual_multiplier"),
     ({"layer_types": ["full_attention"] * 7 + ["chunked_attention"]}, "layer_types has chunked_attention"),
+    ({"layer_types": WINDOWED}, "has sliding_attention, and sliding_window or use_sliding_window says"),
+    ({"layer_types": WINDOWED, "use_sliding_window": True, "sliding_window": None}, "has sliding_attention, and"),
+    ({"model_type": "smollm3", "layer_types": WINDOWED, "sliding_window": 4}, "has sliding_attention, and"),
+    (GEMMA2 | {"sliding_window": None}, "has sliding_attention, and"),
     ({"model_type": "gemma3_text", "use_bidirectional_attention": True}, "use_bidirectional_attention is True"),
     ({"model_type": "gemma3_text", "attn_logit_softcapping": 30.0}, "transformers' Gemma-3 leaves out"),
     (GEMMA2 | {"hidden_act": "gelu"}, "hidden_act is 'gelu' and hidden_activation, .*, 'gelu_pytorch_tanh'"),

@@ -153,6 +153,12 @@ def load_target_config(path: str) -> Any:
     check(written_config(path), path)
     config = load_config(path)
     aux_layers(config.num_hidden_layers)
+    windowless = getattr(config, "sliding_window", None) is None or not getattr(config, "use_sliding_window", True)
+    if windowless and "sliding_attention" in (getattr(config, "layer_types", None) or []):
+        raise UserError(
+            f"target {path!r} is not supported: layer_types in config.json has sliding_attention, and sliding_window "
+            "or use_sliding_window says that there is no window"
+        )
     _within_original_context(config)
     return config
 
@@ -317,7 +323,7 @@ def check(written: dict, path: str) -> None:
 
 def attention_masks(
     config: Any, visible: torch.Tensor, distance: torch.Tensor
-) -> torch.Tensor | dict[str, torch.Tensor | None]:
+) -> torch.Tensor | dict[str, torch.Tensor]:
     """What the family's decoder takes as ready-made masks: a 4-D tensor, or one for each of its layer types.
 
     visible [B, Q, K] bool: what a query may see without any window (its own document, its own past); distance, which
@@ -325,13 +331,9 @@ def attention_masks(
     distance < sliding_window, as transformers' `sliding_window_overlay` has it.
     """
     masks = FAMILIES[config.model_type].masks
-    if masks is None:
-        return visible[:, None]
-    window = config.sliding_window
-    within = None if window is None else (visible & (distance < window))[:, None]
-    if masks == ALL_LAYERS:
-        return visible[:, None] if window is None else within
-    return {"full_attention": visible[:, None], "sliding_attention": within}
+    full, window = visible[:, None], config.sliding_window if masks else None
+    within = full if window is None else (visible & (distance < window))[:, None]
+    return {"full_attention": full, "sliding_attention": within} if masks == BY_LAYER else within
 
 
 def logits_of(config: Any, products: torch.Tensor) -> torch.Tensor:

@@ -250,7 +250,7 @@ class Target(nn.Module):
         return Teacher(logits_of(self.model.config, logits.float()), logsumexp, argmax)
 
 
-def document_masks(config: Any, document_ids: torch.Tensor) -> torch.Tensor | dict[str, torch.Tensor | None]:
+def document_masks(config: Any, document_ids: torch.Tensor) -> torch.Tensor | dict[str, torch.Tensor]:
     """Causal attention inside each document of packed rows, with the family's windows (families.attention_masks).
 
     document_ids [B, T]; padding attends to padding, so no row is empty.
