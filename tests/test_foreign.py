@@ -247,7 +247,7 @@ def test_a_target(name, exported_head, small_target, chat_file, tmp_path, capsys
     assert re.search(part, said), said
 
 
-def test_an_index_without_a_map(exported_head, small_target, tmp_path):
+def test_an_index_that_is_none(exported_head, small_target, tmp_path):
     embedding = torch.zeros(4096, 64)
     head = edited(
         exported_head, tmp_path / "head", lambda _, tensors: tensors.update({"embed_tokens.weight": embedding})
@@ -256,6 +256,8 @@ def test_an_index_without_a_map(exported_head, small_target, tmp_path):
         ("{}", "weight_map is null"),
         ('{"weight_map": [1]}', r"weight_map is \[1\]"),
         ("{", "not JSON"),
+        ('{"weight_map": {"model.norm.weight": "../other.safetensors"}}', "which is no file beside it"),
+        ('{"weight_map": {"model.norm.weight": "of a base.safetensors"}}', "has both model.safetensors and"),
     ):
         target = tmp_path / f"target-{len(content)}"
         target_with(small_target, target, **{"model__safetensors__index__json": content})

@@ -8,6 +8,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from transformers import (
+    AutoModelForCausalLM,
     LlamaConfig,
     LlamaForCausalLM,
     Qwen2Config,
@@ -60,7 +61,17 @@ def inputs() -> list[torch.Tensor]:
 
 @torch.no_grad()
 def golden(folder) -> list[torch.Tensor]:
-    return list(Target(load_target(str(folder), torch.float32), DRAFT_IDS).states(*inputs()))
+    """By transformers' own loader."""
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    return list(Target(model, DRAFT_IDS).states(*inputs()))
+
+
+def loaded(folder) -> Qwen2ForCausalLM:
+    return load_target(str(folder), torch.float32)
+
+
+def placed(folder) -> Target:
+    return open_target(str(folder), torch.float32, DRAFT_IDS).place(lambda tensor: tensor)
 
 
 def watch(weights) -> list[weakref.ref]:
@@ -86,8 +97,9 @@ def test_placed_tensor_by_tensor_it_is_the_same_target(folders):
         assert len(reads) == len(list(target.parameters()))
         tied = target.model.config.tie_word_embeddings
         assert (target.model.lm_head.weight is target.model.get_input_embeddings().weight) == tied
-        for ours, expected in zip(target.states(*inputs()), golden(folder)):
-            assert torch.equal(ours, expected)
+        whole = Target(loaded(folder), DRAFT_IDS).states(*inputs())
+        for ours, read, expected in zip(target.states(*inputs()), whole, golden(folder)):
+            assert torch.equal(ours, expected) and torch.equal(read, expected)
 
 
 SHARDED = """
@@ -194,3 +206,24 @@ def test_weights_that_are_not_there_are_named(folders, tmp_path):
     last.unlink()
     with pytest.raises(UserError, match=f"{last.name} is missing"):
         open_target(str(cut), torch.float32, DRAFT_IDS)
+    shape = shutil.copytree(folders[0], tmp_path / "shape")
+    config = json.loads((shape / "config.json").read_text())
+    (shape / "config.json").write_text(json.dumps(config | {"intermediate_size": 96}))
+    for load in (loaded, placed):
+        with pytest.raises(UserError, match=r"gate_proj.weight is \[64, 32\]; \[96, 32\] by config.json"):
+            load(shape)
+
+
+def test_a_folder_with_two_sets_of_weights(folders, tmp_path):
+    """A fine-tune that was written as one file into a copy of its base, and the index that saving it leaves there."""
+    for gone in (False, True):
+        folder = shutil.copytree(folders[0], tmp_path / f"base gone {gone}")
+        tuned = {name: tensor + 1 for name, tensor in loaded(folder).state_dict().items() if "lm_head" not in name}
+        for shard in folder.glob("*.safetensors") if gone else ():
+            shard.unlink()
+        save_file(tuned, folder / "model.safetensors", {"format": "pt"})
+        for load in (loaded, placed):
+            with pytest.raises(UserError, match="has both model.safetensors and an .*: remove what is not meant$"):
+                load(folder)
+        (folder / "model.safetensors.index.json").unlink()
+        assert torch.equal(loaded(folder).model.norm.weight, tuned["model.norm.weight"])

@@ -1,18 +1,17 @@
 """The rules for the weights and for the target's folder. Each takes (head, target) and returns one Finding."""
 
-from pathlib import Path
 from types import SimpleNamespace
 
 import torch
 from safetensors import SafetensorError, safe_open
 
 from eagle3_xla import storage
-from eagle3_xla.checks import mapping, read_json
+from eagle3_xla.checks import read_json
 from eagle3_xla.data.tokenizer import stop_token_ids
 from eagle3_xla.doctor.files import Finding, Target
 from eagle3_xla.draft.saved import QK_NORM_ARCHITECTURE, SavedHead, d2t_problem, expected_shapes
 from eagle3_xla.errors import UserError
-from eagle3_xla.target.weights import RangedFile
+from eagle3_xla.target.weights import SINGLE, RangedFile, weight_map
 
 EMBEDDING = "embed_tokens.weight"
 FLOATS = (torch.bfloat16, torch.float16, torch.float32)
@@ -169,15 +168,12 @@ def embedding(head: SavedHead, target: Target) -> Finding:
 
 def _target_embedding(target: Target) -> torch.Tensor | None:
     name = "model.embed_tokens.weight"
-    index = target.folder / "model.safetensors.index.json"
-    file: object = "model.safetensors"
-    if index.is_file():
-        file = mapping(read_json(index).get("weight_map"), f"{index}: weight_map").get(name)
-    if not isinstance(file, str) or Path(file).name != file:
+    folder = target.name if storage.is_url(target.name) else str(target.folder)
+    files = weight_map(folder)
+    file = SINGLE if files is None else files.get(name)
+    if not file or not storage.exists(storage.join(folder, file)):
         return None
-    location = storage.join(target.name if storage.is_url(target.name) else target.folder, file)
-    if not storage.exists(location):
-        return None
+    location = storage.join(folder, file)
     if storage.is_url(location):  # one request for the tensor, where the file has many
         weights = RangedFile(location)
         return weights.get_tensor(name) if name in weights.keys() else None

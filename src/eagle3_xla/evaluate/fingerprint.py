@@ -10,12 +10,12 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from eagle3_xla import __version__, hub, local_copies, storage
-from eagle3_xla.checks import mapping, read_json, text
+from eagle3_xla.checks import read_json
 from eagle3_xla.data.prompts import fingerprint as prompts_fingerprint
 from eagle3_xla.data.tokenizer import config_content
 from eagle3_xla.draft.saved import read_head
 from eagle3_xla.errors import UserError
-from eagle3_xla.target.weights import INDEX, SINGLE
+from eagle3_xla.target.weights import SINGLE, weight_map
 
 
 def measured(verb: str, head: str | None, target: str, prompts: str) -> dict:
@@ -49,7 +49,8 @@ def head_fingerprint(path: str) -> str | None:
 def target_fingerprint(path: str) -> str | None:
     """Of config.json and of each tensor's first and last row, however the weights are split into files.
 
-    path: a folder or a hub id. None where the weights, in safetensors, are not on this machine.
+    path: a folder or a hub id. None where the weights, in safetensors, are not on this machine, or which they are isn't
+    clear.
     """
     folder = _folder(path, only=(*hub.SMALL, "*.safetensors"))
     if not folder:
@@ -57,7 +58,8 @@ def target_fingerprint(path: str) -> str | None:
     rows = {}
     try:
         digest = hashlib.sha256(config_content(read_json(folder / "config.json")))
-        for file in _weight_files(folder):
+        names = weight_map(str(folder))
+        for file in {SINGLE} if names is None else {*names.values()}:
             with safe_open(folder / file, framework="pt") as opened:
                 for name in opened.keys():
                     rows[name] = _rows(opened.get_slice(name))
@@ -70,18 +72,6 @@ def target_fingerprint(path: str) -> str | None:
         for part in parts:
             digest.update(part)
     return digest.hexdigest()
-
-
-def _weight_files(folder: Path) -> list[str]:
-    """Names of the files that transformers loads; others (consolidated.safetensors) hold the weights again.
-
-    Raises UserError for an index that can't be read.
-    """
-    index = folder / INDEX
-    if (folder / SINGLE).is_file() or not index.is_file():
-        return [SINGLE]
-    files = mapping(read_json(index).get("weight_map"), f"{index}: weight_map").values()
-    return sorted({text(file, f"{index}: weight_map") for file in files})
 
 
 def _rows(tensor: Any) -> list[bytes]:

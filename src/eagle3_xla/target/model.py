@@ -4,15 +4,13 @@ import hashlib
 import re
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from torch import nn
 
 from eagle3_xla import hub, local_copies, storage
-from eagle3_xla.checks import first_line
-from eagle3_xla.data.tokenizer import UNREADABLE, config_content, written_config
+from eagle3_xla.data.tokenizer import config_content, written_config
 from eagle3_xla.errors import UserError
 from eagle3_xla.target.experts import RoutedExperts
 from eagle3_xla.target.families import (
@@ -57,27 +55,13 @@ class Teacher(NamedTuple):
 
 def load_target(path: str, dtype: torch.dtype) -> nn.Module:
     """The frozen causal LM on the CPU, in eval mode, without gradients. Raises UserError when it can't be a target."""
-    from transformers import AutoModelForCausalLM
-
     config = load_target_config(path)
-    if getattr(config, "quantization_config", None):  # transformers' own readers want a GPU
-        model, weights = _empty(path, config, dtype)
-        place(model, weights.read)
-        return model
-    try:
-        model, found = AutoModelForCausalLM.from_pretrained(
-            local_copies.local_folder(path, (*hub.SMALL, "*.safetensors")) if storage.is_url(path) else path,
-            config=config,
-            dtype=dtype,
-            attn_implementation=plain_attention(config),
-            output_loading_info=True,
-        )
-    except (*UNREADABLE, RuntimeError) as error:  # hf_xet's
-        again = "" if storage.is_url(path) or Path(path).exists() else "; if the hub failed, start it again to go on"
-        raise UserError(f"the weights of target {path!r} don't load: {first_line(error)}{again}") from None
-    if missing := sorted(found["missing_keys"]):  # transformers fills them with random numbers
-        raise UserError(f"the weights of target {path!r} don't load: {missing[0]} is missing in its files")
-    return model.eval().requires_grad_(False)
+    model, weights = _empty(path, config, dtype)
+    if storage.is_url(path):  # all of it is read: from a copy on this machine, which is there the next time
+        copy = local_copies.local_folder(path, (*hub.SMALL, "*.safetensors"))
+        weights = StoredWeights(str(copy), dtype, getattr(config, "quantization_config", None))
+    place(model, weights.read)
+    return model
 
 
 def open_target(path: str, dtype: torch.dtype, draft_ids: torch.Tensor) -> "Target":
@@ -118,10 +102,17 @@ def place(
             for leaf, old in tensors.items():
                 if old is not None and old not in placed:
                     name = f"{prefix}.{leaf}".removeprefix(".")
-                    new = move(read(name) if read and old.is_meta else old)
+                    new = move(_fitting(name, read(name), old) if read and old.is_meta else old)
                     placed[old] = nn.Parameter(new, False) if isinstance(old, nn.Parameter) else new
                     mark(name, placed[old])
                 tensors[leaf] = placed.get(old)
+
+
+def _fitting(name: str, stored: torch.Tensor, parameter: torch.Tensor) -> torch.Tensor:
+    if stored.shape == parameter.shape:
+        return stored
+    shapes = f"{list(stored.shape)}; {list(parameter.shape)} by config.json"
+    raise UserError(f"the target's weights don't load: {name} is {shapes}")
 
 
 class Target(nn.Module):
@@ -149,7 +140,8 @@ class Target(nn.Module):
             model.model.layers[layer].register_forward_hook(self._capture(layer))
         weight = model.get_output_embeddings().weight
         if weights:
-            weight = self._read(next(n for n, parameter in self.named_parameters() if parameter is weight))
+            name = next(n for n, parameter in self.named_parameters() if parameter is weight)
+            weight = _fitting(name, self._read(name), weight)
         self.register_buffer("draft_rows", weight[draft_ids].clone(), persistent=False)  # [D, H]
 
     def _read(self, name: str) -> torch.Tensor:

@@ -11,7 +11,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load
 
 from eagle3_xla import hub, storage
-from eagle3_xla.checks import first_line
+from eagle3_xla.checks import first_line, mapping, parse_json, shown, text
 from eagle3_xla.data.tokenizer import small_files
 from eagle3_xla.errors import UserError
 from eagle3_xla.storage import Location
@@ -33,8 +33,7 @@ class StoredWeights:
         self.path, self.dtype = path, dtype
         self._ranged: dict[str, RangedFile] = {}
         self._block = quantised.block_of(quantization or {})
-        if index := _file(path, INDEX):
-            names = json.loads(storage.read(index))["weight_map"]
+        if (names := weight_map(path)) is not None:
             files = {name: self._present(name) for name in sorted(set(names.values()))}
             self._files = {name: files[file] for name, file in names.items()}
         elif single := _file(path, SINGLE):
@@ -136,10 +135,36 @@ class RangedFile:
         return b"".join(storage.read_range(self.location, self._start + start, size) for start in starts)
 
 
-def _file(path: str, name: str) -> Location | None:
+def weight_map(path: str) -> dict[str, str] | None:
+    """Which file holds each tensor of a target, by its index; None where there is none. path: as StoredWeights'.
+
+    Raises UserError for an index that can't be read, and for one beside a SINGLE that it doesn't name: transformers
+    loads the one, the engines the others.
+    """
+    index = _here(path, INDEX)
+    if not index:
+        return None
+    content = mapping(parse_json(storage.read(index).decode(errors="replace"), str(index)), str(index))
+    names = mapping(content.get("weight_map"), f"{index}: weight_map")
+    for file in names.values():
+        if storage.base_name(text(file, f"{index}: weight_map")) != file:
+            raise UserError(f"{index}: weight_map names {shown(file)}, which is no file beside it")
+    if {*names.values()} != {SINGLE} and _here(path, SINGLE):
+        raise UserError(
+            f"target {path!r} has both {SINGLE} and an {INDEX} of other files, which may be other weights: remove what "
+            "is not meant"
+        )
+    return names
+
+
+def _here(path: str, name: str) -> Location | None:
+    """A target's file where it is; of a hub id one that has been fetched, as its index has been if it has one."""
     if storage.is_url(path):
         return storage.join(path, name) if storage.exists(storage.join(path, name)) else None
-    here = Path(small_files(path), name)  # of a hub id too it has the index, where there is one
-    if here.is_file():
-        return here
-    return None if Path(path).exists() or name == INDEX else hub.file(path, name)
+    file = Path(small_files(path), name)
+    return file if file.is_file() else None
+
+
+def _file(path: str, name: str) -> Location | None:
+    found = _here(path, name)
+    return found if found or storage.is_url(path) or Path(path).exists() else hub.file(path, name)
