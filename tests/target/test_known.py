@@ -7,6 +7,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from eagle3_xla.config import load_recipe, recipe_names
+from eagle3_xla.errors import UserError
 from eagle3_xla.target.known import plan_config
 
 # Of the checkpoints' index files on the hub; tied heads counted once.
@@ -47,9 +48,14 @@ def test_shipped_configs_have_the_published_parameters(target):
     assert one + (plan_config(target).num_hidden_layers - 1) * (two - one) == PARAMETERS[target]
 
 
+def test_another_owners_model_of_the_same_name_is_another_one():
+    with pytest.raises(UserError, match="^no target at 'anyone/Qwen3-8B': "):
+        plan_config("anyone/Qwen3-8B")
+
+
 def test_every_recipe_names_a_shipped_target_and_keeps_the_rows_of_an_update():
     shipped = {folder.name for folder in (resources.files("eagle3_xla.target") / "configs").iterdir()}
-    assert shipped == {target.split("/")[1] for target in PARAMETERS}
+    assert shipped == {target.replace("/", "--") for target in PARAMETERS}
     for recipe in map(lambda name: load_recipe(name, []), sorted({*recipe_names()} - {"base", "smollm2-cpu"})):
         assert recipe.target.path in PARAMETERS
         assert recipe.xla.dp * recipe.train.batch_size * recipe.train.gradient_accumulation == 64

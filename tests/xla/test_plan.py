@@ -23,7 +23,7 @@ RECIPE = "qwen2.5-7b-v4-32"
 
 def write_config(folder, **changes):
     """A folder with a config.json alone: Qwen2.5-7B, 8 layers and `changes`."""
-    shipped = resources.files("eagle3_xla.target") / "configs" / "Qwen2.5-7B-Instruct" / "config.json"
+    shipped = resources.files("eagle3_xla.target") / "configs" / "Qwen--Qwen2.5-7B-Instruct" / "config.json"
     config = json.loads(shipped.read_text()) | {"num_hidden_layers": 8} | changes
     (folder / "config.json").write_text(json.dumps(config))
     return folder

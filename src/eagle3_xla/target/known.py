@@ -10,9 +10,9 @@ from eagle3_xla.target.families import load_target_config
 def plan_config(path: str) -> Any:
     """The Hugging Face config of a folder (config.json is enough) or of a hub id; raises UserError when there is none.
 
-    Hub ids whose config ships in target/configs/ are read from there.
+    Hub ids whose config ships in target/configs/, as OWNER--NAME, are read from there.
     """
-    shipped = Path(str(resources.files("eagle3_xla.target") / "configs")) / Path(path).name
+    shipped = Path(str(resources.files("eagle3_xla.target") / "configs")) / path.replace("/", "--")
     if path.count("/") == 1 and not Path(path).exists() and shipped.is_dir():
         return load_target_config(str(shipped))
     return load_target_config(path)
