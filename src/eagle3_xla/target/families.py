@@ -32,7 +32,6 @@ transformers_version typical_p unsloth_fixed unsloth_version use_bfloat16 use_ca
 # Fields that are right at one value; at another one transformers, the engines or we compute something else.
 ONLY: dict[str, Any] = {
     "is_decoder": False,
-    "is_encoder_decoder": False,
     "add_cross_attention": False,
     "tie_encoder_decoder": False,
     "cross_attention_hidden_size": None,
@@ -149,7 +148,7 @@ ROPE_REFUSED = {
 
 
 def load_target_config(path: str) -> Any:
-    """The Hugging Face config of a supported target, a folder's or a hub id's. Raises UserError that says why not."""
+    """The Hugging Face config of a supported target, of a folder, a URL or a hub id. Raises UserError: why not."""
     check(written_config(path), path)
     config = load_config(path)
     aux_layers(config.num_hidden_layers)
@@ -282,7 +281,6 @@ def check(written: dict, path: str) -> None:
         return UserError(f"target {path!r} is not supported: {why}")
 
     kind = written.get("model_type")
-    architectures = written.get("architectures") or []
     for part in ("vision_config", "audio_config"):
         if part in written:
             raise refuse(f"it has a {part.removesuffix('_config')} tower ({kind}); take a text-only checkpoint")
@@ -294,10 +292,6 @@ def check(written: dict, path: str) -> None:
         if "auto_map" in written:
             raise refuse(f"model type {kind!r} brings its own code (auto_map), which is never run here")
         raise refuse(f"model type {kind!r} is unknown here; known: {', '.join(FAMILIES)}")
-    if architectures and not any(name.endswith("ForCausalLM") for name in architectures):
-        raise refuse(f"not a causal LM: its config.json says architectures {architectures}")
-    if kind == "gemma3_text" and written.get("attn_logit_softcapping"):
-        raise refuse("attn_logit_softcapping is set, which transformers' Gemma-3 leaves out")
     act, activation = written.get("hidden_act"), written.get("hidden_activation")
     if kind == "gemma2" and act not in (None, activation):
         raise refuse(f"hidden_act is {act!r} and hidden_activation, which transformers' Gemma-2 reads, {activation!r}")
