@@ -16,6 +16,7 @@ from huggingface_hub.errors import (
 )
 from safetensors.torch import save_file
 
+from eagle3_xla import hub
 from eagle3_xla.cli import main
 from eagle3_xla.data.files import read_rows
 from eagle3_xla.data.tokenizer import load_tokenizer, stop_token_ids
@@ -40,6 +41,7 @@ def hub_id(small_target, tmp_path, monkeypatch) -> str:
     monkeypatch.setattr("transformers.utils.hub.TRANSFORMERS_CACHE", str(cache))
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(cache))
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    hub.snapshot.cache_clear()
     return HUB_ID
 
 

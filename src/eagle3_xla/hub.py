@@ -18,26 +18,22 @@ ANSWER_SECONDS = 10
 FAILURES = (OSError, RuntimeError, ValueError)  # of requests, of hf_xet, of a name that is no hub id
 
 
+@functools.cache
 def snapshot(hub_id: str) -> Path:
     """The folder of a model's small files, asked of the hub once in a process. Raises UserError."""
-    from transformers.utils import hub
-
-    return Path(_snapshot(hub_id, hub.TRANSFORMERS_CACHE))
-
-
-@functools.cache
-def _snapshot(hub_id: str, cache: str) -> str:
     from huggingface_hub import HfApi, snapshot_download
+    from transformers.utils.hub import TRANSFORMERS_CACHE
 
     here = cached_snapshot(hub_id)
     try:
         HfApi().model_info(hub_id, timeout=ANSWER_SECONDS)  # which snapshot_download asks too, and may wait for ever
-        return snapshot_download(
-            hub_id, cache_dir=cache, allow_patterns=list(SMALL), ignore_patterns="*/*", tqdm_class=_NoBar
+        folder = snapshot_download(
+            hub_id, cache_dir=TRANSFORMERS_CACHE, allow_patterns=list(SMALL), ignore_patterns="*/*", tqdm_class=_NoBar
         )
+        return Path(folder)
     except FAILURES as error:
         if here:
-            return str(here)
+            return here
         raise UserError(f"no target at {hub_id!r}: {_reason(hub_id, error)}") from None
 
 
