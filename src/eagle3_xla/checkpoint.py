@@ -18,7 +18,6 @@ import json
 import math
 import shutil
 from collections.abc import Callable, Iterable
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -82,7 +81,8 @@ def save(folder: Location, checkpoint: Checkpoint, keep: int, warn: Callable[[st
         with storage.whole_folder(final, last=SUMS) as partial:
             save_file(tensors, partial / STATE)
             (partial / META).write_text(meta)
-            (partial / SUMS).write_text("".join(f"{_sha256(partial / name)}  {name}\n" for name in (STATE, META)))
+            sums = [f"{storage.sha256(partial / name)}  {name}\n" for name in (STATE, META)]
+            (partial / SUMS).write_text("".join(sums))
     except (OSError, SafetensorError) as error:
         needed = sum(tensor.nbytes for tensor in tensors.values()) + len(meta)
         raise SaveFailed(_what_remains(folder, final, needed, error)) from error
@@ -109,7 +109,7 @@ def load(path: Location) -> Checkpoint:
     """Read one checkpoint folder. Raises UserError when it is missing or damaged."""
     sums, meta = _verified_meta(path)
     with local_copies.as_local_file(storage.join(path, STATE)) as state:
-        if not _listed(sums, STATE, _sha256(state)):
+        if not _listed(sums, STATE, storage.sha256(state)):
             raise UserError(f"checkpoint {path} is damaged (the checksum of {STATE} does not hold)")
         tensors = {name: value.clone() for name, value in load_file(state).items()}  # the file is memory-mapped
 
@@ -228,8 +228,3 @@ def _checked_meta(meta: Any, where: str) -> dict:
 
 def _listed(sums: bytes, name: str, sha256: str) -> bool:
     return f"{sha256}  {name}".encode() in sums.splitlines()
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -101,6 +101,12 @@ def read_range(location: Location, start: int, length: int) -> bytes:
         return store.cat_file(path, start=start, end=start + length) if length else b""
 
 
+def sha256(file: Path) -> str:
+    """Of a file of this machine, in hexadecimal."""
+    with file.open("rb") as opened:
+        return hashlib.file_digest(opened, "sha256").hexdigest()
+
+
 def write(location: Location, content: str | bytes) -> None:
     """Write a file whole or not at all."""
     content = content.encode() if isinstance(content, str) else content

@@ -74,7 +74,7 @@ def test_without_held_out_rows(small_run, small_target, capsys, tmp_path):
         ({"more": 1}, "meta.json: more is no field of a checkpoint"),
     ):
         (path / "meta.json").write_text(json.dumps(meta | change))
-        sums = [f"{checkpoints._sha256(path / name)}  {name}\n" for name in ("state.safetensors", "meta.json")]
+        sums = [f"{storage.sha256(path / name)}  {name}\n" for name in ("state.safetensors", "meta.json")]
         (path / "SHA256SUMS").write_text("".join(sums))
         with pytest.raises(UserError, match=message):
             checkpoints.load(path)

@@ -8,6 +8,7 @@ from itertools import islice, takewhile
 from pathlib import Path
 from typing import Any
 
+from eagle3_xla import storage
 from eagle3_xla.data import sources
 from eagle3_xla.data.clean import ROLES, Unusable, question_turns, questions_of
 from eagle3_xla.data.config import DataConfig, Source
@@ -48,7 +49,7 @@ def fingerprint(name: str) -> dict[str, str]:
     file = data_file(name)
     if not file.is_file():
         raise UserError(f"{file}: no such file; sets that are known by name: {', '.join(SETS)}")
-    return {"name": file.name, "sha256": hashlib.sha256(file.read_bytes()).hexdigest()}
+    return {"name": file.name, "sha256": storage.sha256(file)}
 
 
 def _set(name: str) -> Source | None:

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from dataclasses import asdict, replace
 from pathlib import Path
 
+from eagle3_xla import storage
 from eagle3_xla.checks import first_line, one_line
 from eagle3_xla.data.config import Source
 from eagle3_xla.data.files import PACKAGED, data_file, read_rows, without_nulls
@@ -57,14 +58,12 @@ def _content(source: Source) -> str:
     if is_file(source):
         if not path.is_file():
             raise UserError(f"{path}: no such file")
-        with path.open("rb") as file:
-            return hashlib.file_digest(file, "sha256").hexdigest()
+        return storage.sha256(path)
     if path.is_dir():
         digest = hashlib.sha256()
         for part in sorted(path.rglob("*")):
             if part.is_file():
-                with part.open("rb") as file:
-                    content = hashlib.file_digest(file, "sha256").digest()
+                content = bytes.fromhex(storage.sha256(part))
                 digest.update(f"{part.relative_to(path)} {part.stat().st_size}".encode() + content)
         return digest.hexdigest()
     if len(source.revision) == 40:  # a commit: no need to ask

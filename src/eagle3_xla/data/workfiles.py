@@ -34,7 +34,4 @@ def read_work_file(path: Path) -> tuple[dict, memoryview] | None:
 
 def file_is(path: Path, size: int, sha256: str) -> bool:
     """Whether the file has this length and checksum."""
-    if not path.is_file() or path.stat().st_size != size:
-        return False
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest() == sha256
+    return path.is_file() and path.stat().st_size == size and storage.sha256(path) == sha256
