@@ -134,7 +134,7 @@ def eager_step(model, batch: dict[str, torch.Tensor], draft_vocabulary: int, ttt
                     out = out + weights[..., length + i : length + i + 1] * value
                 return out.transpose(1, 2)
 
-            hidden = head.midlayer(head.embedded(embeds), hidden, head.rope(hidden, positions + k), attend)
+            hidden = head.midlayer(head.embedded(embeds), hidden, head.rotary(hidden, positions + k), attend)
             drafted = drafted & shift(answer, 2 + k)
             rows = (drafted & shift(in_vocabulary, 1 + k)).float()
             cross_entropy = -(shift(teacher, 1 + k) * head.logits(hidden).log_softmax(-1)).sum(-1)

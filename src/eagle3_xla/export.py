@@ -19,7 +19,6 @@ from eagle3_xla import checkpoint as checkpoints
 from eagle3_xla import local_copies, storage
 from eagle3_xla.draft.saved import (
     ARCHITECTURE,
-    EXPORTED,
     MODEL_TYPES,
     NORM_FLAGS,
     QK_NORM_ARCHITECTURE,
@@ -30,6 +29,7 @@ from eagle3_xla.draft.saved import (
 from eagle3_xla.errors import UserError
 from eagle3_xla.outputs import claim_output
 from eagle3_xla.storage import Location
+from eagle3_xla.target.weights import SINGLE
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 
@@ -60,7 +60,7 @@ def export(checkpoint: Location, out: Location, dtype: str = "bfloat16") -> dict
     metadata = {"format": "pt", RECORD: json.dumps(record)}
     if not (len(saved.t2d) == len(saved.d2t) and not saved.d2t.any()):
         tensors |= {"d2t": saved.d2t, "t2d": saved.t2d}
-    with storage.whole_file(storage.join(out, EXPORTED)) as partial:
+    with storage.whole_file(storage.join(out, SINGLE)) as partial:
         save_file(tensors, partial, metadata=metadata)
     storage.write(storage.join(out, "config.json"), json.dumps(config, indent=2) + "\n")
     chosen = f"step {saved.micro_step} ({why})"
@@ -68,10 +68,10 @@ def export(checkpoint: Location, out: Location, dtype: str = "bfloat16") -> dict
 
 
 def _holds_our_head(out: Location) -> bool:
-    if not storage.exists(storage.join(out, EXPORTED)):
+    if not storage.exists(storage.join(out, SINGLE)):
         return False
     try:
-        with safe_open(local_copies.local_file(storage.join(out, EXPORTED)), framework="pt") as file:
+        with safe_open(local_copies.local_file(storage.join(out, SINGLE)), framework="pt") as file:
             return RECORD in (file.metadata() or {})
     except (OSError, SafetensorError):
         return False

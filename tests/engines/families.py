@@ -187,7 +187,7 @@ def test_heads_are_rotated_alike(tmp_path):
     for scaling in SCALINGS:
         config = LlamaConfig(**SIZES | {"max_position_embeddings": longest}, rope_theta=5e5, rope_scaling=dict(scaling))
         head = Eagle3Head(draft_config(config, 8))
-        cos, sin = head.rope(torch.zeros(1), torch.arange(longest)[None])
+        cos, sin = head.rotary(torch.zeros(1), torch.arange(longest)[None])
         ours.append(torch.cat([cos[0, :, :16], sin[0, :, :16]], -1))
     theirs = {}
     for engine in ("sglang", "vllm"):

@@ -134,7 +134,7 @@ class Eagle3Head(nn.Module):
         self.midlayer = MidLayer(config)
         self.norm = LlamaRMSNorm(size, config.rms_norm_eps)
         self.lm_head = nn.Linear(size, config.draft_vocab_size, bias=False)
-        self.rotary = LlamaRotaryEmbedding(config)
+        self.rotary = LlamaRotaryEmbedding(config)  # (hidden, positions [B, T]) -> cos and sin [B, T, D]
         self.window: int | None = getattr(config, "sliding_window", None)
 
     def normed_aux(self, aux: torch.Tensor) -> torch.Tensor:
@@ -154,10 +154,6 @@ class Eagle3Head(nn.Module):
             return hidden
         return self.norm(hidden) if normed is None else normed
 
-    def rope(self, hidden: torch.Tensor, position_ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """cos and sin [B, T, D] for positions [B, T]."""
-        return self.rotary(hidden, position_ids)
-
     def embedded(self, embeds: torch.Tensor) -> list[torch.Tensor]:
         """embeds [.., H] -> what they add to query, key and value [.., heads * D], the same at every TTT step.
 
@@ -172,7 +168,7 @@ class Eagle3Head(nn.Module):
 
         embedded: of the tokens [B, T]; hidden [B, T, H]; position_ids [B, T].
         """
-        layer, rope = self.midlayer, self.rope(hidden, position_ids)
+        layer, rope = self.midlayer, self.rotary(hidden, position_ids)
         _, key, value = layer.self_attn.project(embedded, layer.hidden_norm(hidden), rope)
         return key, value
 
@@ -204,7 +200,7 @@ class Eagle3Head(nn.Module):
                 output = merge_own_rows(query, output, logsumexp, [*keys, key], [*values, value])
             return output.reshape(*rows, heads, head_dim)
 
-        hidden = self.midlayer(embedded, hidden, self.rope(hidden, position_ids), attend)
+        hidden = self.midlayer(embedded, hidden, self.rotary(hidden, position_ids), attend)
         return hidden, *made
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:

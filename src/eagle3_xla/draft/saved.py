@@ -20,9 +20,8 @@ from eagle3_xla.checks import LARGEST, config_fields, mapping, number, parse_jso
 from eagle3_xla.draft.model import Eagle3Head
 from eagle3_xla.errors import UserError
 from eagle3_xla.storage import Location
+from eagle3_xla.target.weights import INDEX, SINGLE
 
-EXPORTED = "model.safetensors"
-INDEX = "model.safetensors.index.json"  # of weights in several files
 ARCHITECTURE = "LlamaForCausalLMEagle3"
 QK_NORM_ARCHITECTURE = "Eagle3Qwen3ForCausalLM"  # with `qk_norm`, in vLLM alone (its qwen3_eagle3.py)
 MODEL_TYPES = {ARCHITECTURE: "llama", QK_NORM_ARCHITECTURE: "qwen3"}
@@ -53,7 +52,8 @@ SIZES = (
     "max_position_embeddings",
     "sliding_window",
 )
-# Fields that change what a head computes, and that Eagle3Head does not know, with the values that change nothing.
+# Fields that change what a head computes, with the values that change nothing; `module_config` takes a sliding window,
+# and norm_output of a head of ours, at others too.
 FLAGS = ("norm_output", "norm_before_residual", "norm_before_fc")
 NORM_FLAGS = ("fc_norm", "norm_output")  # that Eagle3Head knows; false where a config or a record has none
 UNKNOWN: dict[str, tuple] = dict.fromkeys(
@@ -92,8 +92,6 @@ def read_head(folder: Location) -> SavedHead:
     if not storage.exists(storage.join(folder, "config.json")):
         raise UserError(f"no head at {folder} (config.json is expected)")
     folder = local_copies.local_folder(folder)
-    if not (folder / "config.json").is_file():
-        raise UserError(f"no head at {folder} (config.json is expected)")
     head = SavedHead(folder, read_json(folder / "config.json"))
     config_fields(head.config, str(head.file), SIZES, MAPPINGS)
     if (theta := (head.config.get("rope_parameters") or {}).get("rope_theta")) is not None:
@@ -163,7 +161,7 @@ def load_head(saved: SavedHead | Path, force: bool = False) -> tuple[Eagle3Head,
     if difference := sorted(expected.keys() ^ tensors.keys()):
         raise UserError(f"{head.folder}: missing or unknown tensors: {', '.join(difference)}")
     for name, value in tensors.items():
-        where = f"{head.folder / EXPORTED}: {name}"
+        where = f"{head.folder / SINGLE}: {name}"
         if value.shape != expected[name]:
             raise UserError(f"{where} is {list(value.shape)}; {list(expected[name])} by config.json")
         if value.dtype not in (torch.bfloat16, torch.float16, torch.float32):

@@ -354,7 +354,7 @@ class SpeculativeDecoder(Decoder):
             key, value = self.draft_cache.update(key, value, 0)
             return decoding_attention(None, query, key, value, mask[:, None])[0]
 
-        return self.head.midlayer(embedded, hidden, self.head.rope(hidden, positions), attend)
+        return self.head.midlayer(embedded, hidden, self.head.rotary(hidden, positions), attend)
 
 
 def _visible(start: torch.Tensor, places: torch.Tensor, own: torch.Tensor, length: int) -> torch.Tensor:

@@ -19,7 +19,7 @@ from eagle3_xla import storage
 from eagle3_xla.checks import of_this_machine, one_line
 from eagle3_xla.doctor.files import read_target
 from eagle3_xla.doctor.run import first_failure
-from eagle3_xla.draft.saved import INDEX, read_head, weight_files
+from eagle3_xla.draft.saved import read_head, weight_files
 from eagle3_xla.errors import RunError, UserError
 from eagle3_xla.evaluate.fingerprint import head_fingerprint, target_fingerprint
 from eagle3_xla.evaluate.page import NAME as REPORT
@@ -28,6 +28,7 @@ from eagle3_xla.evaluate.results import Figures, read_results
 from eagle3_xla.serve.card import Licences, card
 from eagle3_xla.serve.eval_results import PLACE, eval_results
 from eagle3_xla.serve.run_facts import RunFacts, run_facts
+from eagle3_xla.target.weights import INDEX
 
 IDENTIFIER = r"[a-zA-Z0-9.+-]*"  # of a licence
 MARK = "<!-- written by eagle3-xla push, sha256 {} -->\n"

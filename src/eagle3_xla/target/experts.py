@@ -16,7 +16,6 @@ from torch import nn
 
 BLOCK_ROWS = 512  # at most; fewer when an expert gets fewer rows on average
 
-
 PARTED = ("gate", "up", "down", "gate_bias", "up_bias")  # parameters [E, P, ..]
 
 
