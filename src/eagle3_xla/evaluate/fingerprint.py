@@ -49,8 +49,7 @@ def head_fingerprint(path: str) -> str | None:
 def target_fingerprint(path: str) -> str | None:
     """Of config.json and of each tensor's first and last row, however the weights are split into files.
 
-    path: a folder or a hub id. None where the weights, in safetensors, are not on this machine, or which they are isn't
-    clear.
+    path: a folder, a URL or a hub id. None where the weights, in safetensors, are not here or it is not clear which.
     """
     folder = _folder(path, only=(*hub.SMALL, "*.safetensors"))
     if not folder:

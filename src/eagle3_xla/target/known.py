@@ -8,7 +8,7 @@ from eagle3_xla.target.families import load_target_config
 
 
 def plan_config(path: str) -> Any:
-    """The Hugging Face config of a folder (config.json is enough) or of a hub id; raises UserError when there is none.
+    """The Hugging Face config of a folder, a URL (config.json is enough) or a hub id; raises UserError for none.
 
     Hub ids whose config ships in target/configs/, as OWNER--NAME, are read from there.
     """

@@ -96,7 +96,7 @@ class StatesStore:
         return TargetStates(*(torch.stack(column) for column in zip(*picked)))
 
     def _is_whole(self, start: int) -> bool:
-        """Whether the shard is there, as long as its header says and with the shapes of its rows."""
+        """Whether the shard is there, as long as its header says and with all its rows."""
         try:
             with safe_open(self._file(start), "pt") as shard:
                 rows = self._stop(start) - start
