@@ -48,17 +48,6 @@ def test_states_and_teacher(model):
     )
 
 
-def test_packed_documents_do_not_see_each_other(model):
-    target = Target(model, torch.arange(100))
-    ids = torch.randint(0, 300, (1, 40))
-    documents = torch.tensor([[1] * 15 + [2] * 20 + [0] * 5])
-    positions = torch.tensor([[*range(15), *range(20), *([0] * 5)]])
-    packed = target.states(ids, positions, documents)
-    alone = target.states(ids[:, 15:35], torch.arange(20)[None], torch.ones(1, 20, dtype=torch.long))
-    torch.testing.assert_close(packed.aux[:, 15:35], alone.aux, atol=1e-5, rtol=1e-5)
-    torch.testing.assert_close(packed.hidden[:, 15:35], alone.hidden, atol=1e-5, rtol=1e-5)
-
-
 def test_aux_layers():
     assert aux_layers(28) == (1, 13, 24)  # Qwen2.5-7B
     assert aux_layers(30) == (1, 14, 26)
