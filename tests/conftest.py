@@ -38,11 +38,14 @@ def pytest_collection(session):
     if session.config.pluginmanager.hasplugin("dsession"):
         return
     gc.disable()  # until all is imported, none of it garbage: looking through it takes seconds, again and again
-    import torch_xla
-
-    torch_xla.device()  # before the first backward: autograd sizes its queues then
-    for name in ("eagle3_xla.data.tokenizer", "eagle3_xla.target.embedded"):
+    names = ["torch_xla"]
+    if worker := os.environ.get("PYTEST_XDIST_WORKER"):  # it will need them, whatever tests it gets
+        names += ["transformers.models.auto.modeling_auto", "gcsfs", "pandas", "matplotlib.image", "sympy", "networkx"]
+        if worker == "gw1":
+            names.reverse()  # on a fresh installation two processes share the compiling that both did otherwise
+    for name in names:
         importlib.import_module(name)
+    sys.modules["torch_xla"].device()  # before the first backward: autograd sizes its queues then
     gc.freeze()
     gc.enable()
 
@@ -276,9 +279,9 @@ def forks():
 @pytest.hookimpl(tryfirst=True)  # before pytest-xdist reads the groups
 def pytest_collection_modifyitems(items):
     """What shares the quickstart's run or its wheel, and the engines with their large servers, go to one process of
-    several, which begins with the quickstart: while that trains, the engines' environments are installed
-    (launch/test.sh). What shares another costly fixture goes to one process too. Slow tests come first, so that no
-    process ends long after the others."""
+    several, the quickstart first: while that trains, the engines' environments are installed (launch/test.sh). What
+    shares another costly fixture goes to one process too. pytest-xdist deals out the groups with the most tests first,
+    then single tests as they stand here: slow ones first, so that no process ends long after the others."""
 
     def place(item) -> int:
         if "engines" in item.path.parts:
