@@ -13,7 +13,7 @@ from regenerate.conftest import lines_of, rows_of
 
 from eagle3_xla.data.files import data_file, read_rows
 
-ROWS = int(os.environ.get("REGENERATE_ROWS", 12))
+ROWS = int(os.environ.get("REGENERATE_ROWS", 8))
 
 # A run that is killed once its file has so many rows.
 KILLED = """
