@@ -14,12 +14,30 @@ from engines.conftest import PROMPTS
 from eagle3_xla.data.tokenizer import load_tokenizer
 from eagle3_xla.errors import RunError, UserError
 from eagle3_xla.evaluate.options import EvalOptions
-from eagle3_xla.evaluate.run import prompt_ids
+from eagle3_xla.evaluate.run import decode_all, prompt_ids
 from eagle3_xla.serve.bench import run_prompts
 from eagle3_xla.serve.client import Request, connect
 from eagle3_xla.serve.gap import gap
 
 FEW = EvalOptions(limit=2, max_new_tokens=24)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def decoded_once():
+    """`gap` decodes offline for each engine, here with the same head, prompts and shape. The key has all that one of
+    its experiments changes."""
+    decoded = {}
+
+    def remember(pair, ids, stop_ids, options):
+        of_pair = pair.layers, pair.d2t.tolist(), pair.head.window, pair.head.config.rope_theta
+        key = repr((ids, sorted(stop_ids), options, of_pair))
+        if key not in decoded:
+            decoded[key] = decode_all(pair, ids, stop_ids, options)
+        return decoded[key]
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("eagle3_xla.serve.gap.decode_all", remember)
+        yield
 
 
 @pytest.mark.slow
@@ -54,6 +72,6 @@ def test_served_is_what_eval_shows(engine, trained, server_of, forks, monkeypatc
 
     monkeypatch.setattr(connected, "generate", killed_at_the_third)
     with pytest.raises(RunError, match=rf"after [2-9] of 20 answers: the server at {server.url} died"):
-        run_prompts(connected, ids * 10, Request(8), 1)
+        run_prompts(connected, ids * 10, Request(4), 1)
     with pytest.raises(UserError, match=f"no server answers at {server.url}"):
         connect(server.url)
