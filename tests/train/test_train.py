@@ -4,9 +4,6 @@ import json
 import os
 import shutil
 import signal
-import subprocess
-import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -99,32 +96,33 @@ def test_a_changed_recipe_is_refused_with_its_differences(small_run):
         train(recipe_of(small_run))
 
 
-def start(small_run, *more):
-    command = [sys.executable, "-m", "eagle3_xla", "train", *[f"--{setting}" for setting in [*small_run, *more]]]
-    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-
-
-def wait_for_checkpoint(out: Path, process) -> None:
-    deadline = time.monotonic() + 600
-    while not list((out / "checkpoints").glob("step-*")):
-        assert process.poll() is None and time.monotonic() < deadline, process.stdout.read()
-        time.sleep(0.02)
+# A run that is interrupted once it has a checkpoint.
+INTERRUPTED = """
+import os, runpy, signal, sys, threading, time
+from pathlib import Path
+folder = Path(sys.argv[-1].removeprefix("--train.out=")) / "checkpoints"
+def interrupt():
+    while not list(folder.glob("step-*")):
+        time.sleep(0.002)
+    os.kill(os.getpid(), signal.SIGINT)
+threading.Thread(target=interrupt, daemon=True).start()
+sys.argv.insert(1, "train")
+runpy.run_module("eagle3_xla", run_name="__main__", alter_sys=True)
+"""
 
 
 # SIGTERM takes the same way as Ctrl-C; tests/hosts sends it. SIGKILL: test_kills.py.
 @pytest.mark.slow
-def test_an_interrupted_process_resumes_to_the_same_weights(small_run, tmp_path):
-    long = ["train.epochs=4", "train.save_every=2", "loss.ttt_length=1"]
+def test_an_interrupted_process_resumes_to_the_same_weights(forks, small_run, tmp_path):
+    long = ["train.save_every=2", "loss.ttt_length=1"]
     whole = recipe_of(small_run, *long)
     train(whole)
-    killed = recipe_of(small_run, *long, f"train.out={tmp_path / 'killed'}")
-    process = start(small_run, *long, f"train.out={tmp_path / 'killed'}")
-    wait_for_checkpoint(tmp_path / "killed", process)
-    process.send_signal(signal.SIGINT)
-    output, _ = process.communicate(timeout=600)
+    out = f"train.out={tmp_path / 'killed'}"
+    killed = recipe_of(small_run, *long, out)
+    done = forks.run_code(INTERRUPTED, *[f"--{setting}" for setting in [*small_run, *long, out]])
     before = final_weights(killed).micro_step
-    assert 0 < before < final_weights(whole).micro_step, output
-    assert process.returncode == 0 and "SIGINT: saved" in output and "the same command again" in output
+    assert 0 < before < final_weights(whole).micro_step, done.stderr
+    assert done.returncode == 0 and "SIGINT: saved" in done.stderr and "the same command again" in done.stderr
     assert train(killed)["micro_steps"] == final_weights(whole).micro_step
     assert_same(final_weights(whole), final_weights(killed))
 
