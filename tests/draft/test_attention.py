@@ -24,10 +24,11 @@ def inputs(batch: int, length: int, kv: int, group: int, size: int) -> list[torc
 
 @pytest.mark.parametrize("length, reach", [(1, None), (255, None), (700, None), (2100, None), (700, 1), (2100, 290)])
 def test_values_and_gradients_are_those_of_plain_attention(length, reach):
-    document_ids = (torch.arange(length) // 300).expand(2, -1)
+    batch = 1 if length > 1000 else 2
+    document_ids = (torch.arange(length) // 300).expand(batch, -1)
     results = []
     for attend in (causal_attention, attend_plainly):
-        arguments = inputs(2, length, 2, 3, 8)
+        arguments = inputs(batch, length, 2, 3, 8)
         output, logsumexp = attend(*arguments, document_ids, reach)
         (output.sin().sum() + logsumexp.sin().sum()).backward()
         results.append([output, logsumexp, *(tensor.grad for tensor in arguments)])
