@@ -14,6 +14,7 @@ def test_plain_torch(file):
     case.check(case.run())
 
 
+@pytest.mark.xdist_group("golden")  # in one process each graph that two of them share is compiled once
 @pytest.mark.parametrize("file", FILES, ids=lambda file: file.stem)
 def test_through_xla(file):
     import torch_xla
