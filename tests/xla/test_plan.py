@@ -214,21 +214,29 @@ def test_the_code_of_more_graphs_than_usual_is_said():
     assert count == 5 and note.endswith("may need up to 1.28 GiB")
 
 
+# Verdicts of a recipe with each of two folders of prepared data.
+PLANS = """
+import json, os, sys
+from eagle3_xla.config import load_recipe
+from eagle3_xla.plan.verdict import compile_verdict
+for folder in sys.argv[1:3]:
+    print(json.dumps(compile_verdict(load_recipe(None, [*sys.argv[3:], "data.prepared=" + folder]))))
+sys.stdout.flush()
+os._exit(0)
+"""
+
+
 @pytest.mark.slow
-def test_prepared_data_says_how_much_is_drafted(forks, small_run):
+def test_prepared_data_says_how_much_is_drafted(forks, small_run, tmp_path):
     """The run computes an answer's positions alone, and so does its plan once the rows are there."""
-    settings = [f"--{s}" for s in small_run]
-    settings += ["--xla.device=xla", "--xla.dp=4", "--train.batch_size=4", "--topology", "v4-8", "--json"]
-    settings += ["--loss.ttt_length=1"]
-    verdicts = []
-    for prepared in (False, True):
-        if prepared:
-            prepare(load_recipe(None, small_run))
-        done = forks.run("plan", *settings)
-        assert done.returncode == 0, done.stderr
-        verdicts.append(json.loads(done.stdout))
+    settings = [*small_run, "xla.device=xla", "xla.dp=4", "train.batch_size=4", "plan.topology=v4-8"]
+    settings += ["loss.ttt_length=1"]
+    folder = load_recipe(None, small_run).data.prepared
+    prepare(load_recipe(None, small_run))
+    done = forks.run_code(PLANS, tmp_path / "none", folder, *settings)
+    assert done.returncode == 0, done.stderr
+    verdicts = [json.loads(line) for line in done.stdout.splitlines()]
     assert verdicts[1]["flops_per_chip"] < 0.95 * verdicts[0]["flops_per_chip"]
     assert verdicts[0]["tokens"] is None and verdicts[1]["tokens"] > 0
-    folder = load_recipe(None, small_run).data.prepared
     rows = sum(file.stat().st_size for file in Path(folder).glob("train/*.arrow"))
     assert verdicts[1]["disk_bytes"]["prepared_rows"] == pytest.approx(rows, rel=0.1)
