@@ -151,7 +151,7 @@ def test_every_matrix_of_a_layer_is_split(forks):
 
 @pytest.mark.slow
 def test_through_spmd_they_are_the_same(forks, saved_models):
-    """On 2x2 and on 1x4; three training steps are compiled once."""
+    """On 2x2 and on 1x4; three training steps, or three calls, are compiled once (spmd_families.py)."""
     script = Path(__file__).with_name("spmd_families.py").read_text()
     done = forks.run_code(script, *saved_models.values(), environment={"CPU_NUM_DEVICES": "4"})
     assert done.returncode == 0, done.stderr[-3000:]
