@@ -66,8 +66,8 @@ def sglang_jax_command(target: Path, head: Path | None, port: int, steps: int) -
 def vllm_command(
     target: Path, head: Path | None, port: int, steps: int, sampled: bool, context: int | None
 ) -> list[str]:
-    program = [HERE / "serve_vllm_cpu.py"] if sampled else ["-m", "vllm.entrypoints.openai.api_server"]
-    command = [engine_python("vllm"), *program, "--model", target, "--port", port]
+    program = HERE / ("serve_vllm_cpu.py" if sampled else "serve_vllm.py")
+    command = [engine_python("vllm"), program, "--model", target, "--port", port]
     command += "--dtype float32 --max-num-seqs 8 --enforce-eager --no-enable-log-requests".split()
     command += ["--max-model-len", context or 4096]
     if head:
