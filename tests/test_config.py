@@ -157,7 +157,7 @@ def one_line_or_none(*arguments):
         assert str(error).isprintable()
 
 
-@settings(max_examples=200, deadline=None, derandomize=True, database=None)
+@settings(deadline=None, derandomize=True, database=None)
 @given(
     st.lists(
         st.builds("{}{}={}".format, st.sampled_from(SETTINGS) | st.text(), st.sampled_from(["", "[0].path"]), VALUES)
@@ -167,7 +167,7 @@ def test_no_value_surprises(overrides):
     one_line_or_none(None, overrides)
 
 
-@settings(max_examples=200, deadline=None, derandomize=True, database=None)
+@settings(deadline=None, derandomize=True, database=None)
 @given(TREES.map(lambda tree: yaml.safe_dump(tree).encode()) | st.binary(max_size=20))
 def test_no_recipe_file_surprises(tmp_path_factory, content):
     file = tmp_path_factory.getbasetemp() / "fuzzed.yaml"

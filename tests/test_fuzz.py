@@ -23,7 +23,6 @@ from eagle3_xla.serve.client import VLLM, SGLang
 
 # derandomize: the same examples each time.
 FUZZ = settings(
-    max_examples=200,
     derandomize=True,
     deadline=None,
     database=None,

@@ -162,7 +162,7 @@ FIELDS += "train heldout heldout_sources sources".split()
 REPORT_FIELDS = ["rows", "chats", "tokens", "answer_tokens", "buckets"]
 
 
-@settings(max_examples=200, deadline=None, derandomize=True, database=None)
+@settings(deadline=None, derandomize=True, database=None)
 @given(st.dictionaries(st.sampled_from(FIELDS + REPORT_FIELDS), JSON_VALUES, min_size=1, max_size=3))
 def test_no_manifest_surprises(made, tmp_path_factory, changes):
     manifest = json.loads((made[0] / "data" / "manifest.json").read_text())
@@ -293,7 +293,7 @@ def test_damaged_work_files_are_made_again(small_target, tmp_path, monkeypatch):
         shutil.rmtree(tmp_path / "data")
 
 
-@settings(max_examples=200, deadline=None, derandomize=True, database=None)
+@settings(deadline=None, derandomize=True, database=None)
 @given(st.binary(max_size=40), st.integers(0, 200), st.integers(1, 255))
 def test_no_changed_byte_of_a_work_file_is_taken(tmp_path_factory, data, at, change):
     file = tmp_path_factory.getbasetemp() / "work-file"

@@ -427,7 +427,7 @@ def reader():
     return servers.Servers(["http://a"], Sampling(), 1, 1)
 
 
-@settings(max_examples=200, deadline=None, derandomize=True, database=None)
+@settings(deadline=None, derandomize=True, database=None)
 @given(
     st.sampled_from([200, 200, 200, 200, 400, 401, 429, 500, 302]),
     (ANSWERS | JSON_VALUES).map(lambda value: json.dumps(value).encode()) | st.binary(max_size=20),
