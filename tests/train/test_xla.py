@@ -30,7 +30,7 @@ def losses(out: Path) -> list[dict]:
         (1, 1, 2, False, ["loss.ttt_length=1"]),
         (2, 1, 1, True, ["loss.ttt_length=1"]),
         (2, 2, 1, False, ["xla.autocast=true", "target.dtype=bfloat16", "loss.ttt_length=2"]),
-        (1, 4, 1, False, ["loss.anchors=0.3", "loss.ttt_length=4"]),
+        (1, 4, 1, False, ["loss.anchors=0.3", "loss.ttt_length=3"]),
     ],
     ids=["2x2, remat", "2x2, draft dp 4", "accumulation", "states reused, dp 2", "bfloat16", "anchors"],
 )
