@@ -9,24 +9,11 @@ import signal
 import time
 
 import pytest
-from regenerate.conftest import lines_of, rows_of
+from regenerate.conftest import KILLED, lines_of, rows_of
 
 from eagle3_xla.data.files import data_file, read_rows
 
 ROWS = int(os.environ.get("REGENERATE_ROWS", 8))
-
-# A run that is killed once its file has so many rows.
-KILLED = """
-import os, runpy, signal, sys, threading, time
-from pathlib import Path
-file, rows = Path(sys.argv.pop(1)), int(sys.argv.pop(1))
-def kill():
-    while not file.exists() or file.read_bytes().count(b"\\n") < rows:
-        time.sleep(0.01)
-    os.kill(os.getpid(), signal.SIGKILL)
-threading.Thread(target=kill, daemon=True).start()
-runpy.run_module("eagle3_xla", run_name="__main__", alter_sys=True)
-"""
 
 
 def write_chats(path):

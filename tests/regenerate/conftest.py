@@ -2,11 +2,23 @@
 
 import json
 import threading
-import time
 from collections import Counter
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
+
+# A run that is killed once its file has so many rows.
+KILLED = """
+import os, runpy, signal, sys, threading, time
+from pathlib import Path
+file, rows = Path(sys.argv.pop(1)), int(sys.argv.pop(1))
+def kill():
+    while not file.exists() or file.read_bytes().count(b"\\n") < rows:
+        time.sleep(0.01)
+    os.kill(os.getpid(), signal.SIGKILL)
+threading.Thread(target=kill, daemon=True).start()
+runpy.run_module("eagle3_xla", run_name="__main__", alter_sys=True)
+"""
 
 
 class Misbehaving:
@@ -118,10 +130,3 @@ def lines_of(folder) -> int:
     """Finished conversations of a process that may just be writing one."""
     file = folder / "chats.jsonl"
     return file.read_bytes().count(b"\n") if file.exists() else 0
-
-
-def wait_for(condition, seconds: float = 60) -> None:
-    deadline = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < deadline, "it did not happen"
-        time.sleep(0.02)

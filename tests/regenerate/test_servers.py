@@ -1,12 +1,9 @@
 """Every conversation once, whatever the server does and however often the process is killed."""
 
 import json
-import os
 import random
 import re
 import signal
-import subprocess
-import sys
 from collections import Counter
 
 import httpx
@@ -14,7 +11,7 @@ import pytest
 from data.test_surprises import JSON_VALUES
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from regenerate.conftest import lines_of, rows_of, wait_for, write_questions
+from regenerate.conftest import KILLED, lines_of, rows_of, write_questions
 
 from eagle3_xla.config import Recipe, load_recipe
 from eagle3_xla.data.config import DataConfig, Source
@@ -232,17 +229,15 @@ def test_what_is_no_url(url):
         servers.Servers([url], Sampling(), 1, 1)
 
 
-def test_killed_twice_every_row_once(misbehaving, tmp_path):
+def test_killed_twice_every_row_once(misbehaving, forks, tmp_path):
     questions, out = write_questions(tmp_path / "questions.jsonl", 200, 1), tmp_path / "out"
     slow = misbehaving(lambda messages, n: slow.ended.wait(0.05) or None)
-    command = [sys.executable, "-m", "eagle3_xla", "regenerate", "--server", slow.url, "--chats", questions]
-    command += ["--out", out, "--concurrency", "4", "--max-tokens", "16"]
+    arguments = ["regenerate", "--server", slow.url, "--chats", questions, "--out", out]
+    arguments += ["--concurrency", 4, "--max-tokens", 16]
     for goal in (20, 60):
-        process = subprocess.Popen(list(map(str, command)), stderr=subprocess.DEVNULL)
-        wait_for(lambda goal=goal: lines_of(out) > goal)
-        os.kill(process.pid, signal.SIGKILL)
-        process.wait()
-        assert lines_of(out) < 200
+        done = forks.run_code(KILLED, out / "chats.jsonl", goal, *arguments)
+        assert done.returncode == -signal.SIGKILL, done.stderr
+        assert goal <= lines_of(out) < 200
         with (out / "chats.jsonl").open("a") as file:  # as if it had died within a line
             file.write('{"id": 199, "source": "que')
     run(out, questions, [slow], sampling=Sampling(max_tokens=16))
