@@ -290,8 +290,11 @@ NUMBERS = [
     ([*EVAL, "--seed", "-1"], "--seed -1: a whole number from 0"),
     ([*BENCH, "--concurrency", "1,x"], "--concurrency x: a whole number from 1 to 10000"),
     ([*BENCH, "--concurrency", "0"], "--concurrency 0: a whole number from 1"),
-    (["quickstart", "--minutes", "nan"], "--minutes nan: a number above 0"),
-    (["quickstart", "--minutes", "inf"], "--minutes inf: a number above 0"),
+    ([*BENCH, "--concurrency", ""], "--concurrency : a whole number from 1 to 10000"),
+    *(
+        (["quickstart", "--minutes", words], f"--minutes {words}: a number from 0.1 to 100000 is expected")
+        for words in ("nan", "inf", "-1", "0", "0.000001", "1e9")
+    ),
     (["prepare", "--show", "-2"], "--show -2: a whole number from 1"),
     (["train", "--max-steps", "-1"], "--max-steps -1: a whole number from 0"),
     (["regenerate", "--out", "o", "--limit", "-1"], "--limit -1: a whole number from 0"),

@@ -150,7 +150,10 @@ def _add_verbs(subparsers: Any, common: Parser, recipe: Parser) -> None:
     )
     verb.add_argument("--out", default="quickstart", help="folder for everything (default: quickstart)")
     verb.add_argument(
-        "--minutes", type=SECONDS, default=None, help="train about so long (default: what fits 8 minutes in all)"
+        "--minutes",
+        type=Number(float, 0.1, 100_000),
+        default=None,
+        help="train about so long (default: what fits 8 minutes in all)",
     )
 
     verb = verbs.add_parser("prepare", parents=[recipe], help="chats -> packed rows and the draft vocabulary")

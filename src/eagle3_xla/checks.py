@@ -43,7 +43,7 @@ def number(
 ) -> Any:
     """`value` if it is a finite number from `least` (`above`: greater than it) to `most`; whole: an int.
 
-    where: FILE: FIELD, or the option of the command line, as the message names it. Raises UserError.
+    where: FILE: FIELD, as the message names it. Raises UserError.
     """
     fits = isinstance(value, int if whole else int | float) and not isinstance(value, bool)
     fits = fits and (isinstance(value, int) or math.isfinite(value))

@@ -31,7 +31,6 @@ from eagle3_xla.train.loop import train
 RECIPE = "smollm2-cpu"
 HELDOUT = "package:heldout.jsonl"
 WORK_MINUTES = 8.0  # of everything after the installation, where --minutes says nothing
-LEAST_MINUTES, MOST_MINUTES = 0.1, 100_000  # of training
 LEAST_TOKENS, ALL_TOKENS = 2_000, 520_000  # to train on: a few rows; what the shipped chats have
 USEFUL_TOKENS = 20_000  # where --minutes says nothing, no fewer, however long it takes: 4,000 made no head better
 LEAST_GIB = 5  # of free memory: what the training takes, 4 GB, and some air
@@ -67,8 +66,6 @@ def quickstart(out: Path, asked: float | None) -> dict:
     """Run the whole pipeline into `out`; what is done already is reused. asked: minutes of training, None for what fits
     WORK_MINUTES in all."""
     started = time.perf_counter()
-    if asked is not None and not LEAST_MINUTES <= asked <= MOST_MINUTES:
-        raise UserError(f"--minutes {asked:g}: a number from {LEAST_MINUTES:g} to {MOST_MINUTES:g} is expected")
     claim_output(out, "quickstart")
     earlier = _earlier(out, asked)
     machine = measure(earlier and earlier.gflops)

@@ -106,17 +106,12 @@ def test_calls_count_whole(trained, small_pair):
 @pytest.mark.parametrize(
     "settings, part",
     [
-        ({"draft_tokens": -1}, "--draft-tokens is -1; a whole number from 0"),
         ({"topk": 4, "steps": 9}, "--steps 9: choose 1 to"),
         (
             {"topk": 2, "steps": 2, "draft_tokens": 7},
             "a tree of --topk 2 and --steps 2 has at most 6 drafts",
         ),
         ({"steps": 2}, "a chain of 5 drafts takes as many steps"),
-        ({"temperature": -1.0}, "--temperature is -1.0; a number from 0"),
-        ({"temperature": float("nan")}, "--temperature is nan"),
-        ({"top_p": float("inf")}, "--top-p is inf; a number above 0"),
-        ({"limit": -1}, "--limit is -1; a whole number from 0"),
     ],
 )
 def test_bad_shapes_are_refused(settings, part):

@@ -11,15 +11,12 @@ from eagle3_xla.config import Recipe
 from eagle3_xla.data.packing import PADDING
 from eagle3_xla.data.prepare import load_prepared
 from eagle3_xla.data.tokenizer import load_tokenizer
-from eagle3_xla.errors import UserError
 
 COLOUR, BRACKETS = ("\033[1;32m", "\033[0m"), ("⟦", "⟧")
 
 
 def show_rows(recipe: Recipe, count: int) -> str:
     """The first `count` training rows of the prepared folder: each conversation's text, special tokens included."""
-    if count < 1:
-        raise UserError(f"--show {count}: a number of rows is expected")
     train, _, _, manifest = load_prepared(recipe.data.prepared)
     tokenizer = load_tokenizer(recipe.target.path)
     colour = sys.__stdout__ is not None and sys.__stdout__.isatty() and "NO_COLOR" not in os.environ

@@ -4,7 +4,6 @@ from dataclasses import dataclass
 
 import torch
 
-from eagle3_xla.checks import number
 from eagle3_xla.errors import UserError
 
 
@@ -37,20 +36,6 @@ class EvalOptions:
     force: bool = False
 
     def __post_init__(self) -> None:
-        least_of = {
-            "limit": 0,
-            "turns": 0,
-            "max_new_tokens": 1,
-            "draft_tokens": 0,
-            "topk": 1,
-            "steps": 0,
-            "draft_window": 0,
-            "batch_size": 1,
-        }
-        for name, least in least_of.items():
-            number(getattr(self, name), f"--{name.replace('_', '-')}", least, whole=True)
-        number(self.temperature, "--temperature", 0)
-        number(self.top_p, "--top-p", 0, 1, above=True)
         if self.device == "cuda" and not torch.cuda.is_available():
             raise UserError("--device cuda: torch finds no GPU here")
         if not self.draft_tokens:

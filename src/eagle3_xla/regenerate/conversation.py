@@ -5,7 +5,6 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 from eagle3_xla.data.clean import Chat, Unusable
-from eagle3_xla.errors import UserError
 
 # Engines take what a request doesn't name from the model's generation_config.json. These values change no distribution;
 # of those for "no top_k", -1 is the one that vLLM and SGLang both take.
@@ -20,10 +19,6 @@ class Sampling:
     top_p: float = 1.0
     max_tokens: int = 1024
     seed: int = 0
-
-    def __post_init__(self) -> None:
-        if not 0 <= self.temperature <= 100 or not 0 < self.top_p <= 1 or self.max_tokens < 1:
-            raise UserError("--temperature must be in [0, 100], --top-p in (0, 1], --max-tokens 1 or more")
 
 
 class Reply(NamedTuple):

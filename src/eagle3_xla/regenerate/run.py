@@ -11,7 +11,6 @@ run.yaml            the recipe
 import asyncio
 import hashlib
 import json
-import math
 import os
 import shutil
 import time
@@ -69,8 +68,6 @@ def regenerate(recipe: Recipe, out: Location, options: Options) -> dict:
     settings, RunError when conversations are left without an answer: starting again goes on with those."""
     if bool(options.servers) == bool(options.target):
         raise UserError("give either --server URL[,URL...] or --target TARGET")
-    if options.concurrency < 1 or options.limit < 0 or not 0 < options.timeout < math.inf:
-        raise UserError("--concurrency must be 1 or more, --limit 0 or more, --timeout positive and finite")
     recipe = replace(recipe, data=_chats_to_ask(recipe.data, options.chats))
     with only_writer(claim_output(out, "regenerate"), "regenerate"):
         place = local_copies.LocalFolder(out)

@@ -8,7 +8,6 @@ from typing import Any
 
 from tqdm import tqdm
 
-from eagle3_xla.checks import number
 from eagle3_xla.data.tokenizer import load_tokenizer
 from eagle3_xla.errors import RunError, UserError
 from eagle3_xla.evaluate.fingerprint import head_fingerprint, measured
@@ -30,13 +29,6 @@ class BenchOptions:
     target: str = ""
     request: Request = field(default_factory=Request)
     draft: str = ""
-
-    def __post_init__(self) -> None:
-        number(self.limit, "--limit", 0, whole=True)
-        if not self.concurrency:
-            raise UserError("--concurrency takes numbers of requests in flight, such as 1,4,16")
-        for in_flight in self.concurrency:
-            number(in_flight, "--concurrency", 1, whole=True)
 
 
 def bench(url: str, prompts: str, options: BenchOptions, baseline_url: str = "") -> dict:

@@ -9,7 +9,7 @@ from typing import Any
 
 import httpx
 
-from eagle3_xla.checks import first_line, number, parse_json, text, without_credentials
+from eagle3_xla.checks import first_line, parse_json, text, without_credentials
 from eagle3_xla.errors import RunError, UserError
 from eagle3_xla.regenerate.conversation import NEUTRAL
 from eagle3_xla.serve import replies
@@ -39,11 +39,6 @@ class Request:
     temperature: float = 0.0
     top_p: float = 1.0
     seed: int = 0
-
-    def __post_init__(self) -> None:
-        number(self.max_new_tokens, "--max-new-tokens", 1, whole=True)
-        number(self.temperature, "--temperature", 0)
-        number(self.top_p, "--top-p", 0, 1, above=True)
 
 
 def connect(url: str) -> "Server":
