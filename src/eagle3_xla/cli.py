@@ -4,6 +4,7 @@ Exit codes: 0 done; 1 a failure that the message explains; 2 bad usage or bad in
 """
 
 import contextlib
+import dataclasses
 import difflib
 import gc
 import json
@@ -184,6 +185,12 @@ def _imports(torch_xla: bool = False) -> Iterator[None]:
         gc.enable()
 
 
+def _settings(kind: Any, options: Namespace, **more: Any) -> Any:
+    """The dataclass `kind` from the options of the same names."""
+    named = {f.name: getattr(options, f.name) for f in dataclasses.fields(kind) if hasattr(options, f.name)}
+    return kind(**named | more)
+
+
 # The modules are imported by the verb that needs them: `--help` and a typing error answer at once.
 def _quickstart(options: Namespace, overrides: list[str]) -> dict:
     with _imports(torch_xla=True):
@@ -216,11 +223,9 @@ def _regenerate(options: Namespace, overrides: list[str]) -> dict:
         from eagle3_xla.regenerate.conversation import Sampling
         from eagle3_xla.regenerate.run import Options, regenerate
 
-    sampling = Sampling(options.temperature, options.top_p, options.max_tokens, options.seed)
-    names = "target chats limit concurrency timeout device api_key_env".split()
-    given = {name: getattr(options, name) for name in names}
     servers = [url for url in options.server.split(",") if url]
-    return regenerate(load_recipe(options.config, overrides), options.out, Options(servers, sampling=sampling, **given))
+    settings = _settings(Options, options, servers=servers, sampling=_settings(Sampling, options))
+    return regenerate(load_recipe(options.config, overrides), options.out, settings)
 
 
 def _train(options: Namespace, overrides: list[str]) -> dict:
@@ -262,9 +267,7 @@ def _eval(options: Namespace, overrides: list[str]) -> dict:
         from eagle3_xla.evaluate.options import EvalOptions
         from eagle3_xla.evaluate.run import evaluate
 
-    names = "limit turns thinking max_new_tokens draft_tokens topk steps draft_window batch_size"
-    names += " temperature top_p seed device force"
-    settings = EvalOptions(**{name: getattr(options, name) for name in names.split()})
+    settings = _settings(EvalOptions, options)
     return evaluate(options.target, options.draft, options.prompts, settings, options.report, options.run)
 
 
@@ -285,8 +288,7 @@ def _bench(options: Namespace, overrides: list[str]) -> dict:
         from eagle3_xla.serve.bench import BenchOptions, bench
         from eagle3_xla.serve.client import Request
 
-    request = Request(options.max_new_tokens, options.temperature, options.top_p)
-    settings = BenchOptions(options.limit, options.concurrency, options.target, request, options.draft)
+    settings = _settings(BenchOptions, options, request=_settings(Request, options))
     return bench(options.server, options.prompts, settings, options.baseline)
 
 
@@ -295,18 +297,14 @@ def _gap(options: Namespace, overrides: list[str]) -> dict:
         from eagle3_xla.evaluate.options import EvalOptions
         from eagle3_xla.serve.gap import gap
 
-    names = "limit max_new_tokens dtype device"
-    settings = EvalOptions(**{name: getattr(options, name) for name in names.split()})
-    return gap(options.target, options.draft, options.prompts, options.server, settings)
+    return gap(options.target, options.draft, options.prompts, options.server, _settings(EvalOptions, options))
 
 
 def _push(options: Namespace, overrides: list[str]) -> dict:
     with _imports():
         from eagle3_xla.serve.push import PushOptions, push
 
-    names = "results run report base_model license target_license data_license benchmark private dry_run overwrite"
-    settings = PushOptions(**{name: getattr(options, name) for name in names.split()})
-    return push(options.head, options.target, options.repo, settings)
+    return push(options.head, options.target, options.repo, _settings(PushOptions, options))
 
 
 def _config(options: Namespace, overrides: list[str]) -> dict:
