@@ -171,10 +171,10 @@ class Server(ABC):
 class SGLang(Server):
     engine = "sglang"
 
-    def __init__(self, url: str, http: httpx.Client, info: replies.SGLangInfo):
+    def __init__(self, url: str, http: httpx.Client, info: dict[str, Any]):
+        """info: `replies.sglang_info`'s."""
         super().__init__(url, http)
-        for name, value in vars(info).items():
-            setattr(self, name, value)
+        vars(self).update(info)
 
     def question(self, prompt: list[int], request: Request, salt: str) -> tuple[str, dict]:
         sampling = {"temperature": request.temperature, "top_p": request.top_p} | NEUTRAL

@@ -77,43 +77,25 @@ def count(value: Any, where: str, least: int = 0) -> int:
     return number(value, where, least, 1 << 62, whole=True)
 
 
-@dataclass
-class SGLangInfo:
-    """head, steps, topk, draft_tokens (without the root): None without a head; dtype, device: None where not said;
-    window: positions that the head sees, its own included (SGLang's number is without it), None: all of them.
-    """
-
-    version: str
-    model: str
-    name: str
-    dtype: str | None
-    device: str | None
-    head: str | None = None
-    steps: int | None = None
-    topk: int | None = None
-    draft_tokens: int | None = None
-    window: int | None = None
-
-
-def sglang_info(info: dict, where: str) -> SGLangInfo:
-    """`/server_info`."""
+def sglang_info(info: dict, where: str) -> dict[str, Any]:
+    """What `/server_info` says of the fields of client.Server."""
     model = text(info.get("model_path"), f"{where}: model_path")
-    found = SGLangInfo(
-        version=text(info.get("version") or "unknown", f"{where}: version"),
-        model=model,
-        name=text(info.get("served_model_name") or model, f"{where}: served_model_name"),
-        dtype=None if info.get("dtype") in (None, "auto") else text(info["dtype"], f"{where}: dtype"),
-        device=None if info.get("device") is None else text(info["device"], f"{where}: device"),
-    )
+    found: dict[str, Any] = {
+        "version": text(info.get("version") or "unknown", f"{where}: version"),
+        "model": model,
+        "name": text(info.get("served_model_name") or model, f"{where}: served_model_name"),
+        "dtype": None if info.get("dtype") in (None, "auto") else text(info["dtype"], f"{where}: dtype"),
+        "device": None if info.get("device") is None else text(info["device"], f"{where}: device"),
+    }
     if info.get("speculative_algorithm"):
-        found.head = text(info.get("speculative_draft_model_path"), f"{where}: speculative_draft_model_path")
-        found.steps, found.topk, drafts = (
+        found["head"] = text(info.get("speculative_draft_model_path"), f"{where}: speculative_draft_model_path")
+        found["steps"], found["topk"], drafts = (
             count(info.get(f"speculative_{name}"), f"{where}: speculative_{name}", least)
             for name, least in (("num_steps", 1), ("eagle_topk", 1), ("num_draft_tokens", 2))
         )
-        found.draft_tokens = drafts - 1
-        if (window := info.get("speculative_draft_window_size")) is not None:
-            found.window = 1 + count(window, f"{where}: speculative_draft_window_size", 1)
+        found["draft_tokens"] = drafts - 1  # without the root
+        if (window := info.get("speculative_draft_window_size")) is not None:  # without a row's own position
+            found["window"] = 1 + count(window, f"{where}: speculative_draft_window_size", 1)
     return found
 
 
