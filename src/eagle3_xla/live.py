@@ -5,7 +5,6 @@ stderr as always.
 """
 
 import contextlib
-import json
 import sys
 import threading
 import time
@@ -15,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from eagle3_xla.checks import printable
+from eagle3_xla.evaluate.curves import read_metrics
 
 if TYPE_CHECKING:
     from rich.console import Group
@@ -106,11 +106,7 @@ class Screen:
         return [row["heldout_tau"] for row in self._rows() if "heldout_tau" in row]
 
     def _rows(self) -> list[dict]:
-        rows = []
-        for line in self.metrics.read_text(errors="replace").splitlines() if self.metrics.is_file() else ():
-            with contextlib.suppress(ValueError):  # a line that is being written
-                rows.append(json.loads(line))
-        return rows
+        return read_metrics(self.metrics) if self.metrics.is_file() else []
 
     def _note_share(self, rows: list[dict]) -> None:
         """How much of the training is done; a checkpoint that it goes on from may be older than the last row."""

@@ -60,8 +60,11 @@ def page(trained, small_target, tmp_path_factory):
         {"prompt": "What is 4 and 1? " * 60, "category": "math", "source": "exams"},
     ]
     (folder / "prompts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (folder / "run").mkdir()
+    metrics = (trained.parent / "run" / "metrics.jsonl").read_text()
+    (folder / "run" / "metrics.jsonl").write_text('{"step": 3, "lo' + metrics)  # a full disk cut the first row
     words = ["eval", "--target", small_target, "--draft", trained, "--prompts", folder / "prompts.jsonl", "--json"]
-    words += ["--max-new-tokens", 24, "--report", folder / "out", "--run", trained.parent / "run"]
+    words += ["--max-new-tokens", 24, "--report", folder / "out", "--run", folder / "run"]
     from contextlib import redirect_stdout
     from io import StringIO
 
@@ -135,10 +138,12 @@ def test_it_replaces_only_its_own(page, capsys):
     del without[page : page + 2]
     assert cli.main(without) == 2
     assert "--run gives the report its curves: without --report" in capsys.readouterr().err
-    words[words.index("--run") + 1] = str(file.parent / "nothing")
-    assert cli.main([*words, "--limit", "1"]) == 2
-    said = capsys.readouterr().err
-    assert "its metrics.jsonl can't be shown" in said and "prompt/s" not in said  # before anything is decoded
+    (file.parent / "metrics.jsonl").write_text("step 3\n")
+    for run in (file.parent / "nothing", file.parent):
+        words[words.index("--run") + 1] = str(run)
+        assert cli.main([*words, "--limit", "1"]) == 2
+        said = capsys.readouterr().err
+        assert "its metrics.jsonl can't be shown" in said and "prompt/s" not in said  # before anything is decoded
     for option in ("--run", "--report"):
         words[words.index(option) + 1] = "gs://bucket/folder"
         assert cli.main(words) == 2

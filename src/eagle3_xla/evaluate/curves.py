@@ -1,15 +1,23 @@
 """A run's training curves, for the page of `eval --report`."""
 
+import contextlib
 import io
-import json
 from pathlib import Path
 from typing import Any
+
+from eagle3_xla.checks import mapping, parse_json
+from eagle3_xla.errors import UserError
 
 SIZE = (4.6, 3.2)  # inches: two stand side by side on a page, and letters stay readable where only one has room
 
 
-def read_metrics(run: Path) -> list[dict]:
-    return [json.loads(line) for line in (Path(run) / "metrics.jsonl").read_text().splitlines()]
+def read_metrics(file: Path) -> list[dict]:
+    """Rows of metrics.jsonl, without a line that a kill or a full disk cut, or that is being written."""
+    rows = []
+    for line in file.read_text(errors="replace").splitlines():
+        with contextlib.suppress(UserError):
+            rows.append(mapping(parse_json(line, str(file)), str(file)))
+    return rows
 
 
 def draw_curves(run: Path) -> list[str]:
@@ -19,7 +27,7 @@ def draw_curves(run: Path) -> list[str]:
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    rows = read_metrics(run)
+    rows = read_metrics(run / "metrics.jsonl")
     steps = [row for row in rows if "loss" in row]
     heldout = [row for row in rows if "heldout_tau" in row]
 

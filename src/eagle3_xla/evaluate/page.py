@@ -162,9 +162,11 @@ def readable_run(run: str | Path) -> None:
     """Raises UserError when the folder's curves can't be shown: before an hour of decoding, not after it."""
     folder = of_this_machine(run, "--run")
     try:
-        for row in read_metrics(folder):
-            if not isinstance(row, dict) or "step" not in row or ("loss" in row and "acc" not in row):
-                raise ValueError("a row is not one that `train` writes")
+        rows = read_metrics(folder / "metrics.jsonl")
+        if not rows:
+            raise ValueError("there is no row in it")
+        if any("step" not in row or ("loss" in row and "acc" not in row) for row in rows):
+            raise ValueError("a row is not one that `train` writes")
     except (OSError, ValueError) as error:
         raise UserError(f"--run {run}: its metrics.jsonl can't be shown ({error})") from None
 

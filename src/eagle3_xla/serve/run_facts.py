@@ -9,10 +9,11 @@ from typing import NamedTuple
 import torch
 
 from eagle3_xla import checkpoint as checkpoints
-from eagle3_xla.checks import escaped, mapping, number, parse_json, read_json, text
+from eagle3_xla.checks import escaped, mapping, number, read_json, text
 from eagle3_xla.config import Recipe, load_recipe
 from eagle3_xla.draft.saved import SavedHead
 from eagle3_xla.errors import UserError
+from eagle3_xla.evaluate.curves import read_metrics
 from eagle3_xla.outputs import RUN_FILE
 
 PLAN = "plan.json"
@@ -38,7 +39,7 @@ def run_facts(run: Path, head: SavedHead) -> RunFacts:
     if "row_length" in manifest:  # training takes the rows as they were prepared, whatever the setting is
         recipe.data.row_length = number(manifest["row_length"], "manifest.json: row_length", 1, whole=True)
     rows, left_out = _rows(recipe, step, manifest), []
-    metrics = _metrics(run / "metrics.jsonl")
+    metrics = read_metrics(run / "metrics.jsonl") if (run / "metrics.jsonl").is_file() else []
     taus = [row["heldout_tau"] for row in metrics if row.get("step") == step and "heldout_tau" in row]
     devices = {row["device"] for row in metrics if isinstance(row.get("device"), str)}
     seconds = [row["seconds"] for row in metrics if row.get("step", 0) <= step and "seconds" in row]
@@ -114,17 +115,6 @@ def _rows(recipe: Recipe, step: int, manifest: dict) -> list[tuple[str, object]]
         ("languages", ", ".join(recipe.data.languages) or "those of the data, none was left out"),
         ("precision", "bfloat16 over float32 weights" if xla.autocast else "float32"),
     ]
-
-
-def _metrics(file: Path) -> list[dict]:
-    rows = []
-    for line in file.read_text(errors="replace").splitlines() if file.is_file() else ():
-        try:
-            row = parse_json(line, str(file))
-        except UserError:  # a line cut by a kill
-            continue
-        rows += [row] if isinstance(row, dict) else []
-    return rows
 
 
 def _mix(manifest: dict) -> tuple[str, list[str]]:
