@@ -28,8 +28,13 @@ command+=("$python" -m sglang.launch_server --model-path "$target" --port "$port
 if [ -n "$head" ]; then
   command+=(--speculative-algorithm EAGLE3 --speculative-draft-model-path "$head" --speculative-num-steps 5
     --speculative-eagle-topk 4 --speculative-num-draft-tokens 8)
-  # A head with a sliding window: SGLang counts the positions before a row's own.
-  window="$(sed -n 's/.*"sliding_window": *\([0-9]\{1,\}\).*/\1/p' "$head/config.json" 2>/dev/null || true)"
+  # A head with a sliding window (window_of in src/eagle3_xla/draft/saved.py): SGLang counts the positions before a
+  # row's own.
+  window=""
+  if grep -q '"sliding_attention"' "$head/config.json" 2>/dev/null &&
+    ! grep -Eq '"use_sliding_window": *false' "$head/config.json"; then
+    window="$(sed -n 's/.*"sliding_window": *\([0-9]\{1,\}\).*/\1/p' "$head/config.json")"
+  fi
   [ -z "$window" ] || command+=(--speculative-draft-window-size "$((window - 1))")
   if [ -z "$cpu" ]; then # what a GPU's attention is right with: served_by in src/eagle3_xla/doctor/engines.py says why
     of_type() { grep -Eq "\"model_type\": *\"($1)\"" "$target/config.json" 2>/dev/null; }

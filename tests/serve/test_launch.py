@@ -67,25 +67,27 @@ def test_a_longrope_target(tmp_path):
 
 FA3 = {"--speculative-draft-window-size": 15, "--speculative-draft-attention-backend": "fa3"}
 TRITON = {"--attention-backend": "triton"}
+WINDOW = {"sliding_window": 16, "layer_types": ["sliding_attention"]}
 
 
 @pytest.mark.parametrize(
     "target, window, needed",
     [
-        (Qwen2Config, None, {}),
-        (Qwen2Config, 16, CHAIN | FA3),
-        (GptOssConfig, None, CHAIN),
-        (Gemma3TextConfig, None, CHAIN | TRITON),
-        (Gemma3TextConfig, 16, CHAIN | TRITON | FA3),
+        (Qwen2Config, {}, {}),
+        (Qwen2Config, WINDOW, CHAIN | FA3),
+        (Qwen2Config, WINDOW | {"use_sliding_window": False}, {}),
+        (Qwen2Config, {"sliding_window": 131072, "use_sliding_window": False}, {}),  # SpecForge's qwen2.5-7b-eagle3
+        (Qwen2Config, {"sliding_window": 131072}, {}),
+        (GptOssConfig, {}, CHAIN),
+        (Gemma3TextConfig, {}, CHAIN | TRITON),
+        (Gemma3TextConfig, WINDOW, CHAIN | TRITON | FA3),
     ],
 )
 def test_windows_on_a_gpu(target, window, needed, exported_head, tmp_path):
     """SGLang is given the drafts and the attention that it is right with; the script finds them in the folders."""
     head = shutil.copytree(exported_head, tmp_path / "head")
-    if window:
-        config = json.loads((head / "config.json").read_text())
-        windowed = {"sliding_window": window, "layer_types": ["sliding_attention"]}
-        (head / "config.json").write_text(json.dumps(config | windowed, indent=2))
+    config = json.loads((head / "config.json").read_text())
+    (head / "config.json").write_text(json.dumps(config | window, indent=2))
     target().save_pretrained(tmp_path)
     assert served_by(read_head(head), target())[families.SGLANG] == needed
     pair = ("--target", tmp_path, "--head", head)
