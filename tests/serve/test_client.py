@@ -227,10 +227,10 @@ def test_bench_on_the_command_line(serving, exported_head, small_target, chat_fi
     assert cli.main([*arguments, "--concurrency", "1,2"]) == 0
     said = capsys.readouterr().out
     assert "sglang 0.5.21" in said and "3 prompts, greedy" in said and "2.000" in said and "push" not in said
-    assert cli.main([*arguments, "--temperature", "0.7"]) == 0 and "greedily at every" not in capsys.readouterr().out
+    assert cli.main([*arguments, "--temperature", "0.7"]) == 0 and "drafts greedily" not in capsys.readouterr().out
     on_cpu = serving({"/server_info": (200, info.replace("{", '{"device": "cpu", ', 1)), "/generate": (200, full)})
     assert cli.main([*arguments, "--temperature", "0.7", "--server", on_cpu]) == 0
-    assert "checks drafts greedily at every temperature" in capsys.readouterr().out
+    assert "above temperature 0 SGLang on a CPU checks drafts greedily too" in capsys.readouterr().out
     assert cli.main([*arguments, "--json", "--top-p", "0.9"]) == 0
     result = json.loads(capsys.readouterr().out)
     assert result["top_p"] == 0.9 and result["draft_window"] is None
@@ -299,10 +299,12 @@ def test_gap_names_a_head_that_doctor_fails(serving, exported_head, small_target
     assert cli.main(arguments) == 1
     said = capsys.readouterr().out
     assert "served           1.500" in said and "norm_flags: norm_output True" in said and "d2t" in said
-    info = json.dumps(INFO | {"speculative_draft_model_path": str(exported_head)})
+    assert "note:" not in said
+    info = json.dumps(INFO | {"speculative_draft_model_path": str(exported_head), "device": "cpu"})
     assert cli.main([*arguments, "--server", serving(pages | {"/server_info": (200, info)})]) == 1
-    causes = capsys.readouterr().out.partition("causes, likeliest first\n")[2]
+    causes, _, note = capsys.readouterr().out.partition("causes, likeliest first\n")[2].partition("note: ")
     assert causes.startswith(f"  - the server serves another head ({exported_head})\n")
+    assert note.startswith("this gap is of greedy decoding; above temperature 0 SGLang on a CPU checks drafts greedily")
     at_a_url = ["file://" + word if word == str(head) else word for word in arguments]
     assert cli.main(at_a_url) == 1 and "served           1.500" in capsys.readouterr().out
     window = {"sliding_window": 16, "layer_types": ["sliding_attention"]}
@@ -330,10 +332,11 @@ def test_gap_is_none_where_only_a_near_tie_differs(serving, exported_head, small
         meta = {"spec_num_correct_drafts": sum(generation.accepted), "spec_correct_drafts_histogram": reached}
         answers.append((generation.tokens, {"spec_verify_ct": len(generation.accepted)} | meta))
 
-    def gap(*more: str) -> tuple[int, str]:
+    def gap(*more: str, **info: str) -> tuple[int, str]:
         chunks = (chunk(tokens, **meta) for tokens, meta in [answers[0], *answers])  # the first is the warm-up
         counts = ({"usage": {"prompt_tokens": len(prompt)}} for prompt in ids)
-        pages = {"/server_info": (200, json.dumps(INFO | {"speculative_draft_model_path": str(exported_head)}))}
+        about = INFO | {"speculative_draft_model_path": str(exported_head)} | info
+        pages = {"/server_info": (200, json.dumps(about))}
         pages |= {"/generate": lambda: (200, next(chunks)), "/flush_cache": (200, "{}")}
         pages |= {"/v1/chat/completions": lambda: (200, json.dumps(next(counts)))}
         arguments = ["--prompts", chat_file, "--target", small_target, "--draft", exported_head, "--limit", 2]
@@ -341,7 +344,8 @@ def test_gap_is_none_where_only_a_near_tie_differs(serving, exported_head, small
         return cli.main(["gap", *map(str, arguments)]), capsys.readouterr().out
 
     code, said = gap()
-    assert code == 0 and "no gap" in said and "differ between" not in said
+    assert code == 0 and "no gap" in said and "note:" not in said
+    assert "note: this gap is of greedy decoding; above temperature 0" in gap(device="cpu")[1]
     answers[1] = ([*answers[1][0][:-1], answers[1][0][-1] ^ 1], answers[1][1])
     code, said = gap()
     assert code == 0 and "no gap" in said and "note: 1 of 2 greedy answers differ" in said

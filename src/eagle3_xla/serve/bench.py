@@ -185,12 +185,15 @@ def _against(answers: list[Answer], speed: float, plain: list[Answer], plain_sec
     return row | {"speedup": None if "no_speedup" in row else ratio}
 
 
-def _sampled_on_a_cpu(result: dict) -> list[str]:
+def sampled_on_a_cpu(engine: str, device: str | None) -> list[str]:
     """What the CPU builds of the engines get wrong above temperature 0 (tests/engines/sampled.py shows it)."""
-    if result["engine"] == "sglang" and result["device"] == "cpu":
-        return ["SGLang on a CPU checks drafts greedily at every temperature: this acceptance is the greedy one"]
-    if result["engine"] == "vllm":
-        return ["if this vLLM runs on a CPU: 0.32.0 there takes the temperature of checked drafts from unset memory"]
+    if engine == "sglang" and device == "cpu":
+        return ["above temperature 0 SGLang on a CPU checks drafts greedily too: its acceptance is the greedy one"]
+    if engine == "vllm":  # which doesn't say what it runs on
+        return [
+            "above temperature 0 vLLM 0.32.0, if it runs on a CPU, takes the temperature of checked drafts from unset "
+            "memory"
+        ]
     return []
 
 
@@ -224,7 +227,7 @@ def screen(result: dict) -> str:
         elif row.get("empty_answers"):
             lines.append(f"{row['empty_answers']} answers at {row['concurrency']} in flight have no token")
     if result["temperature"] and result["steps"]:
-        lines += _sampled_on_a_cpu(result)
+        lines += sampled_on_a_cpu(result["engine"], result["device"])
     missing = [name for name in ("head", "target") if result["measured"][name] is None]
     if result["steps"] and missing:
         options = " and ".join({"head": "--draft DIR", "target": "--target DIR"}[name] for name in missing)

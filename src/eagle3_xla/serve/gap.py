@@ -20,7 +20,7 @@ from eagle3_xla.errors import UserError
 from eagle3_xla.evaluate.decode import Generation
 from eagle3_xla.evaluate.options import EvalOptions
 from eagle3_xla.evaluate.run import Pair, decode_all, load_pair, prompt_ids, tau
-from eagle3_xla.serve.bench import run_prompts, serves_another
+from eagle3_xla.serve.bench import run_prompts, sampled_on_a_cpu, serves_another
 from eagle3_xla.serve.client import Request, Server, connect
 from eagle3_xla.target.families import aux_layers
 
@@ -44,7 +44,7 @@ def gap(target_path: str, draft: str, prompts: str, url: str, options: EvalOptio
 
     offline, served: acceptance lengths; difference: relative to offline; causes: what explains it, likeliest first;
     experiments: acceptance length of each; ok: the two agree and nothing is wrong with the head; notes: what is worth
-    knowing then.
+    knowing beside that.
     """
     server = connect(url)
     if not (server.steps and server.topk and server.draft_tokens):
@@ -87,7 +87,7 @@ def gap(target_path: str, draft: str, prompts: str, url: str, options: EvalOptio
         )
     different = sum(answer.tokens != generation.tokens for answer, generation in zip(answers, generations, strict=True))
     agrees = abs(difference) <= TOLERANCE and not causes
-    notes: list[str] = []
+    notes = [f"this gap is of greedy decoding; {fault}" for fault in sampled_on_a_cpu(server.engine, server.device)]
     if different:  # one near tie of two logits is enough for that: no cause where acceptance agrees
         (notes if agrees else causes).append(_different_answers(different, len(ids), server, options))
     result = {
@@ -205,12 +205,13 @@ def screen(result: dict) -> str:
         f"  served           {result['served']:.3f}   {result['engine']} {result['version']}",
         f"  difference       {result['difference']:+.1%}",
     ]
+    notes = [f"note: {note}" for note in result["notes"]]
     if result["ok"]:
         lines.append("no gap: the number that eval shows is the number that is served")
-        return "\n".join(lines + [f"note: {note}" for note in result["notes"]])
+        return "\n".join(lines + notes)
     named = result["causes"] or ["no known cause fits; compare versions, and run doctor on the head that is served"]
     lines += ["causes, likeliest first", *(f"  - {cause}" for cause in named)]
     if result["experiments"]:
         lines.append("experiments (offline, one thing changed)")
         lines += [f"  {row['acceptance_length']:.3f}  {row['cause']}" for row in result["experiments"]]
-    return "\n".join(lines)
+    return "\n".join(lines + notes)
