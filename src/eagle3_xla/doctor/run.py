@@ -1,7 +1,6 @@
 """`doctor`: every rule on one head and its target, and the safe repairs."""
 
 import json
-import os
 from typing import Any
 
 from eagle3_xla import storage
@@ -35,7 +34,7 @@ def doctor(folder: Location, target_path: str, fix: bool = False) -> dict:
                 head.config |= {} if value is None else {field: value}
             findings = examine(head, target)
         if fixed:
-            _write(head)
+            storage.write(head.folder / "config.json", json.dumps(head.config, indent=2) + "\n")
     ok = all(finding.status != "fail" for finding in findings)
     rules = [{"rule": finding.rule, "status": finding.status, "message": finding.message} for finding in findings]
     fixable = any(finding.fix for finding in findings if finding.status == "fail")
@@ -62,16 +61,6 @@ def _changes(head: SavedHead, findings: list[Finding]) -> dict:
     for finding in findings:
         changes |= finding.fix or {} if finding.status != "pass" else {}
     return {field: value for field, value in changes.items() if head.config.get(field) != value}
-
-
-def _write(head: SavedHead) -> None:
-    file = head.folder / "config.json"
-    temporary = head.folder / ".config.json.eagle3-xla"
-    try:
-        temporary.write_text(json.dumps(head.config, indent=2) + "\n")
-        os.replace(temporary, file)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def _screen(folder: Location, findings: list[Finding], fixed: dict, fix: bool) -> str:

@@ -16,6 +16,7 @@ import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
+from eagle3_xla import storage
 from eagle3_xla.errors import UserError
 
 MODEL = "srt/models/qwen2.py"
@@ -184,10 +185,6 @@ def _git_apply(engine: Engine, source: bytes, *options: str) -> bytes | None:
 
 def _replace(file: Path, content: bytes) -> None:
     """The file's content, in one step; its mode stays."""
-    temporary = file.with_name(f".{file.name}.eagle3-xla")
-    try:
-        temporary.write_bytes(content)
-        shutil.copymode(file, temporary)
-        os.replace(temporary, file)
-    finally:
-        temporary.unlink(missing_ok=True)
+    with storage.whole_file(file) as partial:
+        partial.write_bytes(content)
+        shutil.copymode(file, partial)

@@ -8,7 +8,6 @@ benchmarks alone.
 
 import glob
 import hashlib
-import os
 import re
 import tempfile
 from dataclasses import dataclass, field
@@ -109,9 +108,7 @@ def push(folder: str | Path, target: str, repo: str, options: PushOptions) -> di
     if results:
         _place_results(results, folder / PLACE, options.overwrite)
     content = card(head, of_target, base, repo, figures, facts, licences, REPORT if options.report else "")
-    partial = folder / ".partial-README"
-    partial.write_text(content + MARK.format(hashlib.sha256(content.encode()).hexdigest()))
-    os.replace(partial, readme)
+    storage.write(readme, content + MARK.format(hashlib.sha256(content.encode()).hexdigest()))
     weights = [*weight_files(folder), *folder.glob(INDEX)]
     files = ["config.json", *(file.name for file in weights), "README.md"]
     files += [*([REPORT] if options.report else []), *([PLACE] if results else [])]
