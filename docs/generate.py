@@ -76,7 +76,7 @@ def recipes_table() -> str:
     ]
     for name, meaning in recipes().items():
         recipe = load_recipe(name, [])
-        if not recipe.target.path and name == "base":
+        if name == "base":
             continue
         target = recipe.target.path or "the embedded one"
         mesh = f"dp={recipe.xla.dp} x tp={recipe.xla.tp}" + (

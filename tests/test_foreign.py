@@ -334,7 +334,7 @@ def test_export_takes_nobodys_folder(exported_head, small_target, tmp_path, caps
 
 
 RESULT = {"tau": 2.0, "acceptance": [0.6, 0.4], "acc_all_positions": [0.5], "tokens_per_second": 30.0, "prompts": 3}
-RESULT |= {"baseline_tokens_per_second": 20.0, "draft_tokens": 2, "topk": 1, "temperature": 0.0, "max_new_tokens": 8}
+RESULT |= {"baseline_tokens_per_second": 20.0, "draft_tokens": 2, "topk": 1, "temperature": 0.0}
 RESULTS = {
     "a list": ([1], r"r.json is not a JSON object but \[1\]"),
     "null": (None, "r.json is not a JSON object but null"),
@@ -352,7 +352,7 @@ RESULTS = {
 @pytest.mark.parametrize("name", RESULTS)
 def test_results(name, tmp_path):
     content, part = RESULTS[name]
-    good = RESULT | {"measured": {"head": "h", "target": "t", "prompts": {"name": "p"}, "version": "1", "date": "d"}}
+    good = RESULT | {"measured": {"head": "h", "target": "t", "prompts": {"name": "p"}, "date": "d"}}
     file = tmp_path / "r.json"
     file.write_text(json.dumps(good | content if isinstance(content, dict) else content))
     with pytest.raises(UserError, match=part):

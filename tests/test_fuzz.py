@@ -212,7 +212,7 @@ def test_streams(lines, cut, engine):
     with explained:
         chunks = list(replies.events(replies.lines_of(parts, "u"), "u"))
         if chunks:
-            answer = engine.answer(chunks, 0.1, 1.0, "u")
+            answer = engine.answer(chunks, 0.1, "u")
             assert all(isinstance(token, int) for token in answer.tokens)
 
 

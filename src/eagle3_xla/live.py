@@ -57,11 +57,11 @@ class Screen:
         self.live = sys.stderr.isatty()
 
     @contextlib.contextmanager
-    def shown(self) -> Iterator["Screen"]:
+    def shown(self) -> Iterator[None]:
         """While the work goes on."""
         if not self.live:
             print(self.heading)
-            yield self
+            yield
             return
         from rich.console import Console
         from rich.live import Live
@@ -83,7 +83,7 @@ class Screen:
             drawer = threading.Thread(target=keep_drawing, daemon=True)
             drawer.start()
             try:
-                yield self
+                yield
             finally:
                 stop.set()
                 drawer.join()

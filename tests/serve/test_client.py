@@ -192,7 +192,7 @@ def test_a_vllm_that_others_use(serving, monkeypatch):
     busy = connect(serving(pages | {"/metrics": lambda: (200, METRICS.replace(" 7.0", f" {next(counts)}.0"))}))
     with pytest.raises(RunError, match="never rest: others use it"):
         busy.counters()
-    answers = [Answer([1, 2], 0.1, 1.0)]
+    answers = [Answer([1, 2], 0.1)]
     before, after, less = Drafts(10, 4, [3, 1]), Drafts(40, 4, [3, 1]), Drafts(2, 1, [1, 0])
     with pytest.raises(RunError, match="30 target calls for 2 tokens: it serves others too"):
         _drafts(busy, answers, before, after)
@@ -268,7 +268,7 @@ def test_screen_says_when_answers_differ():
 
 
 def against(answers, plain, **request):
-    answers, plain = ([Answer(tokens, 0.1, 1.0) for tokens in side] for side in (answers, plain))
+    answers, plain = ([Answer(tokens, 0.1) for tokens in side] for side in (answers, plain))
     return _against(answers, 10.0, plain, sum(len(a.tokens) for a in plain) / 8.0, Request(**request))
 
 

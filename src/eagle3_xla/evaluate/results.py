@@ -27,7 +27,6 @@ class Figures:
     window: int | None
     drafts: int
     topk: int
-    max_new_tokens: int
     tau: float
     acceptance: list[float]
     acc_all_positions: list[float]
@@ -35,7 +34,6 @@ class Figures:
     speedup: float | None
     head: str
     target: str
-    version: str
     date: str
 
     @property
@@ -104,7 +102,6 @@ def read_results(file: Path) -> Figures:
         window=None if window is None else number(window, where("draft_window"), 1, whole=True),
         drafts=number(field("draft_tokens"), where("draft_tokens"), 1, whole=True),
         topk=number(field("topk"), where("topk"), 1, whole=True),
-        max_new_tokens=number(field("max_new_tokens"), where("max_new_tokens"), 1, whole=True),
         tau=number(tau, where("tau" if own else "acceptance_length"), 1),
         acceptance=share("acceptance"),
         acc_all_positions=share("acc_all_positions") if own else [],
@@ -112,6 +109,5 @@ def read_results(file: Path) -> Figures:
         speedup=ratio,
         head=about["head"],
         target=about["target"],
-        version=text(about.get("version"), where("measured.version")),
         date=text(about.get("date"), where("measured.date")),
     )

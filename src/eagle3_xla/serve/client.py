@@ -23,13 +23,12 @@ SETTLE_READS, SETTLE_SECONDS = 25, 0.2
 
 @dataclass
 class Answer:
-    """tokens: ids, the end-of-turn token included; first, seconds: until the first token and until the end; drafts:
-    None where the engine counts for the whole server only.
+    """tokens: ids, the end-of-turn token included; first: seconds until the first token; drafts: None where the engine
+    counts for the whole server only.
     """
 
     tokens: list[int]
     first: float
-    seconds: float
     drafts: Drafts | None = None
 
 
@@ -38,7 +37,6 @@ class Request:
     max_new_tokens: int = 128
     temperature: float = 0.0
     top_p: float = 1.0
-    seed: int = 0
 
 
 def connect(url: str) -> "Server":
@@ -95,7 +93,7 @@ class Server(ABC):
         """(path, JSON body) of the request for one answer."""
 
     @abstractmethod
-    def answer(self, chunks: list[dict], first: float, seconds: float, where: str) -> Answer:
+    def answer(self, chunks: list[dict], first: float, where: str) -> Answer:
         """The answer that the events of a stream give."""
 
     def generate(self, prompt: list[int], request: Request, salt: str = "") -> Answer:
@@ -121,7 +119,7 @@ class Server(ABC):
                 raise self._gone(error, began=bool(chunks)) from None
         if not chunks:
             raise RunError(f"{where} ended its answer without a token")
-        return self.answer(chunks, first, time.perf_counter() - started, where)
+        return self.answer(chunks, first, where)
 
     def _stream(self, path: str, body: dict, where: str) -> Iterator[dict]:
         with self.http.stream("POST", path, json=body, timeout=ANSWER_SECONDS) as response:
@@ -183,16 +181,16 @@ class SGLang(Server):
             "sampling_params": {"max_new_tokens": request.max_new_tokens} | sampling,
         }
 
-    def answer(self, chunks: list[dict], first: float, seconds: float, where: str) -> Answer:
+    def answer(self, chunks: list[dict], first: float, where: str) -> Answer:
         tokens, meta = replies.sglang_tokens(chunks, where)
         if not self.head or self.steps is None:
-            return Answer(tokens, first, seconds)
+            return Answer(tokens, first)
         if len(tokens) > 1 and "spec_num_correct_drafts" not in meta:
             raise UserError(
                 f"SGLang {self.version} at {self.url} does not count accepted drafts (`spec_num_correct_drafts` in "
                 "meta_info); 0.5.21 is known to"
             )
-        return Answer(tokens, first, seconds, replies.sglang_drafts(meta, self.steps, where))
+        return Answer(tokens, first, replies.sglang_drafts(meta, self.steps, where))
 
     def forget(self) -> None:
         self.fetch("POST", "/flush_cache")
@@ -214,15 +212,15 @@ class VLLM(Server):
 
     def question(self, prompt: list[int], request: Request, salt: str) -> tuple[str, dict]:
         body = {"model": self.name, "prompt": prompt, "max_tokens": request.max_new_tokens, "return_token_ids": True}
-        body |= {"temperature": request.temperature, "top_p": request.top_p, "seed": request.seed}
+        body |= {"temperature": request.temperature, "top_p": request.top_p, "seed": 0}
         body |= NEUTRAL
         return "/v1/completions", body | ({"cache_salt": salt} if salt else {})
 
-    def answer(self, chunks: list[dict], first: float, seconds: float, where: str) -> Answer:
+    def answer(self, chunks: list[dict], first: float, where: str) -> Answer:
         tokens = replies.vllm_tokens(chunks, where)
         if tokens is None:
             raise UserError(f"vLLM {self.version} at {self.url} does not return token ids; 0.32.0 is known to")
-        return Answer(tokens, first, seconds)
+        return Answer(tokens, first)
 
     def counters(self) -> Drafts | None:
         last = self._read()

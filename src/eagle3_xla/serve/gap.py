@@ -71,7 +71,7 @@ def gap(target_path: str, draft: str, prompts: str, url: str, options: EvalOptio
     found: list[tuple[float, str]] = []
     experiments = []
     if abs(difference) > TOLERANCE or any(rule["status"] == "fail" for rule in rules):
-        for experiment in _experiments(pair, target_path, d2t_missing):
+        for experiment in _experiments(pair, d2t_missing):
             reached = tau(decode_all(experiment.pair, ids, stop_ids, options))
             experiments.append({"cause": experiment.cause, "acceptance_length": reached})
             if _explains(experiment, reached, served, offline):
@@ -123,7 +123,7 @@ def _complete(head: SavedHead) -> bool:
     return True
 
 
-def _experiments(pair: Pair, target_path: str, d2t_missing: bool) -> Iterator[Experiment]:
+def _experiments(pair: Pair, d2t_missing: bool) -> Iterator[Experiment]:
     target, head = pair.model.config, pair.head.config
     default = aux_layers(target.num_hidden_layers)
     layers = pair.layers or default
