@@ -88,8 +88,6 @@ def test_a_run_gives_its_best_checkpoint(run, tmp_path):
 def test_refused(run, tmp_path):
     with pytest.raises(UserError, match="not a checkpoint"):
         export(tmp_path, tmp_path / "head")
-    with pytest.raises(UserError, match="--dtype int8"):
-        export(run, tmp_path / "head", "int8")
     with pytest.raises(UserError, match="not ours"):
         export(run, run)
     export(run, tmp_path / "head")

@@ -303,6 +303,7 @@ NUMBERS = [
     (["regenerate", "--out", "o", "--concurrency", "0"], "--concurrency 0: a whole number from 1"),
     (["regenerate", "--out", "o", "--max-tokens", "0"], "--max-tokens 0: a whole number from 1"),
     (["regenerate", "--out", "o", "--temperature", "inf"], "--temperature inf: a number"),
+    (["export", "--checkpoint", "c", "--out", "o", "--dtype", "int8"], "--dtype invalid choice: 'int8' (choose from"),
     (["trian"], "no verb 'trian'; did you mean train?"),
 ]
 

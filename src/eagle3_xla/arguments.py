@@ -190,7 +190,8 @@ def _add_verbs(subparsers: Any, common: Parser, recipe: Parser) -> None:
     verb = verbs.add_parser("export", parents=[common], help="a checkpoint -> the directory that engines load")
     verb.add_argument("--checkpoint", required=True, help="a checkpoint folder, or a run's folder (its best)")
     verb.add_argument("--out", required=True)
-    verb.add_argument("--dtype", default="bfloat16", help="bfloat16 (default), float16 or float32")
+    dtypes = ("bfloat16", "float16", "float32")
+    verb.add_argument("--dtype", default="bfloat16", choices=dtypes, help="of the weights (default: bfloat16)")
 
     verb = verbs.add_parser("doctor", parents=[common], help="check a head against the rules of every engine")
     verb.add_argument("head", metavar="DIR", help="an exported head, ours or anyone's")

@@ -3,10 +3,11 @@
 import html
 import json
 import math
+import os
 import re
 from collections.abc import Collection
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 from eagle3_xla import storage
 from eagle3_xla.errors import UserError
@@ -119,6 +120,11 @@ def shown(value: object) -> str:
 def printable(words: str) -> str:
     """Nothing that a file or a server wrote may drive the terminal: control characters are shown as escapes."""
     return "".join(c if c.isprintable() or c in "\n\t" else repr(c)[1:-1] for c in words)
+
+
+def in_colour(stream: TextIO | None) -> bool:
+    """Whether it is a terminal whose user wants colours (no-color.org)."""
+    return stream is not None and stream.isatty() and "NO_COLOR" not in os.environ
 
 
 def escaped(words: str) -> str:

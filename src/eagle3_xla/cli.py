@@ -23,7 +23,7 @@ from safetensors import SafetensorError
 
 from eagle3_xla import __version__
 from eagle3_xla.arguments import Usage, option_names, parser
-from eagle3_xla.checks import of_this_machine, printable, without_credentials
+from eagle3_xla.checks import in_colour, of_this_machine, printable, without_credentials
 from eagle3_xla.config import load_recipe
 from eagle3_xla.errors import RunError, UserError
 from eagle3_xla.guide import next_step
@@ -100,8 +100,7 @@ def _print(words: str, stream: TextIO) -> None:
 
 
 def _bold(words: str, stream: TextIO) -> str:
-    """In bold where `stream` is a terminal and the user wants colours (no-color.org)."""
-    return f"\033[1m{words}\033[0m" if stream.isatty() and "NO_COLOR" not in os.environ else words
+    return f"\033[1m{words}\033[0m" if in_colour(stream) else words
 
 
 def _fail(line: str, code: int) -> int:

@@ -7,6 +7,7 @@ import io
 import re
 import tokenize
 from importlib import resources
+from itertools import takewhile
 from typing import Any, NamedTuple
 
 from eagle3_xla.config import Recipe, load_recipe, recipe_names
@@ -75,12 +76,8 @@ def recipes() -> dict[str, str]:
 
 
 def _heading(text: str) -> str:
-    lines = []
-    for line in text.splitlines():
-        if not line.startswith("#"):
-            break
-        lines.append(line.lstrip("# "))
-    return " ".join(lines)
+    comment = takewhile(lambda line: line.startswith("#"), text.splitlines())
+    return " ".join(line.lstrip("# ") for line in comment)
 
 
 def values(recipe: Recipe) -> dict[str, Any]:

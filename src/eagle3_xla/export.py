@@ -41,8 +41,6 @@ def export(checkpoint: Location, out: Location, dtype: str = "bfloat16") -> dict
     `norm_output` are written for an EAGLE-3.1 head alone: elsewhere the latter has another meaning. The result's
     `chosen` says which checkpoint and why.
     """
-    if dtype not in DTYPES:
-        raise UserError(f"--dtype {dtype}: choose one of {', '.join(DTYPES)}")
     run = storage.join(checkpoint, "checkpoints")
     if storage.is_folder(run):
         saved = checkpoints.load_best(run, warn=print)

@@ -5,14 +5,13 @@ sizes and measurement.
 """
 
 import json
-import os
 import sys
 import time
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from eagle3_xla.checks import number, printable, read_json
+from eagle3_xla.checks import in_colour, number, printable, read_json
 from eagle3_xla.config import Recipe, load_recipe
 from eagle3_xla.data.prepare import prepare
 from eagle3_xla.data.prompts import read_prompts
@@ -125,10 +124,9 @@ def quickstart(out: Path, asked: float | None) -> dict:
         "continued": earlier is not None,  # then these are the minutes of this start alone
     }
     (out / "result.json").write_text(json.dumps(result, indent=1) + "\n")
-    terminal = sys.__stdout__ is not None and sys.__stdout__.isatty() and "NO_COLOR" not in os.environ
-    colours = (GREEN, PLAIN) if terminal else ("[", "]")
-    last = last_screen(result, recipe, colours)
-    return result | {"coloured" if terminal else "screen": last}
+    green = in_colour(sys.__stdout__)
+    last = last_screen(result, recipe, (GREEN, PLAIN) if green else ("[", "]"))
+    return result | {"coloured" if green else "screen": last}
 
 
 def _budget(asked: float | None, machine: Machine) -> Budget:

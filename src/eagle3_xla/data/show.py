@@ -1,12 +1,12 @@
 """`prepare --show N`: rows as text, what is trained on in colour (in ⟦brackets⟧ where there is no terminal)."""
 
-import os
 import sys
 from itertools import groupby
 from typing import Any
 
 import numpy as np
 
+from eagle3_xla.checks import in_colour, printable
 from eagle3_xla.config import Recipe
 from eagle3_xla.data.packing import PADDING
 from eagle3_xla.data.prepare import load_prepared
@@ -19,7 +19,7 @@ def show_rows(recipe: Recipe, count: int) -> str:
     """The first `count` training rows of the prepared folder: each conversation's text, special tokens included."""
     train, _, _, manifest = load_prepared(recipe.data.prepared)
     tokenizer = load_tokenizer(recipe.target.path)
-    colour = sys.__stdout__ is not None and sys.__stdout__.isatty() and "NO_COLOR" not in os.environ
+    marks = COLOUR if in_colour(sys.__stdout__) else BRACKETS
     parts = []
     for number in range(min(count, len(train))):
         row = {name: np.asarray(values) for name, values in train[number].items()}
@@ -29,7 +29,7 @@ def show_rows(recipe: Recipe, count: int) -> str:
         for document in range(1, documents + 1):
             mine = row["document_ids"] == document
             parts.append(f"  conversation {document}")
-            text = marked(tokenizer, row["input_ids"][mine], row["loss_mask"][mine], COLOUR if colour else BRACKETS)
+            text = marked(tokenizer, row["input_ids"][mine], row["loss_mask"][mine], marks)
             parts.append("\n".join(f"    {line}" for line in text.split("\n")))
     return "\n".join(parts)
 
@@ -38,9 +38,7 @@ def marked(tokenizer: Any, ids: np.ndarray, mask: np.ndarray, marks: tuple[str, 
     """The text of ids [n]; each run of tokens with mask [n] true stands between the marks."""
     text = ""
     for trained, run in groupby(zip(ids.tolist(), mask.tolist(), strict=True), key=lambda pair: pair[1]):
-        words = tokenizer.decode([token for token, _ in run])
-        # Nothing in a chat may drive the terminal.
-        words = "".join(c if c.isprintable() or c in "\n\t" else repr(c)[1:-1] for c in words)
+        words = printable(tokenizer.decode([token for token, _ in run]))
         if trained:  # the colour starts anew on each line, so that a pager shows it
             words = "\n".join(f"{marks[0]}{line}{marks[1]}" for line in words.split("\n"))
         text += words

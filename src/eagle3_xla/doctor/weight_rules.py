@@ -70,16 +70,14 @@ def values(head: SavedHead, target: Target) -> Finding:
 
 
 def dtypes(head: SavedHead, target: Target) -> Finding:
-    kinds = {name: value.dtype for name, value in head.tensors.items() if name in wanted_shapes(head)}
-    wrong = sorted({str(kind).removeprefix("torch.") for kind in kinds.values() if kind not in FLOATS})
+    kinds = {head.tensors[name].dtype for name in wanted_shapes(head) if name in head.tensors}
+    wrong = kinds - {*FLOATS}
+    text = ", ".join(sorted(str(kind).removeprefix("torch.") for kind in wrong or kinds))
     if wrong:
-        return Finding(
-            "tensor_dtypes", "fail", f"weights of {', '.join(wrong)}; export as bfloat16, float16 or float32"
-        )
-    if len(set(kinds.values())) > 1:
-        text = ", ".join(sorted({str(kind).removeprefix("torch.") for kind in kinds.values()}))
+        return Finding("tensor_dtypes", "fail", f"weights of {text}; export as bfloat16, float16 or float32")
+    if len(kinds) > 1:
         return Finding("tensor_dtypes", "warn", f"weights of {text} mixed: engines cast all to one of them")
-    return Finding("tensor_dtypes", "pass", ", ".join({str(kind).removeprefix("torch.") for kind in kinds.values()}))
+    return Finding("tensor_dtypes", "pass", text)
 
 
 def d2t(head: SavedHead, target: Target) -> Finding:
