@@ -2,33 +2,29 @@
 
 import dataclasses
 import json
+import shutil
 
 import pytest
 import torch
 from safetensors.torch import load_file
 
 from eagle3_xla import checkpoint as checkpoints
-from eagle3_xla.config import load_recipe
-from eagle3_xla.data.prepare import prepare
 from eagle3_xla.data.vocab import d2t_t2d
 from eagle3_xla.doctor.run import doctor
 from eagle3_xla.draft.saved import load_head
 from eagle3_xla.errors import UserError
 from eagle3_xla.export import export
-from eagle3_xla.train.loop import train
 
 
 @pytest.fixture
-def run(small_run, tmp_path):
-    recipe = load_recipe(None, small_run)
-    prepare(recipe)
-    train(recipe, max_steps=2)
+def run(exported_head, tmp_path):
+    shutil.copytree(exported_head.parent / "checkpoints", tmp_path / "run" / "checkpoints")
     return tmp_path / "run"
 
 
 def test_export(run, tmp_path):
     out = tmp_path / "head"
-    assert export(run, out)["micro_step"] == 2
+    assert export(run, out)["micro_step"] == 1
     config = json.loads((out / "config.json").read_text())
     expected = {
         "architectures": ["LlamaForCausalLMEagle3"],
@@ -75,8 +71,8 @@ def test_a_head_over_the_whole_vocabulary(exported_head, small_target, tmp_path)
 
 
 def test_a_run_gives_its_best_checkpoint(run, tmp_path):
-    assert export(run, tmp_path / "head")["chosen"] == "step 2 (the newest, no tau is known)"
-    saved = checkpoints.load(run / "checkpoints" / "step-00000002")
+    assert export(run, tmp_path / "head")["chosen"] == "step 1 (the newest, no tau is known)"
+    saved = checkpoints.load(run / "checkpoints" / "step-00000001")
     for step, tau in ((3, 1.4), (4, 1.2)):
         checkpoints.save(run / "checkpoints", dataclasses.replace(saved, micro_step=step, tau=tau), keep=3)
     assert export(run, tmp_path / "head")["chosen"] == "step 3 (the best, held-out tau 1.400)"

@@ -7,9 +7,6 @@ import pytest
 import torch
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
-from eagle3_xla.config import load_recipe
-from eagle3_xla.data.prepare import load_prepared, prepare
-from eagle3_xla.data.vocab import d2t_t2d
 from eagle3_xla.draft.attention import causal_attention
 from eagle3_xla.draft.config import DraftConfig
 from eagle3_xla.draft.model import Eagle3Head, draft_config
@@ -93,15 +90,6 @@ def test_drafts_are_the_unrolls_drafts(trained, small_target, shape):
         assert choice + int(d2t[choice]) == draft
 
 
-def test_evaluate(trained, small_target, chat_file):
-    figures = evaluate(str(small_target), str(trained), str(chat_file), EvalOptions(limit=4, max_new_tokens=24))
-    assert figures["identical"] and figures["prompts"] == 4
-    assert figures["tau"] > 1.0 and len(figures["acceptance"]) == len(figures["acceptance_conditional"]) == 5
-    assert figures["acceptance"][0] == figures["acceptance_conditional"][0]
-    assert len(figures["acc_all_positions"]) == 5 and 0 < figures["target_calls_per_token"] <= 1
-    json.dumps(figures)
-
-
 def test_bfloat16_keeps_the_rotations(trained, small_target):
     options = EvalOptions(dtype="bfloat16")
     target, head = load_pair(str(small_target), str(trained), options).on(options)
@@ -132,21 +120,6 @@ def test_a_head_for_another_target_is_refused(trained, embedded_target, chat_fil
 
     with pytest.raises(UserError, match="vocab_size is 4096 and the target.s 49152"):
         evaluate(str(embedded_target), str(trained), str(chat_file), EvalOptions(limit=1))
-
-
-def test_untrained_head_decodes_to_the_same_output(small_target, small_run):
-    recipe = load_recipe(None, small_run)
-    prepare(recipe)
-    draft_ids = load_prepared(recipe.data.prepared)[2]
-    model = load_target(str(small_target), torch.float32)
-    head = Eagle3Head(draft_config(model.config, len(draft_ids))).eval()
-    target = Target(model, draft_ids)
-    d2t, _ = d2t_t2d(draft_ids, model.config.vocab_size)
-    prompt = list(range(5, 15))
-    assert (
-        SpeculativeDecoder(target, head, d2t, 5).decode(prompt, 20, set()).tokens
-        == Decoder(target).decode(prompt, 20, set()).tokens
-    )
 
 
 def test_prompts_do_not_depend_on_the_day(tokenizer, tmp_path):

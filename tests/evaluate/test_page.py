@@ -76,7 +76,10 @@ def page(trained, small_target, tmp_path_factory):
 
 def test_what_is_on_it(page, tokenizer):
     file, figures, _ = page
-    assert figures["report"] == str(file)
+    assert figures["report"] == str(file) and figures["identical"] and figures["prompts"] == 3
+    assert figures["tau"] > 1.0 and len(figures["acceptance"]) == len(figures["acceptance_conditional"]) == 5
+    assert figures["acceptance"][0] == figures["acceptance_conditional"][0]
+    assert len(figures["acc_all_positions"]) == 5 and 0 < figures["target_calls_per_token"] <= 1
     assert sum(group["calls"] for group in figures["by_category"].values()) == sum(
         group["calls"] for group in figures["by_context"].values()
     )

@@ -58,18 +58,11 @@ def test_the_head_attends_by_rank(small_pair):
         assert positions.tolist() == [[10 + step] * 4]
 
 
-def test_sampled_output_is_the_targets_own(trained, small_pair):
-    target, head, d2t = small_pair
-    prompt = list(range(5, 15))
-    answers = set()
-    for seed in range(2):
-        choose = Choice(temperature=1.2, top_p=0.9, seed=seed)
-        golden = Decoder(target).decode(prompt, 24, set(), choose).tokens
-        for topk, steps, drafts in ((1, 4, 4), (3, 3, 8)):
-            decoder = SpeculativeDecoder(target, head, d2t, drafts, topk, steps)
-            assert decoder.decode(prompt, 24, set(), choose).tokens == golden
-        answers.add(tuple(golden))
-    assert len(answers) == 2
+def test_another_seed_is_another_answer(small_pair):
+    """That drafts don't change it is in test_batch.py."""
+    choices = [Choice(temperature=1.2, top_p=0.9, seed=seed) for seed in range(2)]
+    first, second = (Decoder(small_pair[0]).decode([*range(5, 15)], 24, set(), choose).tokens for choose in choices)
+    assert first != second
 
 
 def test_samples_follow_the_distribution():
