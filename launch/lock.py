@@ -3,7 +3,7 @@
     .venv/bin/python launch/lock.py [--check]
 
 --check: says what in setup.cfg the lock file does not satisfy, and exits 1 if anything. The extras that are locked are
-`tpu` (libtpu) and `dev`: pip install --requirement launch/requirements.lock && pip install --no-deps .
+`plan` (jax, libtpu) and `dev`: pip install --requirement launch/requirements.lock && pip install --no-deps .
 """
 
 import configparser
@@ -57,7 +57,7 @@ def installed(requirements: list[Requirement]) -> dict[str, str]:
 
 
 def complaints() -> list[str]:
-    """What setup.cfg wants and the lock file doesn't give, and locked packages that contradict each other."""
+    """What setup.cfg wants and the lock file doesn't give."""
     versions, wrong = locked(), []
     for requirement in wanted():
         version = versions.get(canonicalize_name(requirement.name))
