@@ -138,6 +138,17 @@ def test_what_is_on_its_way_is_of_one_block_alone(monkeypatch, tmp_path):
             assert not any(second.iterdir()) and (first / "file").read_text() == "half"
         assert (first / "file").exists() and not second.exists()
     assert not first.exists()
+    theirs, opened = first.parent / "theirs", os.open
+    theirs.mkdir()
+
+    def refuse(path, *arguments, **named):
+        if path == theirs:
+            raise PermissionError
+        return opened(path, *arguments, **named)
+
+    monkeypatch.setattr(os, "open", refuse)
+    with storage.scratch("gs://bucket/file"):
+        assert theirs.exists()
 
 
 def test_failures_are_one_line(gcs, no_waiting, tmp_path):

@@ -254,14 +254,14 @@ def cached(kind: str, what: str) -> Path:
 @contextlib.contextmanager
 def scratch(location: Location) -> Iterator[Path]:
     """An empty folder of this machine, of this block alone, for what is on its way to or from `location`. Folders that
-    a kill left go with the next one.
+    a kill left go with the next one, but for those that can't be locked: another user's, and any on NFS.
     """
     name = cached("scratch", str(location))
     name.parent.mkdir(parents=True, exist_ok=True)
     with contextlib.ExitStack() as in_use:
         with _locked(name.parent):  # one that is made now isn't locked yet
             for left in name.parent.iterdir():
-                with contextlib.suppress(FileNotFoundError), _locked(left, wait=False) as unused:
+                with contextlib.suppress(OSError), _locked(left, wait=False) as unused:
                     if unused:
                         shutil.rmtree(left, ignore_errors=True)
             folder = Path(tempfile.mkdtemp(prefix=f"{name.name}-", dir=name.parent))
