@@ -141,7 +141,7 @@ for stop in stops:
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "dp, tp, accumulation, stops",
-    [(2, 2, 1, (3, 1)), (1, 1, 2, (6, 2))],  # the third call of a graph is the first by its hash
+    [(2, 2, 1, (4, 1)), (1, 1, 2, (6, 2))],  # from the third call on a graph runs by its hash
     ids=["2x2", "one device, accumulation"],
 )
 def test_a_dispatched_run_resumes_to_the_weights_of_a_traced_one(
