@@ -237,6 +237,7 @@ def test_prepared_data_says_how_much_is_drafted(forks, small_run, tmp_path):
     assert done.returncode == 0, done.stderr
     verdicts = [json.loads(line) for line in done.stdout.splitlines()]
     assert verdicts[1]["flops_per_chip"] < 0.95 * verdicts[0]["flops_per_chip"]
+    assert verdicts[1]["collectives"] == verdicts[0]["collectives"]  # what is listed stays on its device
     assert verdicts[0]["tokens"] is None and verdicts[1]["tokens"] > 0
     rows = sum(file.stat().st_size for file in Path(folder).glob("train/*.arrow"))
     assert verdicts[1]["disk_bytes"]["prepared_rows"] == pytest.approx(rows, rel=0.1)

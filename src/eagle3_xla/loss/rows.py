@@ -81,7 +81,16 @@ class _Put(torch.autograd.Function):
 
 
 def gather(x: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
-    """x [G, R, ...], index [G, N] -> [G, N, ...]."""
+    """x [G, R, ...], index [G, N] -> [G, N, ...]. Without gradient."""
+    gathered: torch.Tensor = torch.ops.eagle3_xla.gather(x, index)
+    return gathered
+
+
+torch.library.define("eagle3_xla::gather", "(Tensor x, Tensor index) -> Tensor")  # xla/gather.py has XLA's
+
+
+@torch.library.impl("eagle3_xla::gather", "CompositeExplicitAutograd")
+def _gather(x: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
     group = torch.arange(x.shape[0], device=x.device)[:, None]
     return x[group, index]
 

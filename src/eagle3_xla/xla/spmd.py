@@ -20,6 +20,7 @@ from eagle3_xla.errors import UserError
 from eagle3_xla.target.attention import GROUPED_EINSUM
 from eagle3_xla.target.experts import PARTED, RoutedExperts, route_experts
 from eagle3_xla.target.model import Target
+from eagle3_xla.xla import gather  # noqa: F401 (loss/rows.py's, for XLA)
 from eagle3_xla.xla.config import XlaConfig
 from eagle3_xla.xla.dispatch import alone, compiled
 from eagle3_xla.xla.hosts import Hosts
