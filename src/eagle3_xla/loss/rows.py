@@ -86,7 +86,7 @@ def gather(x: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
     return gathered
 
 
-torch.library.define("eagle3_xla::gather", "(Tensor x, Tensor index) -> Tensor")  # xla/gather.py has XLA's
+torch.library.define("eagle3_xla::gather", "(Tensor x, Tensor index) -> Tensor")  # xla/spmd.py gives it XLA's
 
 
 @torch.library.impl("eagle3_xla::gather", "CompositeExplicitAutograd")

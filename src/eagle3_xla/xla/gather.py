@@ -31,6 +31,6 @@ def _lowered(x: Any, index: Any) -> Any:
 _gather = xla_op_registry.register("eagle3_gather", _lowered)
 
 
-@torch.library.impl("eagle3_xla::gather", "XLA")
-def gather(x: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
+def local_gather(x: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
+    """x [G, R, ...], index [G, N] -> [G, N, ...], each group on its device."""
     return _gather(x, index.int())

@@ -20,9 +20,9 @@ from eagle3_xla.errors import UserError
 from eagle3_xla.target.attention import GROUPED_EINSUM
 from eagle3_xla.target.experts import PARTED, RoutedExperts, route_experts
 from eagle3_xla.target.model import Target
-from eagle3_xla.xla import gather  # noqa: F401 (loss/rows.py's, for XLA)
 from eagle3_xla.xla.config import XlaConfig
 from eagle3_xla.xla.dispatch import alone, compiled
+from eagle3_xla.xla.gather import local_gather
 from eagle3_xla.xla.hosts import Hosts
 from eagle3_xla.xla.memory import keep_freed_memory
 from eagle3_xla.xla.mesh import mesh_devices, part_of_host
@@ -33,6 +33,8 @@ from eagle3_xla.xla.tpu import PEAK_FLOPS
 # The head, by parameter name: column-parallel ones over their output rows, row-parallel ones over their inputs.
 HEAD_COLUMNS = ("q_proj", "k_proj", "v_proj", "gate_proj", "up_proj", "lm_head", "fc")
 HEAD_ROWS = ("o_proj", "down_proj")
+
+torch.library.impl("eagle3_xla::gather", "XLA", local_gather)  # of loss/rows.py, on XLA's tensors
 
 
 class SpmdBackend:
