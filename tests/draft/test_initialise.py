@@ -1,10 +1,11 @@
-"""The start in closed form, on a target that the head can follow exactly: its next state is a map of low rank of the
-next token's embedding and of its state."""
+"""The start in closed form, on targets that the head can follow: of one the next state is a map of low rank of the next
+token's embedding and of its state, another says what followed the last time."""
 
 import pytest
 import torch
 from transformers import LlamaConfig
 
+from eagle3_xla.draft import initialise
 from eagle3_xla.draft.initialise import SampledRows, initialise_head, unscaled
 from eagle3_xla.draft.model import Eagle3Head, draft_config
 from eagle3_xla.loss.config import LossConfig
@@ -40,6 +41,25 @@ def target():
     return ids, embedding, aux, hidden * norm_weight, norm_weight, draw(VOCABULARY, SIZE)
 
 
+@pytest.fixture(scope="module")
+def repeating_target():
+    """The same of a target whose rows say everything twice: its state is the token, and what followed that before."""
+    generator = torch.Generator().manual_seed(0)
+
+    def draw(*shape):
+        return torch.randn(*shape, generator=generator)
+
+    once = torch.stack([torch.randperm(VOCABULARY, generator=generator)[: LENGTH // 2] for _ in range(ROWS)])
+    ids, embedding, lm_head = once.repeat(1, 2), draw(VOCABULARY, SIZE), draw(VOCABULARY, SIZE)
+    lm_head[:, : SIZE // 2] = 0
+    followed = torch.randint(VOCABULARY, (ROWS, LENGTH), generator=generator)
+    followed[:, LENGTH // 2 :] = ids.roll(-1, 1)[:, LENGTH // 2 :]
+    hidden = lm_head[followed]
+    hidden[..., : SIZE // 2] = draw(VOCABULARY, SIZE // 2)[ids]
+    hidden = normed(hidden)
+    return ids, embedding, torch.cat([hidden] * 3, -1), hidden, torch.ones(SIZE), lm_head
+
+
 def acceptance(target, how):
     """Of the head before its first step, at each TTT step, on all rows."""
     ids, embedding, aux, hidden, norm_weight, lm_head = target
@@ -53,10 +73,10 @@ def acceptance(target, how):
         num_hidden_layers=8,
     )
     head = Eagle3Head(draft_config(config, VOCABULARY))
-    sample = [SampledRows(aux, embedding[ids], unscaled(hidden, norm_weight), MASK)]
+    positions, documents = torch.arange(LENGTH).expand(ROWS, -1), torch.zeros_like(ids)
+    sample = [SampledRows(aux, embedding[ids], unscaled(hidden, norm_weight), MASK, documents, positions)]
     initialise_head(head, how, 0, lm_head, norm_weight, sample)
-    positions = torch.arange(LENGTH).expand(ROWS, -1)
-    batch = {"input_ids": ids, "position_ids": positions, "document_ids": torch.zeros_like(ids), "loss_mask": MASK}
+    batch = {"input_ids": ids, "position_ids": positions, "document_ids": documents, "loss_mask": MASK}
     logits = hidden @ lm_head.T
     of_rows = (teacher_positions(batch, x) for x in (logits, logits.logsumexp(-1), logits.argmax(-1)))
     every, none = torch.ones(VOCABULARY, dtype=torch.bool), torch.zeros(VOCABULARY, dtype=torch.long)
@@ -69,3 +89,9 @@ def acceptance(target, how):
 def test_every_step_begins_near_the_target(target):
     assert acceptance(target, "target").max() < 0.2
     assert acceptance(target, "least_squares").min() > 0.8
+
+
+def test_it_looks_for_rows_that_went_on_as_this_one_does(repeating_target, monkeypatch):
+    assert acceptance(repeating_target, "least_squares")[0] > 0.25  # of half of the rows nobody can know it
+    monkeypatch.setattr(initialise, "SHARPNESS", (0.0, 0.0, 0.0))
+    assert acceptance(repeating_target, "least_squares")[0] < 0.1

@@ -145,7 +145,7 @@ def test_a_window_and_normed_queries(narrow_head, small_target, chat_file, tmp_p
 @pytest.mark.parametrize("remat", [False, True])
 @pytest.mark.parametrize("variant", ["draft.variant=eagle3.1", "draft.qk_norm=true"])
 def test_autocast_gives_float32s_gradients(small_run, variant, remat):
-    recipe = load_recipe(None, [*small_run, variant, "train.init=least_squares"])
+    recipe = load_recipe(None, [*small_run, variant])
     prepare(recipe)
     run = set_up(recipe, [], Hosts(), ExitStack())
     batch, _ = run.data.loader.load(run.data.batches.indices(0))

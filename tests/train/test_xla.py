@@ -36,7 +36,7 @@ def losses(out: Path) -> list[dict]:
 )
 def test_spmd_equals_plain_torch(forks, small_run, tmp_path, dp, tp, accumulation, reuse, settings):
     shape = [f"train.gradient_accumulation={accumulation}", f"train.reuse_states={reuse}", "train.epochs=20"]
-    shape += ["train.init=least_squares", *(setting for setting in settings if setting.startswith("loss."))]
+    shape += [setting for setting in settings if setting.startswith("loss.")]
     plain = load_recipe(None, [*small_run, *shape, "train.batch_size=4"])
     prepare(plain)
     train(plain, max_steps=STEPS)
@@ -119,7 +119,6 @@ def test_28_layers_on_16_devices_equal_one(forks, small_run, small_target, token
     deep.save_pretrained(tmp_path / "deep")
     tokenizer.save_pretrained(tmp_path / "deep")
     settings = [*small_run, f"target.path={tmp_path / 'deep'}", "train.epochs=10", "loss.ttt_length=2"]
-    settings.append("train.init=least_squares")
     prepare(load_recipe(None, settings))
     train(load_recipe(None, [*settings, "train.batch_size=4"]), max_steps=STEPS)
     sharded = [*settings, f"train.out={tmp_path / 'xla'}", "train.batch_size=1", "xla.device=xla"]

@@ -1,24 +1,28 @@
 """The head before its first step.
 
 `target`: random, but lm_head and final norm are the target's. `least_squares`: on top of that, the layer solves in
-closed form, at every step of an unroll, for the target's final hidden state at the next token:
+closed form, over the target's states of a sample of rows, for the target's final hidden state at the next token:
 
-1. The attention's value path: what the next token's embedding and the state at t add to that state, a regression of
-   the rank that the values have. First from the target's own states, then from those that the head makes itself and
-   is fed when it drafts.
-2. fc: the state from which that path says the target's at t+1, near the target's at t, so that a step which begins
-   from aux states and one which begins from the head's own state find the same.
-3. The MLP: random features of what the attention leaves, and the sum of them that is nearest to what is missing.
+1. fc: the state from which the next token's embedding leads, by a linear map, to the target's at t+1, near the
+   target's at t, so that a step which begins from aux states and one which begins from the head's own find the same.
+2. Query and key: of every three attention heads one looks at its own row, and two look for rows before it that went
+   on as this one does: whose state is what the embedding and the state at t let expect of the state at t+1. What
+   followed there likely follows here.
+3. Value and o_proj: what counts most of an embedding and a state, the own row's and the matching ones', and how it
+   adds to the state; first where it begins from aux states, then where it begins from the head's own.
+4. The MLP: random features of what the attention leaves, and the sum of them that is nearest to what is missing.
 
 benchmarks/README.md says what this start is worth.
 """
 
 from collections.abc import Iterator
+from functools import partial
 from typing import NamedTuple
 
 import torch
 from torch import nn
 
+from eagle3_xla.draft.attention import causal_attention
 from eagle3_xla.draft.model import Eagle3Head
 
 RIDGE = 1e-2  # relative to each input's own second moment
@@ -26,6 +30,11 @@ NEAR = 0.3  # weight of the nearness to the target's state at t
 STEPS = 3  # of the unroll that the start is fitted to
 DECAY = 0.8  # step k weighs DECAY**k
 GATE, UP = 2.0, 0.5  # standard deviations of the random features' gate and factor
+SLOW = 64  # rows, over which a pair of RoPE's components that hardly tells places apart turns by less than a radian
+OWN_SCORE = 12.0  # of a row's own key for the heads that look for it; those of other tokens are around 0
+# What a match scores for attention heads that look for matching rows, in turns; 0: those look at the own row.
+SHARPNESS = (0.0, 40.0, 12.0)
+SUREST = 0.98  # a canonical correlation counts as this at most
 
 
 class SampledRows(NamedTuple):
@@ -39,6 +48,8 @@ class SampledRows(NamedTuple):
     embeds: torch.Tensor
     hidden: torch.Tensor
     loss_mask: torch.Tensor
+    document_ids: torch.Tensor
+    position_ids: torch.Tensor
 
     def drafted(self) -> torch.Tensor:
         """[B, T - 2] bool: the rows that an engine drafts at."""
@@ -96,69 +107,49 @@ class _Moments:
 
 def _solve(xx: torch.Tensor, xy: torch.Tensor) -> torch.Tensor:
     """The map [n, m] from inputs to outputs, by their second moments xx [n, n] and xy [n, m]."""
-    return torch.linalg.solve(xx + torch.diag(RIDGE * xx.diagonal() + 1e-9 * xx.diagonal().mean() + 1e-30), xy)
+    return torch.linalg.solve(_ridged(xx), xy)
+
+
+def _ridged(xx: torch.Tensor) -> torch.Tensor:
+    return xx + torch.diag(RIDGE * xx.diagonal() + 1e-9 * xx.diagonal().mean() + 1e-30)
 
 
 def _least_squares(head: Eagle3Head, sample: list[SampledRows], generator: torch.Generator) -> None:
-    layer, config = head.midlayer, head.config
-    attention, mlp, size = layer.self_attn, layer.mlp, config.hidden_size
-    # Every attention head looks at its own row: query and key are the same random projection of the embedding.
-    group = config.num_attention_heads // config.num_key_value_heads
-    key = torch.randn(config.num_key_value_heads, config.head_dim, size, generator=generator) / size**0.5
-    attention.k_proj.weight.zero_()
-    attention.k_proj.weight[:, :size] = key.flatten(0, 1)
-    attention.q_proj.weight.zero_()
-    attention.q_proj.weight[:, :size] = key[:, None].expand(-1, group, -1, -1).flatten(0, 2)
-
-    # The value path from the target's own states: their own share of the next state is there already.
-    both, seen = slice(3 * size, 5 * size), _Moments(5 * size, 2 * size)
-    for batch in sample:
-        rows = batch.drafted()
-        state = head.fed_back(batch.hidden[:, :-2][rows].float())
-        embeds = layer.input_layernorm(batch.embeds[:, 1:-1][rows].float())
-        x = [batch.aux[:, :-2][rows].float(), embeds, layer.hidden_norm(state)]
-        seen.add(torch.cat(x, -1), torch.cat([state, batch.hidden[:, 1:-1][rows].float()], -1))
-    of_state, of_next = seen.xy[both].split(size, dim=1)
-    value = _low_rank(seen.xx[both, both], of_next - of_state, attention.k_proj.out_features)
-    _set_fc_and_values(head, seen, *value)
-
-    # And from the states that the head makes: what it is fed when it drafts.
-    unrolled = _Moments(2 * size, size)
-    for step in _unrolled(head, sample):
-        unrolled.add(torch.cat([step.embeds, layer.hidden_norm(step.state)], -1), step.wanted - step.state, step.weight)
-    value = _low_rank(unrolled.xx, unrolled.xy, attention.k_proj.out_features)
-    _set_fc_and_values(head, seen, *value)
+    layer, size = head.midlayer, head.config.hidden_size
+    attention, mlp = layer.self_attn, layer.mlp
+    _set_fc(head, sample)
+    _set_query_and_key(head, sample, generator)
+    _set_value(head, sample)
+    attention.o_proj.weight.zero_()
+    mlp.down_proj.weight.zero_()
+    for steps in (1, STEPS):  # step 0 alone first: what it makes is fed to the others
+        missing = _Moments(attention.o_proj.in_features, size)
+        for step in _unrolled(head, sample, steps):
+            missing.add(step.attended, step.wanted - step.state, step.weight)
+        attention.o_proj.weight.copy_(_solve(missing.xx, missing.xy).T)
 
     mlp.gate_proj.weight.normal_(std=GATE / size**0.5, generator=generator)
     mlp.up_proj.weight.normal_(std=UP / size**0.5, generator=generator)
-    missing = _Moments(config.intermediate_size, size)
-    for step in _unrolled(head, sample):
-        x = layer.post_attention_layernorm(step.output)
-        missing.add(mlp.act_fn(mlp.gate_proj(x)) * mlp.up_proj(x), step.wanted - step.output, step.weight)
+    missing = _Moments(mlp.down_proj.in_features, size)
+    for step in _unrolled(head, sample, STEPS):
+        missing.add(step.features, step.wanted - step.output, step.weight)
     mlp.down_proj.weight.copy_(_solve(missing.xx, missing.xy).T)
 
 
-def _low_rank(xx: torch.Tensor, xy: torch.Tensor, rank: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Least squares of a rank: the map [n, rank] and the basis [m, rank] of its outputs, the strongest first."""
-    solution = _solve(xx, xy)
-    basis = torch.linalg.eigh(solution.T @ xx @ solution).eigenvectors[:, -rank:].flip(1)
-    return solution @ basis, basis
-
-
-def _set_fc_and_values(head: Eagle3Head, seen: _Moments, into: torch.Tensor, basis: torch.Tensor) -> None:
-    """The value path [embedding, state] @ into @ basis.T, and the fc that goes with it."""
-    config, size, attention = head.config, head.config.hidden_size, head.midlayer.self_attn
-    rank, group = basis.shape[1], config.num_attention_heads // config.num_key_value_heads
-    attention.v_proj.weight.zero_()
-    attention.v_proj.weight[:rank] = into.T.float()
-    out_of_value = torch.zeros(size, attention.v_proj.out_features)
-    out_of_value[:, :rank] = basis.float()
-    per_head = out_of_value.view(size, config.num_key_value_heads, 1, config.head_dim).expand(-1, -1, group, -1)
-    attention.o_proj.weight.copy_(per_head.reshape(size, -1) / group)
+def _set_fc(head: Eagle3Head, sample: list[SampledRows]) -> None:
+    layer, size = head.midlayer, head.config.hidden_size
+    aux, embeds, both = slice(3 * size), slice(3 * size, 4 * size), slice(3 * size, 5 * size)
+    seen = _Moments(5 * size, 2 * size)
+    for batch in sample:
+        rows = batch.drafted()
+        state = head.fed_back(batch.hidden[:, :-2][rows].float())
+        embedded = layer.input_layernorm(batch.embeds[:, 1:-1][rows].float())
+        x = [batch.aux[:, :-2][rows].float(), embedded, layer.hidden_norm(state)]
+        seen.add(torch.cat(x, -1), torch.cat([state, batch.hidden[:, 1:-1][rows].float()], -1))
+    of_state, of_next = seen.xy[both].split(size, dim=1)  # the target's own share of its next state is there already
+    of_embeds, of_state = _solve(seen.xx[both, both], of_next - of_state).split(size)
 
     # state = aux @ fc makes |state @ onward - what the embedding leaves|^2 + NEAR |state - the target's|^2 the least.
-    of_embeds, of_state = (into @ basis.T).split(size)
-    aux, embeds = slice(3 * size), slice(3 * size, 4 * size)
     wanted = seen.xy[aux, size:] - seen.xx[aux, embeds] @ of_embeds
     near, left = _solve(seen.xx[aux, aux], torch.cat([seen.xy[aux, :size], wanted], dim=1)).split(size, dim=1)
     onward = torch.eye(size, dtype=torch.float64) + of_state
@@ -166,32 +157,133 @@ def _set_fc_and_values(head: Eagle3Head, seen: _Moments, into: torch.Tensor, bas
     head.fc.weight.copy_(torch.linalg.solve(normal, (left @ onward.T + NEAR * near).T))
 
 
+def _set_query_and_key(head: Eagle3Head, sample: list[SampledRows], generator: torch.Generator) -> None:
+    config, size, width = head.config, head.config.hidden_size, head.config.head_dim
+    heads, kv_heads = config.num_attention_heads, config.num_key_value_heads
+    # RoPE's fast components find the own row, by a random projection of its embedding. Matching rows may be anywhere,
+    # and are found by the slow ones: by the surest directions where it turns the least.
+    fast = int((head.rotary.inv_freq > 1 / SLOW).sum())
+    own = [i for i in range(width) if i % (width // 2) < fast]
+    slow = [i for pair in reversed(range(fast, width // 2)) for i in (pair, pair + width // 2)]
+    of_query, of_key = _matching(head, sample, len(slow))
+    match = slow[: of_key.shape[1]]
+    of_query *= width**0.5  # attention divides by it
+    even = (SHARPNESS[1] * of_query.norm() / of_key.norm()) ** 0.5  # both of one size, so that both learn
+
+    query = torch.zeros(kv_heads, heads // kv_heads, width, 2 * size)
+    key = torch.zeros(kv_heads, width, 2 * size)
+    scale = (OWN_SCORE * width**0.5 / len(own) / size) ** 0.5
+    key[:, own, :size] = scale * torch.randn(kv_heads, len(own), size, generator=generator)
+    key[:, match, size:] = (of_key * even).T.float()
+    for i in range(heads):
+        kv_head, member = divmod(i, heads // kv_heads)
+        sharpness = SHARPNESS[(member if heads > kv_heads else i) % len(SHARPNESS)]
+        query[kv_head, member, match] = (of_query * sharpness / even).T.float()
+        if not sharpness:
+            query[kv_head, member, own] = key[kv_head, own]
+    head.midlayer.self_attn.q_proj.weight.copy_(query.flatten(0, 2))
+    head.midlayer.self_attn.k_proj.weight.copy_(key.flatten(0, 1))
+
+
+def _matching(head: Eagle3Head, sample: list[SampledRows], rank: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """How well one row's state is what another's next state will be, as a product: its factors by what a row has,
+    embedding and state [2H, rank], and by the state of the other [H, rank].
+
+    Of two Gaussians of canonical correlations c it is the log-likelihood ratio's product, c / (1 - c^2) of each pair of
+    canonical variates. Nothing else in it depends on both; means are taken off through what is nearest to a constant.
+    """
+    layer, size = head.midlayer, head.config.hidden_size
+    has, state = slice(2 * size), slice(2 * size, 3 * size)
+    seen = _Moments(3 * size + 1, 0)
+    for batch in sample:
+        rows = batch.drafted()
+        states = layer.hidden_norm(head.fc(batch.aux[:, :-1].float()))
+        embedded = layer.input_layernorm(batch.embeds[:, 1:-1][rows].float())
+        x = [embedded, states[:, :-1][rows], states[:, 1:][rows], torch.ones(len(embedded), 1)]
+        seen.add(torch.cat(x, -1), embedded[:, :0])
+    seen.xx /= seen.xx[-1, -1].clamp_min(1)
+    mean, moments = seen.xx[:-1, -1], seen.xx[:-1, :-1]
+    covariance = moments - mean[:, None] * mean
+    roots = [torch.linalg.cholesky(_ridged(covariance[x, x])) for x in (has, state)]
+    between = torch.linalg.solve_triangular(roots[0], covariance[has, state], upper=False)
+    between = torch.linalg.solve_triangular(roots[1].T, between, upper=True, left=False)
+    left, correlations, right = torch.linalg.svd(between, full_matrices=False)
+    weight = (correlations / (1 - correlations.clamp(max=SUREST) ** 2))[:rank]
+    weight = (weight / (weight @ correlations[:rank] + 1e-30)).sqrt()  # a row's own next state scores 1 on average
+    factors = []
+    for of, root, directions in ((has, roots[0], left), (state, roots[1], right.T)):
+        factor = torch.linalg.solve_triangular(root.T, directions[:, :rank] * weight, upper=True)
+        constant = _solve(moments[of, of], mean[of, None])
+        factors.append(factor - constant * (mean[of] @ factor))
+    return factors[0], factors[1]
+
+
+def _set_value(head: Eagle3Head, sample: list[SampledRows]) -> None:
+    layer, attention, config = head.midlayer, head.midlayer.self_attn, head.config
+    size, kv_heads = config.hidden_size, config.num_key_value_heads
+    looks = 1 % (config.num_attention_heads // kv_heads)  # a head that looks for matching rows
+    seen = _Moments(4 * size, size)
+    for batch in sample:
+        rows, documents, positions = batch.drafted(), batch.document_ids[:, :-2], batch.position_ids[:, :-2]
+        state, embeds = head.fc(batch.aux[:, :-2].float()), batch.embeds[:, 1:-1].float()
+        has = torch.cat([layer.input_layernorm(embeds), layer.hidden_norm(state)], -1)
+        rope = head.rotary(state, positions)
+        query, key, _ = attention.project(head.embedded(embeds), layer.hidden_norm(state), rope)
+        query = query.unflatten(2, (kv_heads, -1))[:, :, :1, looks, None] * config.head_dim**-0.5
+        matched, _ = causal_attention(query, key[:, :, :1], has[:, :, None], documents, head.window)
+        x = torch.cat([has, matched[:, :, 0, 0]], -1)[rows]
+        seen.add(x, batch.hidden[:, 1:-1][rows].float() - state[rows])
+    maps = torch.cat(_solve(seen.xx, seen.xy).split(2 * size), dim=1)  # of what a row has: the own's, the others'
+    of_one = seen.xx[: 2 * size, : 2 * size]
+    basis = torch.linalg.eigh(maps.T @ of_one @ maps).eigenvectors[:, -attention.v_proj.out_features :].flip(1)
+    value = maps @ basis  # the strongest first
+    mean_square = (value * (of_one @ value)).sum(0) / (of_one.trace() / len(of_one))
+    value = value / (mean_square.sqrt() + 1e-9 * mean_square.max().sqrt() + 1e-30)
+    dealt = value.T.float().unflatten(0, (-1, kv_heads)).transpose(0, 1)  # in turns, so that all have strong ones
+    attention.v_proj.weight.copy_(dealt.flatten(0, 1))
+
+
 class _Step(NamedTuple):
-    """One TTT step at the rows that count there, [n, H] each: the normed embeddings, the state fed in, what the
-    attention leaves of it when every row sees itself alone, and the target's state; weight: of the step.
+    """One TTT step at the rows that count there, [n, ..] each: the state fed in, what o_proj gets, what the attention
+    leaves, what the MLP's last projection gets, and the target's state; weight: of the step.
     """
 
-    embeds: torch.Tensor
     state: torch.Tensor
+    attended: torch.Tensor
     output: torch.Tensor
+    features: torch.Tensor
     wanted: torch.Tensor
     weight: float
 
 
-def _unrolled(head: Eagle3Head, sample: list[SampledRows]) -> Iterator[_Step]:
-    """The head's own unroll over the sample, without its MLP."""
-    config, layer, attention = head.config, head.midlayer, head.midlayer.self_attn
-    group = config.num_attention_heads // config.num_key_value_heads
+def _unrolled(head: Eagle3Head, sample: list[SampledRows], steps: int) -> Iterator[_Step]:
+    """The head's own unroll over the sample while its MLP adds nothing."""
+    layer, fed = head.midlayer, {}
+    hooks = [
+        module.register_forward_pre_hook(lambda module, inputs: fed.update({module: inputs[0]}))
+        for module in (layer.self_attn.o_proj, layer.mlp.down_proj)
+    ]
     for batch in sample:
-        length = batch.loss_mask.shape[1] - 1 - STEPS
-        state = head.fc(batch.aux[:, :length].float())
-        counts = batch.loss_mask[:, 1 : 1 + length]
-        for k in range(STEPS):
+        length = batch.loss_mask.shape[1] - 1 - steps
+        documents, positions = batch.document_ids[:, :length], batch.position_ids[:, :length]
+        state, counts = head.fc(batch.aux[:, :length].float()), batch.loss_mask[:, 1 : 1 + length]
+        embedded = [head.embedded(batch.embeds[:, 1 + k : 1 + k + length].float()) for k in range(steps)]
+        key0, value0 = head.context(embedded[0], state, positions)
+        keys: list[torch.Tensor] = []
+        values: list[torch.Tensor] = []
+        for k in range(steps):
             counts = counts & batch.loss_mask[:, 2 + k : 2 + k + length]
-            embeds = layer.input_layernorm(batch.embeds[:, 1 + k : 1 + k + length].float())
-            value = attention.v_proj(torch.cat([embeds, layer.hidden_norm(state)], -1))
-            value = value.unflatten(-1, (-1, 1, config.head_dim)).expand(-1, -1, -1, group, -1).flatten(-3)
-            output = state + attention.o_proj(value)
-            wanted = batch.hidden[:, 1 + k : 1 + k + length][counts].float()
-            yield _Step(embeds[counts], state[counts], output[counts], wanted, DECAY**k)
+            reach = head.window and head.window - k
+            attend = partial(causal_attention, key=key0, value=value0, document_ids=documents, reach=reach)
+            output, key, value = head.ttt_step(k, embedded[k], state, positions + k, attend, keys, values)
+            if k > 0:
+                keys.append(key)
+                values.append(value)
+            wanted = batch.hidden[:, 1 + k : 1 + k + length].float()
+            attended, features = fed[layer.self_attn.o_proj], fed[layer.mlp.down_proj]
+            yield _Step(
+                state[counts], attended[counts], output[counts], features[counts], wanted[counts], weight=DECAY**k
+            )
             state = head.fed_back(output)
+    for hook in hooks:
+        hook.remove()

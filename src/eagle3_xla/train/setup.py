@@ -274,8 +274,8 @@ def _initialise(
         with torch.no_grad():
             aux, hidden = head.normed_aux(states.aux.float()), unscaled(states.hidden.float(), norm_weight)
         # In bfloat16, as states lie on disk.
-        rows = (aux.bfloat16(), embeds.bfloat16(), hidden.bfloat16(), batch["loss_mask"])
-        sample.append(SampledRows(*rows))
+        rows = (aux.bfloat16(), embeds.bfloat16(), hidden.bfloat16())
+        sample.append(SampledRows(*rows, *(batch[name] for name in ("loss_mask", "document_ids", "position_ids"))))
     if warm_head is None:
         initialise_head(head, settings.init, settings.seed, lm_head_rows, norm_weight, sample)
     return {"fc.weight": 1 / aux_rms(sample).clamp_min(1e-3)}
