@@ -39,10 +39,11 @@ TREE = replace(EVALUATION, topk=4, steps=5, draft_tokens=7, baseline=False)
 GREEN, PLAIN = "\033[1;32m", "\033[0m"
 
 # Seconds on the machine that machine.py names as the reference; the tokens' are per 1,000.
-TARGET_SECONDS, PREPARE_SECONDS, START_SECONDS = 12, 10, 25  # the start: least squares over the recipe's init_rows
+TARGET_SECONDS, PREPARE_SECONDS = 12, 10
 COMPILE_SECONDS, EXPORT_SECONDS, EVALUATION_SECONDS = 45, 3, 95
-STATES_SECONDS, EPOCH_SECONDS = 2.6, 2.0
-BEGIN_SECONDS = TARGET_SECONDS + PREPARE_SECONDS + START_SECONDS + COMPILE_SECONDS + EXPORT_SECONDS + EVALUATION_SECONDS
+STATES_SECONDS, START_SECONDS, EPOCH_SECONDS = 2.6, 1.1, 2.0  # the start: of the recipe's init_rows at most
+START_TOKENS = 61_000
+BEGIN_SECONDS = TARGET_SECONDS + PREPARE_SECONDS + COMPILE_SECONDS + EXPORT_SECONDS + EVALUATION_SECONDS
 
 # Acceptance lengths that heads for real models reach, by their own pages.
 FIELD = """  1.8 to 2.2  Qwen3 1.7B to 32B, short chains   (angelslim.readthedocs.io, speculative decoding benchmarks)
@@ -134,13 +135,16 @@ def _budget(asked: float | None, machine: Machine) -> Budget:
     epochs = 1 if asked is not None and asked < 1 else load_recipe(RECIPE, []).train.epochs
     slow = machine.slowness
     seconds = asked * 60 if asked is not None else WORK_MINUTES * 60 - BEGIN_SECONDS * slow
-    per_token = (STATES_SECONDS + EPOCH_SECONDS * epochs) / 1000 * slow
-    tokens = max(int(seconds / per_token), USEFUL_TOKENS if asked is None else LEAST_TOKENS)
+    seconds, start = seconds / slow, START_SECONDS * START_TOKENS / 1000  # on the reference, as all below
+    per_token = (STATES_SECONDS + EPOCH_SECONDS * epochs) / 1000
+    tokens = int(max(seconds / (per_token + START_SECONDS / 1000), (seconds - start) / per_token))
+    tokens = max(tokens, USEFUL_TOKENS if asked is None else LEAST_TOKENS)
     if tokens > ALL_TOKENS:
-        states, epoch = (cost * ALL_TOKENS / 1000 * slow for cost in (STATES_SECONDS, EPOCH_SECONDS))
-        epochs, tokens = max(epochs, int((seconds - states) / epoch)), 0
-    train_seconds = (STATES_SECONDS + EPOCH_SECONDS * epochs) / 1000 * slow * (tokens or ALL_TOKENS)
-    return Budget(tokens, epochs, train_seconds, asked, machine.gflops)
+        states, epoch = (cost * ALL_TOKENS / 1000 for cost in (STATES_SECONDS, EPOCH_SECONDS))
+        epochs, tokens = max(epochs, int((seconds - states - start) / epoch)), 0
+    learned = tokens or ALL_TOKENS
+    train_seconds = (STATES_SECONDS + EPOCH_SECONDS * epochs) * learned + START_SECONDS * min(learned, START_TOKENS)
+    return Budget(tokens, epochs, train_seconds / 1000 * slow, asked, machine.gflops)
 
 
 def _earlier(out: Path, asked: float | None) -> Budget | None:

@@ -16,13 +16,12 @@ benchmarks/README.md says what this start is worth.
 """
 
 from collections.abc import Iterator
-from functools import partial
 from typing import NamedTuple
 
 import torch
 from torch import nn
 
-from eagle3_xla.draft.attention import causal_attention
+from eagle3_xla.draft.attention import causal_attention, merge_own_rows
 from eagle3_xla.draft.model import Eagle3Head
 
 RIDGE = 1e-2  # relative to each input's own second moment
@@ -120,8 +119,6 @@ def _least_squares(head: Eagle3Head, sample: list[SampledRows], generator: torch
     _set_fc(head, sample)
     _set_query_and_key(head, sample, generator)
     _set_value(head, sample)
-    attention.o_proj.weight.zero_()
-    mlp.down_proj.weight.zero_()
     for steps in (1, STEPS):  # step 0 alone first: what it makes is fed to the others
         missing = _Moments(attention.o_proj.in_features, size)
         for step in _unrolled(head, sample, steps):
@@ -132,7 +129,8 @@ def _least_squares(head: Eagle3Head, sample: list[SampledRows], generator: torch
     mlp.up_proj.weight.normal_(std=UP / size**0.5, generator=generator)
     missing = _Moments(mlp.down_proj.in_features, size)
     for step in _unrolled(head, sample, STEPS):
-        missing.add(step.features, step.wanted - step.output, step.weight)
+        x = layer.post_attention_layernorm(step.output)
+        missing.add(mlp.act_fn(mlp.gate_proj(x)) * mlp.up_proj(x), step.wanted - step.output, step.weight)
     mlp.down_proj.weight.copy_(_solve(missing.xx, missing.xy).T)
 
 
@@ -245,45 +243,39 @@ def _set_value(head: Eagle3Head, sample: list[SampledRows]) -> None:
 
 class _Step(NamedTuple):
     """One TTT step at the rows that count there, [n, ..] each: the state fed in, what o_proj gets, what the attention
-    leaves, what the MLP's last projection gets, and the target's state; weight: of the step.
+    leaves, and the target's state; weight: of the step.
     """
 
     state: torch.Tensor
     attended: torch.Tensor
     output: torch.Tensor
-    features: torch.Tensor
     wanted: torch.Tensor
     weight: float
 
 
 def _unrolled(head: Eagle3Head, sample: list[SampledRows], steps: int) -> Iterator[_Step]:
-    """The head's own unroll over the sample while its MLP adds nothing."""
-    layer, fed = head.midlayer, {}
-    hooks = [
-        module.register_forward_pre_hook(lambda module, inputs: fed.update({module: inputs[0]}))
-        for module in (layer.self_attn.o_proj, layer.mlp.down_proj)
-    ]
+    """The head's own unroll over the sample, without its MLP."""
+    layer, attention = head.midlayer, head.midlayer.self_attn
     for batch in sample:
         length = batch.loss_mask.shape[1] - 1 - steps
         documents, positions = batch.document_ids[:, :length], batch.position_ids[:, :length]
         state, counts = head.fc(batch.aux[:, :length].float()), batch.loss_mask[:, 1 : 1 + length]
-        embedded = [head.embedded(batch.embeds[:, 1 + k : 1 + k + length].float()) for k in range(steps)]
-        key0, value0 = head.context(embedded[0], state, positions)
         keys: list[torch.Tensor] = []
         values: list[torch.Tensor] = []
         for k in range(steps):
             counts = counts & batch.loss_mask[:, 2 + k : 2 + k + length]
+            embedded = head.embedded(batch.embeds[:, 1 + k : 1 + k + length].float())
+            rope = head.rotary(state, positions + k)
+            query, key, value = attention.project(embedded, layer.hidden_norm(state), rope)
+            query = query.unflatten(2, (key.shape[2], -1)) * attention.head_dim**-0.5
+            keys.append(key)
+            values.append(value)
             reach = head.window and head.window - k
-            attend = partial(causal_attention, key=key0, value=value0, document_ids=documents, reach=reach)
-            output, key, value = head.ttt_step(k, embedded[k], state, positions + k, attend, keys, values)
+            attended, logsumexp = causal_attention(query, keys[0], values[0], documents, reach)
             if k > 0:
-                keys.append(key)
-                values.append(value)
+                attended = merge_own_rows(query, attended, logsumexp, keys[1:], values[1:])
+            attended = attended.flatten(2)
+            output = state + attention.o_proj(attended)
             wanted = batch.hidden[:, 1 + k : 1 + k + length].float()
-            attended, features = fed[layer.self_attn.o_proj], fed[layer.mlp.down_proj]
-            yield _Step(
-                state[counts], attended[counts], output[counts], features[counts], wanted[counts], weight=DECAY**k
-            )
+            yield _Step(state[counts], attended[counts], output[counts], wanted[counts], DECAY**k)
             state = head.fed_back(output)
-    for hook in hooks:
-        hook.remove()
