@@ -24,7 +24,7 @@ from torch import nn
 from eagle3_xla.draft.attention import causal_attention, merge_own_rows
 from eagle3_xla.draft.model import Eagle3Head
 
-RIDGE = 1e-2  # relative to each input's own second moment
+RIDGE = 5e-2  # relative to each input's own second moment
 NEAR = 0.3  # weight of the nearness to the target's state at t
 STEPS = 3  # of the unroll that the start is fitted to
 DECAY = 0.8  # step k weighs DECAY**k
