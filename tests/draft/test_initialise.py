@@ -60,14 +60,14 @@ def repeating_target():
     return ids, embedding, torch.cat([hidden] * 3, -1), hidden, torch.ones(SIZE), lm_head
 
 
-def acceptance(target, how):
+def acceptance(target, how, kv_heads=1):
     """Of the head before its first step, at each TTT step, on all rows."""
     ids, embedding, aux, hidden, norm_weight, lm_head = target
     config = LlamaConfig(
         hidden_size=SIZE,
         intermediate_size=128,
         num_attention_heads=2,
-        num_key_value_heads=1,
+        num_key_value_heads=kv_heads,
         head_dim=64,
         vocab_size=VOCABULARY,
         num_hidden_layers=8,
@@ -86,9 +86,10 @@ def acceptance(target, how):
     return sums.hits / sums.drafts
 
 
-def test_every_step_begins_near_the_target(target):
-    assert acceptance(target, "target").max() < 0.2
-    assert acceptance(target, "least_squares").min() > 0.8
+@pytest.mark.parametrize("kv_heads", [1, 2])
+def test_every_step_begins_near_the_target(target, kv_heads):
+    assert acceptance(target, "target", kv_heads).max() < 0.2
+    assert acceptance(target, "least_squares", kv_heads).min() > 0.8
 
 
 def test_it_looks_for_rows_that_went_on_as_this_one_does(repeating_target, monkeypatch):

@@ -5,9 +5,9 @@ closed form, over the target's states of a sample of rows, for the target's fina
 
 1. fc: the state from which the next token's embedding leads, by a linear map, to the target's at t+1, near the
    target's at t, so that a step which begins from aux states and one which begins from the head's own find the same.
-2. Query and key: of every three attention heads one looks at its own row, and two look for rows before it that went
-   on as this one does: whose state is what the embedding and the state at t let expect of the state at t+1. What
-   followed there likely follows here.
+2. Query and key: of the attention heads that share a key the first looks at its own row, and the next two look for
+   rows before it that went on as this one does: whose state is what the embedding and the state at t let expect of the
+   state at t+1. What followed there likely follows here.
 3. Value and o_proj: what counts most of an embedding and a state, the own row's and the matching ones', and how it
    adds to the state; first where it begins from aux states, then where it begins from the head's own.
 4. The MLP: random features of what the attention leaves, and the sum of them that is nearest to what is missing.
@@ -31,7 +31,7 @@ DECAY = 0.8  # step k weighs DECAY**k
 GATE, UP = 2.0, 0.5  # standard deviations of the random features' gate and factor
 SLOW = 64  # rows, over which a pair of RoPE's components that hardly tells places apart turns by less than a radian
 OWN_SCORE = 12.0  # of a row's own key for the heads that look for it; those of other tokens are around 0
-# What a match scores for attention heads that look for matching rows, in turns; 0: those look at the own row.
+# Of the attention heads that share a key, in turns: what a matching row scores, 0: it looks at its own row.
 SHARPNESS = (0.0, 40.0, 12.0)
 SUREST = 0.98  # a canonical correlation counts as this at most
 
@@ -40,7 +40,7 @@ class SampledRows(NamedTuple):
     """What the start is fitted to, a batch of rows on the host.
 
     aux [B, T, 3H]: as fc reads them; embeds [B, T, H]; hidden [B, T, H]: the target's, after its final norm, divided by
-    that norm's scale; loss_mask [B, T] bool.
+    that norm's scale; loss_mask [B, T] bool; document_ids, position_ids [B, T] int.
     """
 
     aux: torch.Tensor
@@ -175,7 +175,7 @@ def _set_query_and_key(head: Eagle3Head, sample: list[SampledRows], generator: t
     key[:, match, size:] = (of_key * even).T.float()
     for i in range(heads):
         kv_head, member = divmod(i, heads // kv_heads)
-        sharpness = SHARPNESS[(member if heads > kv_heads else i) % len(SHARPNESS)]
+        sharpness = SHARPNESS[member % len(SHARPNESS)]
         query[kv_head, member, match] = (of_query * sharpness / even).T.float()
         if not sharpness:
             query[kv_head, member, own] = key[kv_head, own]
@@ -219,7 +219,7 @@ def _matching(head: Eagle3Head, sample: list[SampledRows], rank: int) -> tuple[t
 def _set_value(head: Eagle3Head, sample: list[SampledRows]) -> None:
     layer, attention, config = head.midlayer, head.midlayer.self_attn, head.config
     size, kv_heads = config.hidden_size, config.num_key_value_heads
-    looks = 1 % (config.num_attention_heads // kv_heads)  # a head that looks for matching rows
+    looks = 1 % (config.num_attention_heads // kv_heads)  # a head that looks for matching rows, where there are any
     seen = _Moments(4 * size, size)
     for batch in sample:
         rows, documents, positions = batch.drafted(), batch.document_ids[:, :-2], batch.position_ids[:, :-2]
