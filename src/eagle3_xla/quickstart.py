@@ -41,8 +41,8 @@ GREEN, PLAIN = "\033[1;32m", "\033[0m"
 # Seconds on the machine that machine.py names as the reference; the tokens' are per 1,000.
 TARGET_SECONDS, PREPARE_SECONDS = 12, 10
 COMPILE_SECONDS, EXPORT_SECONDS, EVALUATION_SECONDS = 45, 3, 95
-STATES_SECONDS, START_SECONDS, EPOCH_SECONDS = 2.6, 1.1, 2.0  # the start: of the recipe's init_rows at most
-START_TOKENS = 61_000
+STATES_SECONDS, START_SECONDS, EPOCH_SECONDS = 2.6, 1.1, 2.0
+START_TOKENS = 61_000  # of the recipe's init_rows: the start is fitted to no more
 BEGIN_SECONDS = TARGET_SECONDS + PREPARE_SECONDS + COMPILE_SECONDS + EXPORT_SECONDS + EVALUATION_SECONDS
 
 # Acceptance lengths that heads for real models reach, by their own pages.
