@@ -16,9 +16,10 @@ DEVICE = {  # and what belongs to the device
     "cpu": {"target.dtype": "float32", "xla.autocast": "false", "train.reuse_states": "true"},
     "xla": {"target.dtype": "float32", "xla.autocast": "false", "train.reuse_states": "true"},
 }
+OF_TARGET = {f"draft.{name}": "0" for name in ("attention_heads", "key_value_heads", "head_dim")}
 # The plain reference: KL over all positions that the mask of the answer marks, everything random, torch's own start,
-# and the published runs' TTT length.
-REFERENCE = {
+# attention heads as the target has them, and the published runs' TTT length.
+REFERENCE = OF_TARGET | {
     "loss.ttt_length": "7",
     "train.init": "random",
     "train.lr": "8e-4",
@@ -33,6 +34,7 @@ SETS: dict[str, dict[str, dict[str, str]]] = {
         "default, 2 passes": {"train.epochs": "2"},
         "reference, 2 passes": REFERENCE | {"train.epochs": "2"},
     },
+    "heads": {"default": {}, "attention heads as the target's": OF_TARGET},
     "start": {
         "default": {},
         "lm_head and norm the target's": {"train.init": "target", "train.lr": "5e-4"},

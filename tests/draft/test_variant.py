@@ -14,6 +14,7 @@ from transformers import LlamaConfig
 from eagle3_xla.config import load_recipe
 from eagle3_xla.data.prepare import prepare
 from eagle3_xla.doctor.run import doctor
+from eagle3_xla.draft.config import DraftConfig
 from eagle3_xla.draft.model import draft_config
 from eagle3_xla.draft.saved import load_head
 from eagle3_xla.errors import UserError
@@ -123,7 +124,7 @@ def test_a_window_and_normed_queries(narrow_head, small_target, chat_file, tmp_p
     assert config["architectures"] == ["Eagle3Qwen3ForCausalLM"] and config["model_type"] == "qwen3"
     assert config["sliding_window"] == 9 and config["layer_types"] == ["sliding_attention"]
     loaded, _ = load_head(narrow_head)
-    assert loaded.window == 9 and not torch.equal(loaded.midlayer.self_attn.q_norm.weight, torch.ones(16))
+    assert loaded.window == 9 and not torch.equal(loaded.midlayer.self_attn.q_norm.weight, torch.ones(8))
     result = doctor(narrow_head, str(small_target))
     assert result["ok"] and rule(result, "window") == rule(result, "architecture") == "warn"
     options = EvalOptions(limit=2, max_new_tokens=12)
@@ -140,6 +141,23 @@ def test_a_window_and_normed_queries(narrow_head, small_target, chat_file, tmp_p
         assert not result["ok"] and rule(result, of) == "fail"
         assert doctor(tmp_path / of, str(small_target), fix=True)["ok"]
         assert json.loads((tmp_path / of / "config.json").read_text()) == config
+
+
+def test_attention_of_another_shape_than_the_targets(small_run_in, small_target, chat_file, tmp_path):
+    shape = {"num_attention_heads": 6, "num_key_value_heads": 3, "head_dim": 64}  # more values than a row has
+    settings = ["draft.attention_heads=6", "draft.key_value_heads=3", "draft.head_dim=64", "train.init=least_squares"]
+    head = exported(tmp_path, [*small_run_in(tmp_path), *settings])
+    assert json.loads((head / "config.json").read_text()).items() >= shape.items()
+    value = load_head(head)[0].midlayer.self_attn.v_proj.weight
+    assert value.shape == (192, 128) and value.norm(dim=1).min() > 0.1
+    result = doctor(head, str(small_target))
+    assert result["ok"] and rule(result, "heads") == "pass"
+    assert evaluate(str(small_target), str(head), str(chat_file), EvalOptions(limit=2, max_new_tokens=12))["identical"]
+    recipe = load_recipe(None, [*small_run_in(tmp_path), f"train.warm_start={head}"])
+    with pytest.raises(UserError, match=r"num_attention_heads is 6, not 8 \(setting draft.attention_heads\); "):
+        train(recipe)
+    with pytest.raises(UserError, match=r"8 heads, 3 key-value heads, head_dim 8; the first must be a multiple"):
+        draft_config(load_target_config(str(small_target)), 128, DraftConfig(key_value_heads=3))
 
 
 @pytest.mark.parametrize("remat", [False, True])

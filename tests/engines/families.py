@@ -2,11 +2,12 @@
 
     bash launch/test.sh tests/engines/families.py -s
 
-A small Qwen3, with an EAGLE3 head, with an EAGLE-3.1 head and with one of normed queries and keys and a sliding window
-(vLLM alone: SGLang has no class for it), a Llama with llama3 RoPE whose prompts go beyond its original context, a
-Qwen3-MoE, and a Phi-3 with longrope within its original context, in SGLang and in vLLM: greedy output with the head is
-the output without it, acceptance length is within 2% of our own. Their weights begin at random and learn a dozen chats
-by heart, so that their distributions are sharp; the head is one of a few training steps. Prints the figures with -s.
+A small Qwen3, with an EAGLE3 head, with an EAGLE-3.1 head, with one of more and wider attention heads than the target's
+and with one of normed queries and keys and a sliding window (vLLM alone: SGLang has no class for it), a Llama with
+llama3 RoPE whose prompts go beyond its original context, a Qwen3-MoE, and a Phi-3 with longrope within its original
+context, in SGLang and in vLLM: greedy output with the head is the output without it, acceptance length is within 2% of
+our own. Their weights begin at random and learn a dozen chats by heart, so that their distributions are sharp; the head
+is one of a few training steps. Prints the figures with -s.
 """
 
 import itertools
@@ -48,6 +49,7 @@ LLAMA3 = {"factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
 FAMILIES = {
     "qwen3": Qwen3Config(**SIZES, head_dim=32),
     "qwen3, EAGLE-3.1": Qwen3Config(**SIZES, head_dim=32),
+    "qwen3, wider attention": Qwen3Config(**SIZES, head_dim=32),
     "qwen3, window and QK-norm": Qwen3Config(**SIZES, head_dim=32),
     "llama, llama3": LlamaConfig(
         **SIZES,
@@ -73,6 +75,7 @@ FAMILIES = {
 VLLM_ALONE = "qwen3, window and QK-norm"
 HEADS = {  # settings of a head that is not plain EAGLE3
     "qwen3, EAGLE-3.1": ["draft.variant=eagle3.1"],
+    "qwen3, wider attention": ["draft.attention_heads=6", "draft.key_value_heads=3", "draft.head_dim=64"],
     VLLM_ALONE: ["draft.qk_norm=true", "draft.window=12"],
 }
 

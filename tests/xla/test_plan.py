@@ -109,6 +109,7 @@ REFUSED = [
         ["--train.batch_size=8", "--xla.dp=2", "--xla.tp=8"],
         "xla.tp is 8, which does not divide the target's num_key_value_heads 4",
     ),
+    (["--draft.key_value_heads=2"], "xla.tp is 4, which does not divide draft.key_value_heads 2"),
     (["--xla.device=cpu"], "xla.device is cpu"),
     (["--target.path=/nowhere"], "no target at '/nowhere'"),
     (["--xla-flags=--xla_a=1 nonsense"], "setting plan.xla_flags: 'nonsense' is no flag; --xla_NAME=VALUE"),

@@ -236,8 +236,11 @@ def _set_value(head: Eagle3Head, sample: list[SampledRows]) -> None:
     basis = torch.linalg.eigh(maps.T @ of_one @ maps).eigenvectors[:, -attention.v_proj.out_features :].flip(1)
     value = maps @ basis  # the strongest first
     mean_square = (value * (of_one @ value)).sum(0) / (of_one.trace() / len(of_one))
-    value = value / (mean_square.sqrt() + 1e-9 * mean_square.max().sqrt() + 1e-30)
-    dealt = value.T.float().unflatten(0, (-1, kv_heads)).transpose(0, 1)  # in turns, so that all have strong ones
+    rms = mean_square.clamp(min=0).sqrt()
+    value = value / (rms + 1e-9 * rms.max() + 1e-30)
+    rows = attention.v_proj.weight.clone()
+    rows[: value.shape[1]] = value.T.float()  # values beyond all directions of what a row has stay random
+    dealt = rows.unflatten(0, (-1, kv_heads)).transpose(0, 1)  # in turns, so that all have strong ones
     attention.v_proj.weight.copy_(dealt.flatten(0, 1))
 
 

@@ -15,29 +15,41 @@ from transformers.models.llama.modeling_llama import (
 
 from eagle3_xla.draft.attention import merge_own_rows
 from eagle3_xla.draft.config import DraftConfig
+from eagle3_xla.errors import UserError
 from eagle3_xla.target.families import is_longrope
 
 
 def draft_config(
     target_config: PretrainedConfig, draft_vocab_size: int, shape: DraftConfig | None = None
 ) -> LlamaConfig:
-    """A one-layer Llama config with the target's sizes, RoPE and context length.
+    """A one-layer Llama config with the target's sizes, RoPE and context length, but for the attention of `shape`.
 
     Of a longrope target, which is used within its original context, the head has the base alone. What `shape` adds has
     the names under which engines read it (`Eagle3Head`), but for `qk_norm`, which is an architecture there.
+
+    Raises UserError when the attention's heads don't fit each other.
     """
     shape = shape or DraftConfig()
+    heads = shape.attention_heads or target_config.num_attention_heads
+    kv_heads = shape.key_value_heads or target_config.num_key_value_heads
+    of_target = getattr(target_config, "head_dim", None)
+    of_target = of_target or target_config.hidden_size // target_config.num_attention_heads
+    head_dim = shape.head_dim or of_target
+    if heads % kv_heads or head_dim % 2:
+        raise UserError(
+            f"settings draft.attention_heads, key_value_heads and head_dim: {heads} heads, {kv_heads} key-value heads, "
+            f"head_dim {head_dim}; the first must be a multiple of the second, and head_dim even"
+        )
     more: dict[str, bool | int] = dict.fromkeys(("fc_norm", "norm_output"), True) if shape.variant == "eagle3.1" else {}
     more |= {"sliding_window": shape.window} if shape.window else {}
     more |= {"qk_norm": True} if shape.qk_norm else {}
-    heads = target_config.num_attention_heads
     return LlamaConfig(
         hidden_size=target_config.hidden_size,
         intermediate_size=target_config.intermediate_size,
         num_hidden_layers=1,
         num_attention_heads=heads,
-        num_key_value_heads=target_config.num_key_value_heads,
-        head_dim=getattr(target_config, "head_dim", None) or target_config.hidden_size // heads,
+        num_key_value_heads=kv_heads,
+        head_dim=head_dim,
         vocab_size=target_config.vocab_size,
         draft_vocab_size=draft_vocab_size,
         max_position_embeddings=target_config.max_position_embeddings,

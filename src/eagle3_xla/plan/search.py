@@ -59,13 +59,13 @@ def search(recipe: Recipe) -> dict:
     Raises UserError when there is no candidate or no compiler.
     """
     topology = find_topology(recipe.plan.topology)
-    heads = plan_config(recipe.target.path).num_key_value_heads
+    heads = math.gcd(plan_config(recipe.target.path).num_key_value_heads, recipe.draft.key_value_heads)
     meshes = candidates(recipe, topology.chips, heads)
     if not any(meshes):
         raise UserError(
             f"{_rows(recipe)} rows of an update (xla.dp * train.batch_size * train.gradient_accumulation) can't be "
             f"dealt to the {topology.chips} chips of a {topology.name}; a multiple of "
-            f"{topology.chips // math.gcd(topology.chips, heads)} can, for a target of {heads} key-value heads"
+            f"{topology.chips // math.gcd(topology.chips, heads)} can, for {heads} key-value heads"
         )
     rows, bar = [], tqdm(total=sum(map(len, meshes)), desc=f"plans for {topology.name}", unit="plan")
     forks = multiprocessing.get_context("forkserver")  # of a process that has imported everything, once

@@ -41,8 +41,8 @@ def compile_verdict(recipe: Recipe) -> dict:
         raise UserError(f"xla.device is {recipe.xla.device}; only device xla is compiled for a TPU")
     compiler_flags(recipe.plan.xla_flags)
     target = plan_config(recipe.target.path)
-    if name := _indivisible(target, recipe.xla.tp):
-        raise UserError(f"xla.tp is {recipe.xla.tp}, which does not divide the target's {name} {getattr(target, name)}")
+    if size := _indivisible(recipe, target, recipe.xla.tp):
+        raise UserError(f"xla.tp is {recipe.xla.tp}, which does not divide {size}")
     recipe, notes = as_the_run(recipe)
     prepared = prepared_manifest(recipe.data.prepared)
     refuse_longer_rows(target, recipe.data.row_length, recipe.data.prepared if prepared else "setting data.row_length")
@@ -106,10 +106,12 @@ def compile_verdict(recipe: Recipe) -> dict:
     }
 
 
-def _indivisible(target: Any, tp: int) -> str | None:
-    """The size of the target that tp devices can't share."""
+def _indivisible(recipe: Recipe, target: Any, tp: int) -> str | None:
+    """The size of the target or of the head, with its value, that tp devices can't share."""
     names = ("num_key_value_heads", "num_attention_heads", "intermediate_size", "moe_intermediate_size")
-    return next((name for name in names if getattr(target, name, 0) % tp), None)
+    sizes = {f"the target's {name}": getattr(target, name, 0) for name in names}
+    sizes |= {f"draft.{name}": getattr(recipe.draft, name) for name in ("key_value_heads", "attention_heads")}
+    return next((f"{name} {size}" for name, size in sizes.items() if size % tp), None)
 
 
 def loaded_graphs(graphs: dict[str, int], memory: Memory, limit: int) -> list[str]:
@@ -144,7 +146,7 @@ def advice(recipe: Recipe, target: Any, at_rest: bool) -> str:
     chips, steps = xla.dp * xla.tp, xla.dp * train.gradient_accumulation
     for tp in range(xla.tp + 1, chips + 1):
         dp = chips // tp
-        if chips % tp == 0 and not _indivisible(target, tp) and steps % dp == 0 and dealt(train.batch_size, tp):
+        if chips % tp == 0 and not _indivisible(recipe, target, tp) and steps % dp == 0 and dealt(train.batch_size, tp):
             ways.append(
                 f"a larger xla.tp: xla.tp={tp} with xla.dp={dp} and train.gradient_accumulation={steps // dp} (fewer "
                 "copies of the weights, the same update)"

@@ -3,6 +3,7 @@
 from typing import Any
 
 from eagle3_xla.config import Recipe
+from eagle3_xla.draft.model import draft_config
 from eagle3_xla.target.families import inner_widths
 
 
@@ -15,7 +16,8 @@ def flops_per_token(target: Any, recipe: Recipe, ttt_length: int | None = None) 
     at every TTT step, all of which but the first only at the anchors. Causal attention sees half of T keys on average,
     with a window w of the head w - w^2 / 2T of them.
 
-        target = 2 (L (H (2 A + 2 K) + 3 H I) + H V) + 2 L A T        A = heads x head_dim, K = kv_heads x head_dim
+        target = 2 (L (H (2 A + 2 K) + 3 H I) + H V) + 2 L A T        A = heads * head_dim, K = kv_heads * head_dim,
+                                                                      each its own's
         draft  = 3 (2 * 3 H H + (1 + (ttt - 1) anchors) (2 (2 H (A + 2 K) + A H + 3 H I + H D) + 4 A keys))
         MFU    = flops_per_token * tokens per second / (chips * peak bf16 FLOP/s of a chip)
     """
@@ -31,6 +33,8 @@ def flops_per_token(target: Any, recipe: Recipe, ttt_length: int | None = None) 
     frozen = 2 * (attention + 3 * hidden * sum(inner_widths(target)) + hidden * target.vocab_size)
     frozen += target.num_hidden_layers * 2 * queries * length
     frozen = 0 if recipe.train.reuse_states else frozen
+    draft = draft_config(target, recipe.data.draft_vocab_size, recipe.draft)
+    queries, keys = draft.num_attention_heads * draft.head_dim, draft.num_key_value_heads * draft.head_dim
     step = 2 * hidden * (queries + 2 * keys) + queries * hidden + 3 * hidden * inner
     window = min(recipe.draft.window or length, length)
     step = 2 * (step + hidden * recipe.data.draft_vocab_size) + 4 * queries * (window - window**2 / (2 * length))

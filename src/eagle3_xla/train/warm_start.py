@@ -14,6 +14,9 @@ from eagle3_xla.draft.saved import NORM_FLAGS, layers_of, load_head, read_head
 from eagle3_xla.errors import UserError
 from eagle3_xla.target.families import aux_layers
 
+# The settings of draft.* that say what these are.
+ATTENTION = {"num_attention_heads": "attention_heads", "num_key_value_heads": "key_value_heads", "head_dim": "head_dim"}
+
 
 def read_warm_head(recipe: Recipe, target: Any) -> tuple[Eagle3Head, torch.Tensor]:
     """The head, and the target's ids [D] of its draft vocabulary, which the run keeps: its lm_head rows mean nothing
@@ -30,18 +33,11 @@ def refuse_other_head(
     warm: LlamaConfig, wanted: LlamaConfig, path: str, layers: tuple[int, ...] | None, of_target: tuple[int, ...]
 ) -> None:
     """Raises UserError when the head of a warm start was made for another target."""
-    names = (
-        "hidden_size",
-        "intermediate_size",
-        "num_attention_heads",
-        "num_key_value_heads",
-        "head_dim",
-        "vocab_size",
-        "rope_theta",
-    )
-    differences = [
-        f"{n} is {getattr(warm, n)}, not {getattr(wanted, n)}" for n in names if getattr(warm, n) != getattr(wanted, n)
-    ]
+    differences = []
+    for name in ("hidden_size", "intermediate_size", *ATTENTION, "vocab_size", "rope_theta"):
+        if getattr(warm, name) != getattr(wanted, name):
+            setting = f" (setting draft.{ATTENTION[name]})" if name in ATTENTION else ""
+            differences.append(f"{name} is {getattr(warm, name)}, not {getattr(wanted, name)}{setting}")
     if not _rotates_alike(warm, wanted):
         ours, its = (config.rope_scaling or {} for config in (wanted, warm))
         fields = [name for name in sorted(ours.keys() | its.keys()) if ours.get(name) != its.get(name)]
