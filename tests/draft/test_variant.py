@@ -42,21 +42,30 @@ def exported(folder, settings):
     return folder / "head"
 
 
+# Attention of another shape than the target's, with more values than a row has numbers.
+SHAPE = {"num_attention_heads": 6, "num_key_value_heads": 3, "head_dim": 64}
+VARIANT = "draft.variant=eagle3.1 draft.attention_heads=6 draft.key_value_heads=3 draft.head_dim=64".split()
+
+
 @pytest.fixture(scope="module")
 def head(small_run_in, tmp_path_factory):
     folder = tmp_path_factory.mktemp("variant")
-    return exported(folder, [*small_run_in(folder), "draft.variant=eagle3.1", "train.init=least_squares"])
+    return exported(folder, [*small_run_in(folder), *VARIANT, "train.init=least_squares"])
 
 
 def test_it_is_exported_measured_and_believed(head, small_target, chat_file):
     config, tensors = json.loads((head / "config.json").read_text()), load_file(head / "model.safetensors")
     assert config["fc_norm"] is config["norm_output"] is True and {f"fc_norm.{i}.weight" for i in range(3)} < {*tensors}
+    assert config.items() >= SHAPE.items()
     loaded, _ = load_head(head)
+    value = loaded.midlayer.self_attn.v_proj.weight
+    assert value.shape == (192, 128) and value.norm(dim=1).min() > 0.1  # each learns
     assert loaded.config.norm_output and not torch.equal(loaded.fc_norm[0].weight, torch.ones(64))  # it was trained
     hidden = torch.randn(2, 64)
     assert torch.equal(loaded.fed_back(hidden), loaded.norm(hidden))
     result = doctor(head, str(small_target))
     assert result["ok"] and rule(result, "norm_flags") == rule(result, "fc_norm") == "warn"
+    assert rule(result, "heads") == "pass"
     assert evaluate(str(small_target), str(head), str(chat_file), EvalOptions(limit=2, max_new_tokens=12))["identical"]
 
 
@@ -80,7 +89,7 @@ def test_a_warm_starts_rates_are_scaled_to_what_its_fc_reads(head, small_run, tm
     save_file(tensors, doubled / "model.safetensors", metadata)
     scales = []
     for warm in (head, doubled):
-        own = ["draft.variant=eagle3.1", f"train.warm_start={warm}", f"train.out={tmp_path / 'from' / warm.name}"]
+        own = [*VARIANT, f"train.warm_start={warm}", f"train.out={tmp_path / 'from' / warm.name}"]
         recipe = load_recipe(None, [*small_run, *own])
         prepare(recipe)
         scales.append(set_up(recipe, [], Hosts(), ExitStack()).optimizer.lr_scale["fc.weight"])
@@ -90,7 +99,9 @@ def test_a_warm_starts_rates_are_scaled_to_what_its_fc_reads(head, small_run, tm
 def test_a_warm_start_from_the_other_variant_is_refused(head, small_run):
     recipe = load_recipe(None, [*small_run, f"train.warm_start={head}"])
     prepare(recipe)
-    with pytest.raises(UserError, match=r"its fc_norm is True \(setting draft.variant\); its norm_output is True"):
+    differences = r"num_attention_heads is 6, not 8 \(setting draft.attention_heads\); .*"
+    differences += r"its fc_norm is True \(setting draft.variant\); its norm_output is True"
+    with pytest.raises(UserError, match=differences):
         train(recipe)
 
 
@@ -143,23 +154,6 @@ def test_a_window_and_normed_queries(narrow_head, small_target, chat_file, tmp_p
         assert json.loads((tmp_path / of / "config.json").read_text()) == config
 
 
-def test_attention_of_another_shape_than_the_targets(small_run_in, small_target, chat_file, tmp_path):
-    shape = {"num_attention_heads": 6, "num_key_value_heads": 3, "head_dim": 64}  # more values than a row has
-    settings = ["draft.attention_heads=6", "draft.key_value_heads=3", "draft.head_dim=64", "train.init=least_squares"]
-    head = exported(tmp_path, [*small_run_in(tmp_path), *settings])
-    assert json.loads((head / "config.json").read_text()).items() >= shape.items()
-    value = load_head(head)[0].midlayer.self_attn.v_proj.weight
-    assert value.shape == (192, 128) and value.norm(dim=1).min() > 0.1
-    result = doctor(head, str(small_target))
-    assert result["ok"] and rule(result, "heads") == "pass"
-    assert evaluate(str(small_target), str(head), str(chat_file), EvalOptions(limit=2, max_new_tokens=12))["identical"]
-    recipe = load_recipe(None, [*small_run_in(tmp_path), f"train.warm_start={head}"])
-    with pytest.raises(UserError, match=r"num_attention_heads is 6, not 8 \(setting draft.attention_heads\); "):
-        train(recipe)
-    with pytest.raises(UserError, match=r"8 heads, 3 key-value heads, head_dim 8; the first must be a multiple"):
-        draft_config(load_target_config(str(small_target)), 128, DraftConfig(key_value_heads=3))
-
-
 @pytest.mark.parametrize("remat", [False, True])
 @pytest.mark.parametrize("variant", ["draft.variant=eagle3.1", "draft.qk_norm=true"])
 def test_autocast_gives_float32s_gradients(small_run, variant, remat):
@@ -176,6 +170,11 @@ def test_autocast_gives_float32s_gradients(small_run, variant, remat):
         run.head.zero_grad()
     for name, expected in gradients[0].items():
         assert (gradients[1][name] - expected).norm() < 0.1 * expected.norm() > 0, name
+
+
+def test_heads_that_do_not_fit_each_other_are_refused(small_target):
+    with pytest.raises(UserError, match=r"8 heads, 3 key-value heads, head_dim 8; the first must be a multiple"):
+        draft_config(load_target_config(str(small_target)), 128, DraftConfig(key_value_heads=3))
 
 
 def test_a_window_shorter_than_the_unroll_is_refused():
