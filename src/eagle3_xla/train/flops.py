@@ -14,10 +14,9 @@ def flops_per_token(target: Any, recipe: Recipe, ttt_length: int | None = None) 
     full vocabulary's logits; I is then as wide as what a token's chosen experts have together. The head runs forward
     and backward (3 times forward, nothing for rematerialisation): fc once, its layer and the draft vocabulary's logits
     at every TTT step, all of which but the first only at the anchors. Causal attention sees half of T keys on average,
-    with a window w of the head w - w^2 / 2T of them.
+    with a window w of the head w - w^2 / 2T of them. Target and head have each their own A and K.
 
-        target = 2 (L (H (2 A + 2 K) + 3 H I) + H V) + 2 L A T        A = heads * head_dim, K = kv_heads * head_dim,
-                                                                      each its own's
+        target = 2 (L (H (2 A + 2 K) + 3 H I) + H V) + 2 L A T        A = heads * head_dim, K = kv_heads * head_dim
         draft  = 3 (2 * 3 H H + (1 + (ttt - 1) anchors) (2 (2 H (A + 2 K) + A H + 3 H I + H D) + 4 A keys))
         MFU    = flops_per_token * tokens per second / (chips * peak bf16 FLOP/s of a chip)
     """
