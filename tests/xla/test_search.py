@@ -24,9 +24,7 @@ def test_every_candidate_has_the_rows_of_an_update():
 
 def test_rows_that_no_mesh_takes_are_refused():
     recipe = load_recipe("qwen2.5-7b-v4-32", ["train.batch_size=6", "xla.dp=1", "xla.tp=1"])
-    line = (
-        r"^6 rows of an update \(.*\) can't be dealt to the 16 chips of a v4-32; a multiple of 4 can, for 4 key-value heads"
-    )
+    line = r"^6 rows of an update .* can't be dealt to the 16 chips of a v4-32; a multiple of 4 can, for 4 key"
     with pytest.raises(UserError, match=line):
         search(recipe)
     recipe.train.batch_size = 4
