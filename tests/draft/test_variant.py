@@ -43,8 +43,8 @@ def exported(folder, settings):
 
 
 # Attention of another shape than the target's, with more values than a row has numbers.
-SHAPE = {"num_attention_heads": 6, "num_key_value_heads": 3, "head_dim": 64}
-VARIANT = "draft.variant=eagle3.1 draft.attention_heads=6 draft.key_value_heads=3 draft.head_dim=64".split()
+SHAPE = {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 128}
+VARIANT = "draft.variant=eagle3.1 draft.attention_heads=4 draft.key_value_heads=2 draft.head_dim=128".split()
 
 
 @pytest.fixture(scope="module")
@@ -59,7 +59,7 @@ def test_it_is_exported_measured_and_believed(head, small_target, chat_file):
     assert config.items() >= SHAPE.items()
     loaded, _ = load_head(head)
     value = loaded.midlayer.self_attn.v_proj.weight
-    assert value.shape == (192, 128) and value.norm(dim=1).min() > 0.1  # each learns
+    assert value.shape == (256, 128) and value.norm(dim=1).min() > 0.1  # each learns
     assert loaded.config.norm_output and not torch.equal(loaded.fc_norm[0].weight, torch.ones(64))  # it was trained
     hidden = torch.randn(2, 64)
     assert torch.equal(loaded.fed_back(hidden), loaded.norm(hidden))
@@ -99,7 +99,7 @@ def test_a_warm_starts_rates_are_scaled_to_what_its_fc_reads(head, small_run, tm
 def test_a_warm_start_from_the_other_variant_is_refused(head, small_run):
     recipe = load_recipe(None, [*small_run, f"train.warm_start={head}"])
     prepare(recipe)
-    differences = r"num_attention_heads is 6, not 8 \(setting draft.attention_heads\); .*"
+    differences = r"num_attention_heads is 4, not 8 \(setting draft.attention_heads\); .*"
     differences += r"its fc_norm is True \(setting draft.variant\); its norm_output is True"
     with pytest.raises(UserError, match=differences):
         train(recipe)
@@ -172,9 +172,12 @@ def test_autocast_gives_float32s_gradients(small_run, variant, remat):
         assert (gradients[1][name] - expected).norm() < 0.1 * expected.norm() > 0, name
 
 
-def test_heads_that_do_not_fit_each_other_are_refused(small_target):
-    with pytest.raises(UserError, match=r"8 heads, 3 key-value heads, head_dim 8; the first must be a multiple"):
-        draft_config(load_target_config(str(small_target)), 128, DraftConfig(key_value_heads=3))
+@pytest.mark.parametrize("heads, kv_heads, head_dim", [(0, 3, 8), (6, 3, 8), (8, 4, 7)])
+def test_heads_that_do_not_fit_are_refused(small_target, heads, kv_heads, head_dim):
+    with pytest.raises(
+        UserError, match=f"{heads or 8} heads, {kv_heads} key-value heads, head_dim {head_dim}; the first"
+    ):
+        draft_config(load_target_config(str(small_target)), 128, DraftConfig("eagle3", 0, heads, kv_heads, head_dim))
 
 
 def test_a_window_shorter_than_the_unroll_is_refused():

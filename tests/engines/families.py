@@ -75,7 +75,7 @@ FAMILIES = {
 VLLM_ALONE = "qwen3, window and QK-norm"
 HEADS = {  # settings of a head that is not plain EAGLE3
     "qwen3, EAGLE-3.1": ["draft.variant=eagle3.1"],
-    "qwen3, wider attention": ["draft.attention_heads=6", "draft.key_value_heads=3", "draft.head_dim=64"],
+    "qwen3, wider attention": ["draft.attention_heads=8", "draft.key_value_heads=4", "draft.head_dim=64"],
     VLLM_ALONE: ["draft.qk_norm=true", "draft.window=12"],
 }
 

@@ -35,10 +35,12 @@ def draft_config(
     of_target = getattr(target_config, "head_dim", None)
     of_target = of_target or target_config.hidden_size // target_config.num_attention_heads
     head_dim = shape.head_dim or of_target
-    if heads % kv_heads or head_dim % 2:
+    # That the width be a multiple of the heads is what the engines' reader of config.json asks, whatever head_dim is.
+    if heads % kv_heads or head_dim % 2 or (shape.attention_heads and target_config.hidden_size % heads):
         raise UserError(
             f"settings draft.attention_heads, key_value_heads and head_dim: {heads} heads, {kv_heads} key-value heads, "
-            f"head_dim {head_dim}; the first must be a multiple of the second, and head_dim even"
+            f"head_dim {head_dim}; the first must be a multiple of the second and divide the hidden size "
+            f"{target_config.hidden_size}, and head_dim even"
         )
     more: dict[str, bool | int] = dict.fromkeys(("fc_norm", "norm_output"), True) if shape.variant == "eagle3.1" else {}
     more |= {"sliding_window": shape.window} if shape.window else {}
