@@ -86,6 +86,14 @@ def biased(*names):
     return change
 
 
+def three_heads(config, tensors):
+    """Of which a width of 64 is no multiple."""
+    config |= {"num_attention_heads": 3, "num_key_value_heads": 1, "head_dim": 16}
+    for name, rows in {"q": 48, "k": 16, "v": 16}.items():
+        tensors[f"midlayer.self_attn.{name}_proj.weight"] = torch.ones(rows, 128)
+    tensors["midlayer.self_attn.o_proj.weight"] = torch.ones(64, 48)
+
+
 def whole_vocabulary(config, tensors):
     size = config["draft_vocab_size"] = config["vocab_size"]
     tensors |= {"d2t": torch.zeros(size, dtype=torch.int64), "t2d": torch.ones(size, dtype=torch.bool)}
@@ -134,6 +142,7 @@ BROKEN = {
         "fail",
         True,
     ),
+    "heads that don't divide the width": (three_heads, "heads", "fail", False),
     "no head_dim": (setting(head_dim=None, num_attention_heads=16), "heads", "fail", True),
     "other eps": (setting(rms_norm_eps=1e-3), "activation", "fail", True),
     "biases": (setting(attention_bias=True), "biases", "fail", True),

@@ -180,6 +180,15 @@ def test_heads_that_do_not_fit_are_refused(small_target, heads, kv_heads, head_d
         draft_config(load_target_config(str(small_target)), 128, DraftConfig("eagle3", 0, heads, kv_heads, head_dim))
 
 
+def test_a_targets_heads_that_do_not_divide_its_width_are_not_taken_over(small_target):
+    """As those of GLM-4.5-Air, 96 of 4,096, would not be."""
+    config = load_target_config(str(small_target))
+    config.num_attention_heads = config.num_key_value_heads = 6
+    with pytest.raises(UserError, match="draft.attention_heads.*: 6 heads, .* must .* divide the hidden size 64"):
+        draft_config(config, 128)
+    assert draft_config(config, 128, DraftConfig("eagle3", 0, 4, 2, 8)).num_attention_heads == 4
+
+
 def test_a_window_shorter_than_the_unroll_is_refused():
     with pytest.raises(UserError, match=r"draft.window is 3; 0, or at least loss.ttt_length \(7\)"):
         load_recipe(None, ["draft.window=3"])

@@ -154,6 +154,9 @@ def heads(head: SavedHead, target: Target) -> Finding:
     of_target = (target.config.num_attention_heads, target.config.num_key_value_heads, target.head_dim)
     known = tuple(head.record[key] for key in keys) if head.record else None
     fits = all(isinstance(value, int) for value in given) and (given[0] * given[2], given[1] * given[2]) == (q[0], k[0])
+    if fits and given[0] and config.get("model_type") == "llama" and (config.get("hidden_size") or 0) % given[0]:
+        message = f"{given[0]} heads don't divide hidden_size {config.get('hidden_size')}: transformers' LlamaConfig, "
+        return Finding("heads", "fail", message + "by which SGLang and vLLM read config.json, refuses that")
     if fits and (given == known or known is None):
         status = "pass" if known or given == of_target else "warn"
         other = "" if status == "pass" else f", the target's are {of_target}: check what the head was trained with"

@@ -36,7 +36,7 @@ def draft_config(
     of_target = of_target or target_config.hidden_size // target_config.num_attention_heads
     head_dim = shape.head_dim or of_target
     # That the width be a multiple of the heads is what the engines' reader of config.json asks, whatever head_dim is.
-    if heads % kv_heads or head_dim % 2 or (shape.attention_heads and target_config.hidden_size % heads):
+    if heads % kv_heads or head_dim % 2 or target_config.hidden_size % heads:
         raise UserError(
             f"settings draft.attention_heads, key_value_heads and head_dim: {heads} heads, {kv_heads} key-value heads, "
             f"head_dim {head_dim}; the first must be a multiple of the second and divide the hidden size "
