@@ -9,7 +9,8 @@ import torch
 
 from eagle3_xla.draft.attention import softmax
 from eagle3_xla.loss.config import LossConfig, objective_terms
-from eagle3_xla.loss.rows import gather, shift_left, shift_right
+from eagle3_xla.loss.rows import shift_left, shift_right
+from eagle3_xla.target.gather import gather
 from eagle3_xla.target.model import Teacher
 from eagle3_xla.target.order import after
 

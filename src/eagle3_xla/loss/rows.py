@@ -9,6 +9,8 @@ from typing import Any
 
 import torch
 
+from eagle3_xla.target.gather import gather
+
 
 def shift_left(x: torch.Tensor, by: int) -> torch.Tensor:
     """x[:, t + by] at [:, t], zeros at the right: static shapes at every step."""
@@ -78,21 +80,6 @@ class _Put(torch.autograd.Function):
     def backward(ctx: Any, d_x: torch.Tensor) -> tuple[torch.Tensor, None, None]:
         index, slots = ctx.saved_tensors
         return gather(d_x, index), None, None
-
-
-def gather(x: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
-    """x [G, R, ...], index [G, N] -> [G, N, ...]. Without gradient."""
-    gathered: torch.Tensor = torch.ops.eagle3_xla.gather(x, index)
-    return gathered
-
-
-torch.library.define("eagle3_xla::gather", "(Tensor x, Tensor index) -> Tensor")  # xla/spmd.py gives it XLA's
-
-
-@torch.library.impl("eagle3_xla::gather", "CompositeExplicitAutograd")
-def _gather(x: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
-    group = torch.arange(x.shape[0], device=x.device)[:, None]
-    return x[group, index]
 
 
 def _gather_or_zero(y: torch.Tensor, slots: torch.Tensor) -> torch.Tensor:

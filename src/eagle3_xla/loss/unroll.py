@@ -16,7 +16,8 @@ from eagle3_xla.draft.model import Eagle3Head
 from eagle3_xla.loss.config import LossConfig
 from eagle3_xla.loss.metrics import AcceptanceSums, decoding_rows
 from eagle3_xla.loss.objectives import StepRows, unroll_loss
-from eagle3_xla.loss.rows import Rows, gather, shift_left, shift_right
+from eagle3_xla.loss.rows import Rows, shift_left, shift_right
+from eagle3_xla.target.gather import gather
 from eagle3_xla.target.model import Teacher
 from eagle3_xla.target.order import after
 

@@ -14,6 +14,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from eagle3_xla.target.gather import gather
+
 BLOCK_ROWS = 512  # at most; fewer when an expert gets fewer rows on average
 
 PARTED = ("gate", "up", "down", "gate_bias", "up_bias")  # parameters [E, P, ..]
@@ -22,12 +24,6 @@ PARTED = ("gate", "up", "down", "gate_bias", "up_bias")  # parameters [E, P, ..]
 def python_loop(function: Callable, weights: Sequence[torch.Tensor], blocks: Sequence[torch.Tensor]) -> torch.Tensor:
     """function(weights, block of each of `blocks`) for all blocks, stacked."""
     return torch.stack([function(weights, *block) for block in zip(*blocks)])
-
-
-def take_rows(rows: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
-    """rows [P, G, S, H], index [G, M] int32 -> [P, G, M, H]: of each group the rows that its index names."""
-    group = torch.arange(rows.shape[1], device=rows.device, dtype=torch.int32)[:, None]
-    return rows[:, group, index]
 
 
 class RoutedExperts(nn.Module):
@@ -44,10 +40,9 @@ class RoutedExperts(nn.Module):
         parts: int,
         groups: int,
         loop: Callable[..., torch.Tensor] = python_loop,
-        take: Callable[[torch.Tensor, torch.Tensor], torch.Tensor] = take_rows,
     ):
         super().__init__()
-        self.parts, self.groups, self.loop, self.take = parts, groups, loop, take
+        self.parts, self.groups, self.loop = parts, groups, loop
         self.experts = block.num_experts if hasattr(block, "num_experts") else block.experts.num_experts
         self.top_k = block.top_k if hasattr(block, "top_k") else block.router.top_k
         self.gpt_oss = hasattr(block, "router")
@@ -100,9 +95,9 @@ class RoutedExperts(nn.Module):
         weights, chosen = self._route(x)
         rows, experts, slots = self._dispatch(x, chosen)
         outputs = self.loop(self._block, self._expert_weights(), (rows, experts))  # [n, G, P, block, H]
-        outputs = outputs.permute(2, 1, 0, 3, 4).flatten(2, 3)  # [P, G, n * block, H]
-        outputs = self.take(outputs, slots).unflatten(2, (-1, self.top_k))  # [P, G, N, k, H]
-        output = torch.einsum("pgnkh,gnk->pgnh", outputs, weights).sum(0)
+        outputs = outputs.permute(1, 0, 3, 2, 4).flatten(1, 2)  # [G, n * block, P, H]
+        outputs = gather(outputs, slots).unflatten(1, (-1, self.top_k))  # [G, N, k, P, H]
+        output = torch.einsum("gnkph,gnk->gnph", outputs, weights).sum(2)
         if self.gpt_oss:
             one_hot = (chosen[..., None] == torch.arange(self.experts, device=x.device)).to(x.dtype)
             output = output + torch.einsum("gnk,gnke,eh->gnh", weights, one_hot, self.down_bias)
@@ -146,7 +141,7 @@ class RoutedExperts(nn.Module):
         # Blocks that no expert fills hold rows that nobody takes back.
         pair = (within[..., None] + numbers(block)).flatten(1).clamp(0, count - 1)
         token = order.gather(1, pair.long()) // self.top_k
-        rows = self.take(x[None], token)[0].view(self.groups, number, block, -1).transpose(0, 1)
+        rows = gather(x, token).view(self.groups, number, block, -1).transpose(0, 1)
         return rows, expert.T, slots
 
     def _expert_weights(self) -> tuple[torch.Tensor, ...]:
@@ -167,10 +162,9 @@ class RoutedExperts(nn.Module):
         return torch.einsum("gpbf,gphf->gpbh", inner, down)
 
 
-def route_experts(model: nn.Module, parts: int, groups: int, *of_backend: Callable[..., torch.Tensor]) -> None:
-    """Put RoutedExperts in the place of every mixture-of-experts module of a transformers model; of_backend: its loop
-    and take."""
+def route_experts(model: nn.Module, *arguments: Any) -> None:
+    """Put RoutedExperts in the place of every mixture-of-experts module of a transformers model; arguments: theirs."""
     for layer in model.model.layers:
         for name, module in list(layer.named_children()):
             if hasattr(module, "experts"):
-                setattr(layer, name, RoutedExperts(module, parts, groups, *of_backend))
+                setattr(layer, name, RoutedExperts(module, *arguments))

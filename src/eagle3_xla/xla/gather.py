@@ -1,4 +1,4 @@
-"""loss/rows.py's gather for XLA: the rows of a group lie on one device, and the partitioner has to see that.
+"""target/gather.py's operator for XLA: the rows of a group lie on one device, and the partitioner has to see that.
 
 It does where the first coordinate of every place is an iota over the groups. torch_xla's own `x[group, index]` hides
 that behind what wraps negative indices: the partitioner then masks on every device and reduces the whole result over

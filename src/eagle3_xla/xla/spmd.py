@@ -27,14 +27,14 @@ from eagle3_xla.xla.hosts import Hosts
 from eagle3_xla.xla.memory import keep_freed_memory
 from eagle3_xla.xla.mesh import mesh_devices, part_of_host
 from eagle3_xla.xla.processor import processor
-from eagle3_xla.xla.routing import local_take_rows, scanned
+from eagle3_xla.xla.scan import scanned
 from eagle3_xla.xla.tpu import PEAK_FLOPS
 
 # The head, by parameter name: column-parallel ones over their output rows, row-parallel ones over their inputs.
 HEAD_COLUMNS = ("q_proj", "k_proj", "v_proj", "gate_proj", "up_proj", "lm_head", "fc")
 HEAD_ROWS = ("o_proj", "down_proj")
 
-torch.library.impl("eagle3_xla::gather", "XLA", local_gather)  # of loss/rows.py, on XLA's tensors
+torch.library.impl("eagle3_xla::gather", "XLA", local_gather)  # target/gather.py's, on XLA's tensors
 
 
 class SpmdBackend:
@@ -96,7 +96,7 @@ class SpmdBackend:
         embedding too: split as its lm_head would be, torch_xla crashed in tests/target/test_families.py.
         """
         target.model.config._attn_implementation = GROUPED_EINSUM
-        route_experts(target.model, self.mesh.shape()["tp"], self.data_parallel, scanned, local_take_rows(self.mesh))
+        route_experts(target.model, self.mesh.shape()["tp"], self.data_parallel, scanned)
         plan = {f"model.model.{name}": style for name, style in (target.model.config.base_model_tp_plan or {}).items()}
         plan |= {f"model.{name}": style for name, style in (type(target.model)._tp_plan or {}).items()}
 
