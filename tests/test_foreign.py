@@ -360,9 +360,9 @@ def test_results(name, tmp_path):
         read_results(file)
     for whole in (good, {"minutes": 8.0, "eval": good}):  # the second: the quickstart's result.json
         file.write_text(json.dumps(whole))
-        assert read_results(file).speedup == 1.5
+        assert read_results(file)[0].speedup == 1.5
     file.write_text(json.dumps(good | {"identical": False}))
-    assert read_results(file).speedup is None
+    assert read_results(file)[0].speedup is None
 
 
 def test_push_takes_figures_of_this_head_alone(exported_head, small_target, chat_file, tmp_path, capsys):

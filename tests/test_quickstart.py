@@ -2,6 +2,7 @@
 
 import json
 import shlex
+import shutil
 import subprocess
 import sys
 
@@ -19,10 +20,11 @@ from eagle3_xla.live import Screen, Stage
 from eagle3_xla.machine import REFERENCE_GFLOPS, Machine
 from eagle3_xla.outputs import WRITTEN_BY
 from eagle3_xla.quickstart import ALL_TOKENS, LEAST_TOKENS, USEFUL_TOKENS
+from eagle3_xla.serve.push import PushOptions, push
 
 
 @pytest.mark.slow
-def test_quickstart(quickstart_run, installed_wheel):
+def test_quickstart(quickstart_run, installed_wheel, tmp_path):
     done, out = quickstart_run
     assert done.returncode == 0, done.stderr[-3000:]
     assert (installed_wheel / "eagle3_xla" / "recipes" / "smollm2-cpu.yaml").is_file()
@@ -45,6 +47,23 @@ def test_quickstart(quickstart_run, installed_wheel):
     rows = [json.loads(line) for line in (out / "run" / "metrics.jsonl").read_text().splitlines()]
     # The step and the held-out evaluation: nothing compiles after the first steps.
     assert {row["compilations"] for row in rows if "compilations" in row} == {2}
+
+    # The card of this head has every section, each from a file of the run.
+    head = shutil.copytree(out / "head", tmp_path / "head")
+    options = PushOptions([str(out / "result.json")], str(out / "run"), report=str(out / "report.html"), dry_run=True)
+    left_out = push(head, str(out / "target"), "me/head", options)["left_out"]
+    assert [missing.split(" (")[0] for missing in left_out] == [
+        "plan figures",
+        "licence of the head",
+        "licence of the data",
+        "the target's hub id",
+        ".eval_results/acceptance_length.yaml",
+    ]
+    card = (head / "README.md").read_text()
+    for shape in ("chain of 5", "tree of 7"):
+        assert card.count(f"| own decoding, 2 prompts of heldout.jsonl, greedy, {shape} drafts |") == 1
+    for part in ("| train.jsonl of eagle3-xla |", "The target: apache-2.0", "| hours of training |", "(report.html)"):
+        assert part in card
 
 
 REFERENCE = Machine(2, REFERENCE_GFLOPS, True, 16.0)

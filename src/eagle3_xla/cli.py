@@ -154,8 +154,14 @@ def _overrides(rest: list[str], options: Namespace) -> list[str]:
 
 
 def _table(result: dict) -> str:
+    """Keys and values; a list of sentences has a line for each, and what there is nothing to say of has none."""
     width = max(len(key) for key in result)
-    return "\n".join(f"{key:<{width}}  {_show(value)}" for key, value in result.items())
+    lines = []
+    for key, value in result.items():
+        sentences = isinstance(value, list) and any(isinstance(item, str) and " " in item for item in value)
+        shown = value if sentences else [] if value is None else [value]
+        lines += [f"{name:<{width}}  {_show(item)}" for name, item in zip([key, *[""] * len(shown)], shown)]
+    return "\n".join(lines)
 
 
 def _show(value: Any) -> str:

@@ -174,6 +174,10 @@ def test_the_head_and_its_card_arrive(pushed, online, small_target, monkeypatch,
         ".eval_results/acceptance_length.yaml (--benchmark PROMPTS=OWNER/NAME:TASK)",
     ]
 
+    assert cli.main([argument for argument in arguments if argument != "--json"] + ["--dry-run"]) == 0
+    shown = capsys.readouterr().out
+    assert "\n          the page of `eval --report` (--report FILE)\n" in shown and "None" not in shown
+
     Hub.refuses = True
     assert "the upload to me/head failed, start it again to finish" in refused()
     Hub.refuses, Hub.broken_storage = False, True
@@ -257,7 +261,7 @@ def test_weights_of_any_name_arrive(shards, pushed, online, small_target):
 def test_the_conditions_of_a_figure(content, how, tmp_path):
     about = {"head": "h", "target": "t", "prompts": {"name": "chats.jsonl"}, "version": "1", "date": "d"}
     (tmp_path / "r.json").write_text(json.dumps(content | {"measured": about}))
-    assert read_results(tmp_path / "r.json").how == how
+    assert [figures.how for figures in read_results(tmp_path / "r.json")] == [how]
 
 
 def test_what_is_not_uploaded(pushed, online, small_target, capsys):

@@ -47,11 +47,15 @@ class Figures:
         return f"{self.engine or 'own decoding'}, {prompts}, {sampling}, {shape} of {self.drafts} drafts{window}"
 
 
-def read_results(file: Path) -> Figures:
-    """Raises UserError, naming the field, for a file that is not what `eval` or `bench` wrote."""
+def read_results(file: Path) -> list[Figures]:
+    """Of a file that `eval` or `bench` wrote, or of the quickstart's result.json, which holds two of `eval`."""
     result = read_json(file)
-    if isinstance(result.get("eval"), dict):  # the quickstart's result.json
-        result = result["eval"]
+    parts = [result[part] for part in ("eval", "tree") if isinstance(result.get(part), dict)]
+    return [_figures(file, part) for part in parts or [result]]
+
+
+def _figures(file: Path, result: dict) -> Figures:
+    """Raises UserError, naming the field, for what is not of `eval` or `bench`."""
 
     def where(name: str) -> str:
         return f"{file}: {name}"

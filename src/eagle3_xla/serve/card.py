@@ -38,7 +38,7 @@ def card(
     """target: doctor's Target; base: its hub id, None for a folder that has none; report: name of the page that lies
     beside the card, "" for none."""
     name = base.rsplit("/", 1)[-1] if base else Path(target.name).name
-    served, config, shown = base or "TARGET", head.config, f"`{base}`" if base else f"the target {escaped(name)}"
+    served, config, shown = base or "TARGET", head.config, f"`{base}`" if base else f"the model {escaped(name)}"
     parameters = sum(value.numel() for name, value in head.tensors.items() if name not in NO_PARAMETERS)
     default = list(aux_layers(target.config.num_hidden_layers))
     layers = list(layers_of(head, target.config.num_hidden_layers) or default)
@@ -49,11 +49,8 @@ def card(
         f"| {row.tokens_per_second:.1f} | {f'{row.speedup:.2f}x' if row.speedup else '-'} |"
         for row in results
     )
-    others = [
-        f"- {escaped(row.how)}: {' / '.join(f'{share:.1%}' for share in row.acc_all_positions)}"
-        for row in results
-        if row.acc_all_positions
-    ]
+    accuracies = {" / ".join(f"{share:.1%}" for share in row.acc_all_positions): row.how for row in reversed(results)}
+    others = [f"- {escaped(how)}: {shares}" for shares, how in reversed(accuracies.items()) if shares]
     all_positions = "\n".join(["", ALL_POSITIONS, "", *others, ""]) if others else ""
     return f"""---
 {_metadata(base, repo, results, licences.head)}

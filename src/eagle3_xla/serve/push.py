@@ -87,7 +87,8 @@ def push(folder: str | Path, target: str, repo: str, options: PushOptions) -> di
     if readme.exists() and not options.overwrite and not _is_ours(readme):
         raise UserError(f"{readme} was not written by `push`, or was edited since; move it, or give --overwrite")
     head, of_target = read_head(folder), read_target(target)
-    figures = [_of_this_head(read_results(Path(file)), folder, target) for file in options.results]
+    measured = [each for file in options.results for each in read_results(Path(file))]
+    figures = [_of_this_head(each, folder, target) for each in measured]
     facts = RunFacts("", [], ["training, plan and limits (--run DIR)"])
     if options.run:
         facts = run_facts(of_this_machine(options.run, "--run"), head)

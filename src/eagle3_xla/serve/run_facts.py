@@ -11,6 +11,7 @@ import torch
 from eagle3_xla import checkpoint as checkpoints
 from eagle3_xla.checks import escaped, mapping, number, read_json, text
 from eagle3_xla.config import Recipe, load_recipe
+from eagle3_xla.data.files import PACKAGED
 from eagle3_xla.draft.saved import SavedHead
 from eagle3_xla.errors import UserError
 from eagle3_xla.evaluate.curves import read_metrics
@@ -117,11 +118,17 @@ def _rows(recipe: Recipe, step: int, manifest: dict) -> list[tuple[str, object]]
     ]
 
 
+def _source(source: dict) -> str:
+    """Its name; a path may say more of its owner than a card should, but for one in this package."""
+    path, name = str(source.get("path")), str(source.get("name", "unnamed"))
+    return f"{path.removeprefix(PACKAGED)} of eagle3-xla" if path.startswith(PACKAGED) else name
+
+
 def _mix(manifest: dict) -> tuple[str, list[str]]:
     """(the table of the sources, their names)."""
     sources = manifest.get("sources")
     named = [s for s in sources if isinstance(s, dict)] if isinstance(sources, list) else []
-    chats = [(str(s.get("name", "unnamed")), s.get("train")) for s in named]
+    chats = [(_source(s), s.get("train")) for s in named]
     counts = [
         (name, t["chats"], t.get("answer_tokens", 0)) for name, t in chats if isinstance(t, dict) and "chats" in t
     ]

