@@ -60,8 +60,8 @@ def test_quickstart(quickstart_run, installed_wheel, tmp_path):
         ".eval_results/acceptance_length.yaml",
     ]
     card = (head / "README.md").read_text()
-    for shape in ("chain of 5", "tree of 7"):
-        assert card.count(f"| own decoding, 2 prompts of heldout.jsonl, greedy, {shape} drafts |") == 1
+    for how in ("greedy, chain of 5", "8 at once, greedy, tree of 7"):
+        assert card.count(f"| own decoding, 2 prompts of heldout.jsonl, {how} drafts |") == 1
     for part in ("| train.jsonl of eagle3-xla |", "The target: apache-2.0", "| hours of training |", "(report.html)"):
         assert part in card
 

@@ -7,7 +7,7 @@ import torch_xla
 
 from eagle3_xla.xla.memory import keep_freed_memory
 
-SIZE, PRODUCTS, REPEATS = 1024, 4, 12
+SIZE, PRODUCTS, REPEATS = 1024, 4, 40
 
 
 def matmul_gflops() -> float:
