@@ -24,7 +24,7 @@ from eagle3_xla.serve.push import PushOptions, push
 
 
 @pytest.mark.slow
-def test_quickstart(quickstart_run, installed_wheel, tmp_path):
+def test_quickstart(quickstart_run, installed_wheel, tmp_path, monkeypatch):
     done, out = quickstart_run
     assert done.returncode == 0, done.stderr[-3000:]
     assert (installed_wheel / "eagle3_xla" / "recipes" / "smollm2-cpu.yaml").is_file()
@@ -50,6 +50,7 @@ def test_quickstart(quickstart_run, installed_wheel, tmp_path):
 
     # The card of this head has every section, each from a file of the run.
     head = shutil.copytree(out / "head", tmp_path / "head")
+    monkeypatch.chdir(out.parent)  # the run's own paths are relative
     options = PushOptions([str(out / "result.json")], str(out / "run"), report=str(out / "report.html"), dry_run=True)
     left_out = push(head, str(out / "target"), "me/head", options)["left_out"]
     assert [missing.split(" (")[0] for missing in left_out] == [
