@@ -34,12 +34,14 @@ LEAST_TOKENS, ALL_TOKENS = 2_000, 520_000  # to train on: a few rows; what the s
 USEFUL_TOKENS = 30_000  # where --minutes says nothing, no fewer, however long it takes: 4,000 made no head better
 LEAST_GIB = 5  # of free memory: what the training takes, 4 GB, and some air
 EVALUATION = EvalOptions(limit=8, max_new_tokens=48, batch_size=1)
-AT_ONCE = 8  # prompts, where no tokens/s are asked for: the same figures in half of the time
+# Prompts, where no tokens/s are asked for: the same figures in half of the time (`eval --batch-size`).
+AT_ONCE = 8
 # As the last screen asks SGLang for it, which counts the root too.
 TREE = replace(EVALUATION, topk=4, steps=5, draft_tokens=7, batch_size=AT_ONCE, baseline=False)
 GREEN, PLAIN = "\033[1;32m", "\033[0m"
 
-# Seconds on the machine that machine.py names as the reference; the tokens' are per 1,000.
+# Seconds on the machine that machine.py names as the reference; the tokens' are per 1,000. These and the evaluation's
+# were measured without AVX-512, at 77 to 136 GFLOP/s (`eagle3-xla quickstart`), and divided by that machine's slowness.
 TARGET_SECONDS, PREPARE_SECONDS = 12, 10
 COMPILE_SECONDS, EXPORT_SECONDS, EVALUATION_SECONDS = 45, 3, 115
 STATES_SECONDS, START_SECONDS, EPOCH_SECONDS = 3.7, 1.5, 3.8

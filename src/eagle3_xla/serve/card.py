@@ -49,8 +49,10 @@ def card(
         f"| {row.tokens_per_second:.1f} | {f'{row.speedup:.2f}x' if row.speedup else '-'} |"
         for row in results
     )
-    accuracies = {" / ".join(f"{share:.1%}" for share in row.acc_all_positions): row.how for row in reversed(results)}
-    others = [f"- {escaped(how)}: {shares}" for shares, how in reversed(accuracies.items()) if shares]
+    accuracies: dict[str, str] = {}  # of the head on given text, so a chain and a tree have the same
+    for row in results:
+        accuracies.setdefault(" / ".join(f"{share:.1%}" for share in row.acc_all_positions), row.how)
+    others = [f"- {escaped(how)}: {shares}" for shares, how in accuracies.items() if shares]
     all_positions = "\n".join(["", ALL_POSITIONS, "", *others, ""]) if others else ""
     return f"""---
 {_metadata(base, repo, results, licences.head)}

@@ -162,9 +162,9 @@ class RoutedExperts(nn.Module):
         return torch.einsum("gpbf,gphf->gpbh", inner, down)
 
 
-def route_experts(model: nn.Module, *arguments: Any) -> None:
-    """Put RoutedExperts in the place of every mixture-of-experts module of a transformers model; arguments: theirs."""
+def route_experts(model: nn.Module, parts: int, groups: int, loop: Callable[..., torch.Tensor] = python_loop) -> None:
+    """Put RoutedExperts in the place of every mixture-of-experts module of a transformers model."""
     for layer in model.model.layers:
         for name, module in list(layer.named_children()):
             if hasattr(module, "experts"):
-                setattr(layer, name, RoutedExperts(module, *arguments))
+                setattr(layer, name, RoutedExperts(module, parts, groups, loop))
