@@ -40,13 +40,36 @@ AT_ONCE = 8
 TREE = replace(EVALUATION, topk=4, steps=5, draft_tokens=7, batch_size=AT_ONCE, baseline=False)
 GREEN, PLAIN = "\033[1;32m", "\033[0m"
 
-# Seconds on the machine that machine.py names as the reference; the tokens' are per 1,000. These and the evaluation's
-# were measured without AVX-512, at 77 to 136 GFLOP/s (`eagle3-xla quickstart`), and divided by that machine's slowness.
-TARGET_SECONDS, PREPARE_SECONDS = 12, 10
-COMPILE_SECONDS, EXPORT_SECONDS, EVALUATION_SECONDS = 45, 3, 115
-STATES_SECONDS, START_SECONDS, EPOCH_SECONDS = 3.7, 1.5, 3.8
+# Where the processor multiplies bfloat16 itself: a step of torch's in it takes two thirds of XLA's time in float32, and
+# nothing has to be compiled (benchmarks/README.md).
+IN_BFLOAT16 = ["xla.device=cpu", "xla.autocast=true", "target.dtype=bfloat16"]
 START_TOKENS = 61_000  # of the recipe's init_rows: the start is fitted to no more
-BEGIN_SECONDS = TARGET_SECONDS + PREPARE_SECONDS + COMPILE_SECONDS + EXPORT_SECONDS + EVALUATION_SECONDS
+
+
+class Seconds(NamedTuple):
+    """On the machine that machine.py names as the reference. states, start, epoch: per 1,000 tokens; compile: and the
+    held-out evaluations."""
+
+    target: float
+    prepare: float
+    compile: float
+    export: float
+    evaluation: float
+    states: float
+    start: float
+    epoch: float
+
+    def beside(self) -> float:
+        """All that the number of tokens doesn't change."""
+        return self.target + self.prepare + self.compile + self.export + self.evaluation
+
+
+# By Machine.bfloat16, from `eagle3-xla quickstart`. Those of float32 were measured without AVX-512, at 77 to 136
+# GFLOP/s, and divided by that machine's slowness.
+SECONDS = {
+    False: Seconds(12, 10, 45, 3, 115, states=3.7, start=1.5, epoch=3.8),
+    True: Seconds(5, 10, 15, 2, 80, states=1.4, start=1.2, epoch=1.6),
+}
 
 # Acceptance lengths that heads for real models reach, by their own pages.
 FIELD = """  1.8 to 2.2  Qwen3 1.7B to 32B, short chains   (angelslim.readthedocs.io, speculative decoding benchmarks)
@@ -55,14 +78,15 @@ FIELD = """  1.8 to 2.2  Qwen3 1.7B to 32B, short chains   (angelslim.readthedoc
 
 
 class Budget(NamedTuple):
-    """tokens: of the training chats, 0 for all; train_seconds: what the training should take here; gflops: of the
-    machine (machine.py)."""
+    """tokens: of the training chats, 0 for all; train_seconds: what the training should take here; gflops, bfloat16: of
+    the machine (machine.py)."""
 
     tokens: int
     epochs: int
     train_seconds: float
     asked: float | None
     gflops: float
+    bfloat16: bool
 
 
 def quickstart(out: Path, asked: float | None) -> dict:
@@ -71,7 +95,7 @@ def quickstart(out: Path, asked: float | None) -> dict:
     started = time.perf_counter()
     claim_output(out, "quickstart")
     earlier = _earlier(out, asked)
-    machine = measure(earlier and earlier.gflops)
+    machine = measure(earlier and earlier.gflops, earlier and earlier.bfloat16)
     budget = earlier or _budget(asked, machine)
     target, head, untrained = out / "target", out / "head", out / "head-untrained"
     sizes, options = [f"data.max_tokens={budget.tokens}", f"train.epochs={budget.epochs}"], EVALUATION
@@ -80,17 +104,17 @@ def quickstart(out: Path, asked: float | None) -> dict:
     elif asked is not None and asked < 3:
         options = replace(options, limit=3)
     places = [f"target.path={target}", f"data.prepared={out / 'data'}", f"train.out={out / 'run'}"]
-    recipe = load_recipe(RECIPE, [*places, *sizes])
+    recipe = load_recipe(RECIPE, [*places, *sizes, *(IN_BFLOAT16 if machine.bfloat16 else [])])
     write_run_file(recipe, out, "quickstart")
     (out / "budget.json").write_text(json.dumps(budget._asdict()) + "\n")
 
-    slow, heading = machine.slowness, _heading(machine, budget)
+    slow, seconds, heading = machine.slowness, SECONDS[machine.bfloat16], _heading(machine, budget)
     stages = [
-        (f"target: SmolLM2-135M-Instruct as a Qwen2 model -> {target}", TARGET_SECONDS * slow),
-        (f"data: chats that this target wrote -> {out / 'data'}", PREPARE_SECONDS * slow),
-        (f"train -> {out / 'run'}", COMPILE_SECONDS * slow + budget.train_seconds),
-        (f"export -> {head}", EXPORT_SECONDS * slow),
-        ("evaluate on held-out chats: real decoding, with and without the head", EVALUATION_SECONDS * slow),
+        (f"target: SmolLM2-135M-Instruct as a Qwen2 model -> {target}", seconds.target * slow),
+        (f"data: chats that this target wrote -> {out / 'data'}", seconds.prepare * slow),
+        (f"train -> {out / 'run'}", seconds.compile * slow + budget.train_seconds),
+        (f"export -> {head}", seconds.export * slow),
+        ("evaluate on held-out chats: real decoding, with and without the head", seconds.evaluation * slow),
     ]
     screen = Screen(stages, out / "run" / "metrics.jsonl", heading, out / "log.txt")
     with screen.shown():
@@ -136,18 +160,18 @@ def quickstart(out: Path, asked: float | None) -> dict:
 
 def _budget(asked: float | None, machine: Machine) -> Budget:
     """More time: first more of the chats, then more epochs over all of them."""
-    slow = machine.slowness
-    seconds = asked * 60 if asked is not None else WORK_MINUTES * 60 - BEGIN_SECONDS * slow
-    seconds, start = seconds / slow, START_SECONDS * START_TOKENS / 1000  # on the reference, as all below
-    epochs, per_token = 1, (STATES_SECONDS + EPOCH_SECONDS) / 1000
-    tokens = int(max(seconds / (per_token + START_SECONDS / 1000), (seconds - start) / per_token))
+    slow, per = machine.slowness, SECONDS[machine.bfloat16]
+    left = asked * 60 if asked is not None else WORK_MINUTES * 60 - per.beside() * slow
+    left, start = left / slow, per.start * START_TOKENS / 1000  # on the reference, as all below
+    epochs, per_token = 1, (per.states + per.epoch) / 1000
+    tokens = int(max(left / (per_token + per.start / 1000), (left - start) / per_token))
     tokens = max(tokens, USEFUL_TOKENS if asked is None else LEAST_TOKENS)
     if tokens > ALL_TOKENS:
-        states, epoch = (cost * ALL_TOKENS / 1000 for cost in (STATES_SECONDS, EPOCH_SECONDS))
-        epochs, tokens = max(epochs, int((seconds - states - start) / epoch)), 0
+        states, epoch = (cost * ALL_TOKENS / 1000 for cost in (per.states, per.epoch))
+        epochs, tokens = max(epochs, int((left - states - start) / epoch)), 0
     learned = tokens or ALL_TOKENS
-    train_seconds = (STATES_SECONDS + EPOCH_SECONDS * epochs) * learned + START_SECONDS * min(learned, START_TOKENS)
-    return Budget(tokens, epochs, train_seconds / 1000 * slow, asked, machine.gflops)
+    train_seconds = (per.states + per.epoch * epochs) * learned + per.start * min(learned, START_TOKENS)
+    return Budget(tokens, epochs, train_seconds / 1000 * slow, asked, machine.gflops, machine.bfloat16)
 
 
 def _earlier(out: Path, asked: float | None) -> Budget | None:
@@ -179,7 +203,7 @@ def _read_budget(file: Path) -> Budget | None:
         tokens, epochs = (number(written[name], name, 0, whole=True) for name in ("tokens", "epochs"))
         train_seconds = number(written["train_seconds"], "train_seconds", 0)
         gflops = number(written["gflops"], "gflops", 0, above=True)
-        return Budget(tokens, epochs, train_seconds, written["asked"], gflops)
+        return Budget(tokens, epochs, train_seconds, written["asked"], gflops, written["bfloat16"] is True)
     except UserError:
         return None
 
@@ -197,7 +221,7 @@ def _heading(machine: Machine, budget: Budget) -> str:
         lines.append(
             f"  the training takes 4 GB; with {machine.free_gib:.1f} GiB free it may be killed: close something"
         )
-    everything = BEGIN_SECONDS * machine.slowness + budget.train_seconds
+    everything = SECONDS[machine.bfloat16].beside() * machine.slowness + budget.train_seconds
     lines.append(
         f"to train on: {tokens:,} tokens of chats, {budget.epochs} times, about {minutes(budget.train_seconds)}; "
         f"everything about {minutes(everything)}"
