@@ -1,6 +1,6 @@
 """Tokens per second of the whole training step, against eager torch and against a plain matmul on this machine.
 
-    python benchmarks/step.py --target quickstart/target
+    python benchmarks/step.py --target quickstart/target [--specjax FOLDER]
 
 The step is `train`'s own: frozen target, teacher, TTT unroll, backward, AdamW, at the sizes of the embedded target
 (B=4, T=512, TTT 7, draft vocabulary 8,192), one device. The reference is a straightforward eager step of the same maths
@@ -8,10 +8,14 @@ The step is `train`'s own: frozen target, teacher, TTT unroll, backward, AdamW, 
 that its peak memory is its own, and they step in turns, so that a slow minute of the machine slows them all. The batch
 is packed before, so that `datasets` is in none of them. GFLOP per token is counted from the matmuls (2 per
 multiply-add, backward twice the forward; attention left out).
+
+--specjax: a checkout of github.com/tails-mpt/SpecJAX (measured: commit d047ed4 with jax 0.7.1 and optax 0.2.8, which is
+not among this project's packages), the JAX trainer for TPUs, in turn with the others.
 """
 
 import argparse
 import json
+import os
 import re
 import resource
 import subprocess
@@ -26,9 +30,10 @@ from safetensors.torch import load_file, save_file
 
 BATCH, LENGTH, TTT, DRAFT_VOCABULARY = 4, 512, 7, 8192
 TOKENS = BATCH * LENGTH
-EAGER = "eager reference"
+EAGER, SPECJAX = "eager reference", "SpecJAX"
 OURS = {
     "ours, plain torch": ["xla.device=cpu"],
+    "ours, plain torch in bfloat16": ["xla.device=cpu", "xla.autocast=true", "target.dtype=bfloat16"],
     "ours, XLA": ["xla.device=xla"],
     "ours, XLA, xla.remat": ["xla.device=xla", "xla.remat=true"],
 }
@@ -82,7 +87,7 @@ def our_step(path: str, batch: dict[str, torch.Tensor], settings: list[str]):
     recipe = load_recipe("smollm2-cpu", [f"loss.ttt_length={TTT}", *settings])
     backend = make_backend(recipe.xla)
     draft_ids = torch.arange(DRAFT_VOCABULARY)
-    target = backend.place_target(open_target(path, torch.float32, draft_ids))
+    target = backend.place_target(open_target(path, getattr(torch, recipe.target.dtype), draft_ids))
     config = target.model.config
     head = backend.place_head(Eagle3Head(draft_config(config, DRAFT_VOCABULARY)))
     optimizer = AdamW(dict(head.named_parameters()), recipe.train, 1000, backend, {})
@@ -148,6 +153,46 @@ def eager_step(model, batch: dict[str, torch.Tensor], draft_vocabulary: int, ttt
     return step
 
 
+def specjax_step(folder: str, path: str, batch: dict[str, torch.Tensor]):
+    """SpecJAX's compiled step and what its loop does after it (specjax/train.py): bf16 weights but for the norms, every
+    position trained, optax's AdamW. A target without an lm_head of its own gets its embedding for that.
+    """
+    os.environ["JAX_PLATFORMS"] = "cpu"
+    sys.path.insert(0, folder)
+    import jax
+    import optax
+    from specjax.models.draft.eagle3 import load_eagle3_params
+    from specjax.models.target import get_target
+    from specjax.train import _eagle3_config_from_target, make_train_step_ttt
+    from specjax.training.optimizer import build_optimizer
+    from specjax.training.vocab import build_t2d_map
+
+    load, forward = get_target("qwen2")
+    weights, config = load(path)
+    weights.setdefault("lm_head.weight", weights["model.embed_tokens.weight"])
+    draft = _eagle3_config_from_target(config, "qwen2")
+    draft.draft_vocab_size = DRAFT_VOCABULARY
+    parameters, _, draft = load_eagle3_params(None, jax.random.PRNGKey(0), draft)
+    parameters = {name: x.astype("float32") if x.ndim == 1 else x for name, x in parameters.items()}
+    draft_ids = jax.numpy.arange(DRAFT_VOCABULARY)
+    maps = draft_ids, build_t2d_map(draft_ids, config.vocab_size, DRAFT_VOCABULARY)
+    optimizer, _ = build_optimizer(8e-4, 30, 1000)
+    state = optimizer.init(parameters)
+    train_step = make_train_step_ttt(forward, config, draft, TTT)
+    ids = batch["input_ids"].int().numpy()
+    inputs = {"input_ids": ids, "attention_mask": (ids >= 0).astype("int32")}
+
+    def step():
+        nonlocal parameters, state
+        loss, losses, accuracies, gradients = train_step(parameters, weights, *maps, inputs)
+        loss = float(loss)
+        updates, state = optimizer.update(gradients, state, parameters)
+        parameters = jax.block_until_ready(optax.apply_updates(parameters, updates))
+        return loss
+
+    return step
+
+
 def matmul_gflops() -> float:
     """A large float32 matmul with every core: this machine's practical peak."""
     a, b = torch.randn(2048, 576), torch.randn(576, 8192)
@@ -158,13 +203,15 @@ def matmul_gflops() -> float:
     return count * 2 * 2048 * 576 * 8192 / (time.perf_counter() - started) / 1e9
 
 
-def serve(kind: str, path: str, batch_file: str) -> None:
+def serve(kind: str, path: str, batch_file: str, specjax: str | None) -> None:
     """In a process of its own: one step now and one for each line of stdin; what each took."""
     batch = load_file(batch_file)
     if kind == EAGER:
         from eagle3_xla.target.model import load_target
 
         step = eager_step(load_target(path, torch.float32), batch, DRAFT_VOCABULARY, TTT)
+    elif kind == SPECJAX:
+        step = specjax_step(specjax, path, batch)
     else:
         step = our_step(path, batch, OURS[kind])
     while True:
@@ -193,11 +240,12 @@ def main():
     parser.add_argument("--target", required=True)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--everywhere", action="store_true", help="let every position count, the user's too")
+    parser.add_argument("--specjax", metavar="FOLDER", help="a checkout of SpecJAX, to be measured too")
     parser.add_argument("--serve", nargs=2, help=argparse.SUPPRESS)  # one of the kinds, and the batch's file
     options = parser.parse_args()
     if options.serve:
         kind, file = options.serve
-        return serve(kind, options.target, file)
+        return serve(kind, options.target, file, options.specjax)
     from transformers import AutoConfig
 
     parts = gflop_per_token(AutoConfig.from_pretrained(options.target))
@@ -208,8 +256,9 @@ def main():
         batch_file = f"{folder}/batch.safetensors"
         write_batch(options.target, options.everywhere, batch_file)
         processes, first, steps, matmuls = {}, {}, {}, []
-        for kind in (EAGER, *OURS):
+        for kind in (EAGER, *OURS, *[SPECJAX] * bool(options.specjax)):
             command = [sys.executable, __file__, "--target", options.target, "--serve", kind, batch_file]
+            command += ["--specjax", options.specjax] if options.specjax else []
             processes[kind] = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
             first[kind], steps[kind] = json.loads(processes[kind].stdout.readline()), []
             print("step", file=processes[kind].stdin, flush=True)  # the second step still takes new memory
@@ -227,7 +276,7 @@ def main():
         speed = TOKENS / median(step["seconds"] for step in measured)
         ratio = median(eager["seconds"] / ours["seconds"] for eager, ours in zip(steps[EAGER], measured))
         print(
-            f"{kind:>22}: {speed:6.1f} tokens/s, {ratio:.2f}x the eager reference, {speed * total:5.1f} GFLOP/s = "
+            f"{kind:>29}: {speed:6.1f} tokens/s, {ratio:.2f}x the eager reference, {speed * total:5.1f} GFLOP/s = "
             f"{speed * total / peak:.0%} of the matmul's, first step {first[kind]['seconds']:.0f} s, "
             f"peak {measured[-1]['peak_gb']:.2f} GB; a step: {middle(measured, 'cpu'):.1f} CPU s, "
             f"{middle(measured, 'system'):.2f} of them the system's, {middle(measured, 'faults'):,.0f} page faults"

@@ -7,6 +7,7 @@
 """
 
 import configparser
+import platform
 import sys
 from importlib import metadata
 from pathlib import Path
@@ -71,7 +72,7 @@ def complaints() -> list[str]:
 if __name__ == "__main__":
     if sys.argv[1:] != ["--check"]:
         pins = sorted(installed(wanted()).items())
-        heading = f"# Python {sys.version_info[0]}.{sys.version_info[1]}, Linux x86-64; written by launch/lock.py\n"
+        heading = f"# Python {platform.python_version()}, Linux x86-64; written by launch/lock.py\n"
         LOCK.write_text(heading + "".join(f"{name}=={version}\n" for name, version in pins))
     for line in complaints():
         print(line)

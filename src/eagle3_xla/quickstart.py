@@ -68,7 +68,7 @@ class Seconds(NamedTuple):
 # GFLOP/s, and divided by that machine's slowness.
 SECONDS = {
     False: Seconds(12, 10, 45, 3, 115, states=3.7, start=1.5, epoch=3.8),
-    True: Seconds(5, 10, 15, 2, 80, states=1.4, start=1.2, epoch=1.6),
+    True: Seconds(5, 13, 8, 2, 56, states=1.3, start=1.1, epoch=1.4),
 }
 
 # Acceptance lengths that heads for real models reach, by their own pages.
