@@ -4,12 +4,15 @@ The causal part is computed in blocks of queries that are computed again in the 
 not with T squared; the own-row keys join it by log-sum-exp.
 """
 
+import math
 from collections.abc import Iterator
 from typing import Any
 
 import torch
 
 from eagle3_xla.target.order import after
+
+LEAST = -87.0  # exp of less is no normal float32
 
 
 def block_length(length: int) -> int:
@@ -31,10 +34,18 @@ def causal_attention(
     return _CausalAttention.apply(query, key, value, document_ids, reach)
 
 
+def exp_(x: torch.Tensor) -> torch.Tensor:
+    """exp of a fresh float32 tensor, in its place; 0 below LEAST."""
+    if x.device.type != "cpu":
+        return x.exp_()
+    # MKL takes ten times as long over what underflows, as masked scores do: 8.1 against 0.8 ms for 4 x 3 x 256 x 512.
+    return torch.nn.functional.threshold_(x.clamp_(min=LEAST).exp_(), 1.01 * math.exp(LEAST), 0.0)
+
+
 def softmax(scores: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """softmax [.., S] and logsumexp [..] over the last dimension, from one exponential."""
     largest = scores.amax(-1, keepdim=True)
-    weights = (scores - largest).exp_()
+    weights = exp_(scores - largest)
     total = weights.sum(-1, keepdim=True)
     return weights.mul_(1 / total), (largest + total.log())[..., 0]
 
@@ -92,7 +103,7 @@ class _CausalAttention(torch.autograd.Function):
         query = after(query, d_output)  # else XLA keeps the weights of the forward pass instead of making them again
         d_query, d_key, d_value = [], torch.zeros_like(key), torch.zeros_like(value)
         for scores, block, seen in _blocks(query, key, document_ids, ctx.reach):
-            weights = (scores - logsumexp[:, block].permute(0, 2, 3, 1)[..., None]).exp()
+            weights = exp_(scores - logsumexp[:, block].permute(0, 2, 3, 1)[..., None])
             d_weights = torch.einsum("btkgd,bskd->bkgts", d_output[:, block], value[:, seen]).float()
             d_scores = (weights * (d_weights + shared[:, block].permute(0, 2, 3, 1)[..., None])).to(query.dtype)
             d_query.append(torch.einsum("bkgts,bskd->btkgd", d_scores, key[:, seen]))

@@ -147,7 +147,7 @@ class _UnrollLoss(torch.autograd.Function):
             if with_gradient:
                 if in_order:
                     q = after(q, acceptance.detach()[..., None])  # its own tensor is no longer needed then
-                d_logits: Any = d_rows[0][..., None] * (q - p) if d_rows[0] is not None else 0.0
+                d_logits: Any = (q - p).mul_(d_rows[0][..., None]) if d_rows[0] is not None else 0.0
                 if d_rows[1] is not None:
                     limiting = torch.where(q < real_p, q, 0.0)  # where q, not p, limits the acceptance
                     d_logits = d_logits + d_rows[1][..., None] * (limiting - q * limiting.sum(-1, keepdim=True))

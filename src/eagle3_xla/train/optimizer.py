@@ -75,11 +75,12 @@ class AdamW:
             gradient = gradients[name].mul_(clip)
             first = self.first[name].mul(config.beta1).add_(gradient, alpha=1 - config.beta1)
             second = self.second[name].mul(config.beta2).addcmul_(gradient, gradient, value=1 - config.beta2)
-            update = (first / bias1) / ((second / bias2).sqrt() + EPSILON)
+            # In place: each new tensor would be written to memory once more, and that is what a CPU waits for here.
+            update = first.div_(bias1).div_(second.div_(bias2).sqrt_().add_(EPSILON))
             rate = lr * self.lr_scale[name] if name in self.lr_scale else lr
             if parameter.ndim > 1:  # norms are not decayed
                 parameter.mul_(1 - lr * config.weight_decay)
-            parameter.sub_(rate * update)
+            parameter.sub_(update.mul_(rate))
         for name, gradient in reversed(gradients.items()):
             self.second[name].mul_(config.beta2).addcmul_(gradient, gradient, value=1 - config.beta2)
             self.first[name].mul_(config.beta1).add_(gradient, alpha=1 - config.beta1)
