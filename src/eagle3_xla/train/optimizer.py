@@ -80,7 +80,7 @@ class AdamW:
             rate = lr * self.lr_scale[name] if name in self.lr_scale else lr
             if parameter.ndim > 1:  # norms are not decayed
                 parameter.mul_(1 - lr * config.weight_decay)
-            parameter.sub_(update.mul_(rate))
+            parameter.sub_(rate * update)
         for name, gradient in reversed(gradients.items()):
             self.second[name].mul_(config.beta2).addcmul_(gradient, gradient, value=1 - config.beta2)
             self.first[name].mul_(config.beta1).add_(gradient, alpha=1 - config.beta1)
