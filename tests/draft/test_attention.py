@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from eagle3_xla.draft.attention import block_length, causal_attention
+from eagle3_xla.draft.attention import block_length, causal_attention, exp_
 
 
 def attend_plainly(query, key, value, document_ids, reach):
@@ -73,3 +73,10 @@ def test_memory_grows_with_the_row_not_with_its_square():
         largest[length] = seen.elements
     assert largest == {4096: 4096 * block_length(4096), 8192: 8192 * block_length(8192)}
     assert block_length(4096) == block_length(8192) == 512
+
+
+def test_the_exponential_of_a_masked_score_is_zero():
+    """And every other one is torch's, to the last number that float32 holds in full."""
+    x = torch.tensor([torch.finfo(torch.float32).min, float("-inf"), -200.0, -86.9, -80.0, -1.0, 0.0, 3.0])
+    assert exp_(x.clone())[:3].tolist() == [0.0, 0.0, 0.0]
+    torch.testing.assert_close(exp_(x.clone())[3:], x[3:].exp(), rtol=1e-6, atol=0.0)
