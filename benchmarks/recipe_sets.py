@@ -11,10 +11,16 @@ COMMON = {
     "train.keep": "1",
     "train.tracker": "none",
 }
-DEVICE = {  # and what belongs to the device
-    "cuda": {"target.dtype": "bfloat16", "xla.autocast": "true", "train.reuse_states": "false"},
-    "cpu": {"target.dtype": "float32", "xla.autocast": "false", "train.reuse_states": "true"},
-    "xla": {"target.dtype": "float32", "xla.autocast": "false", "train.reuse_states": "true"},
+DEVICE = {  # and what belongs to --device; bfloat16: the quickstart's, where the processor multiplies it itself
+    "cuda": {
+        "xla.device": "cuda",
+        "target.dtype": "bfloat16",
+        "xla.autocast": "true",
+        "train.reuse_states": "false",
+    },
+    "cpu": {"xla.device": "cpu", "target.dtype": "float32", "xla.autocast": "false", "train.reuse_states": "true"},
+    "bfloat16": {"xla.device": "cpu", "target.dtype": "bfloat16", "xla.autocast": "true", "train.reuse_states": "true"},
+    "xla": {"xla.device": "xla", "target.dtype": "float32", "xla.autocast": "false", "train.reuse_states": "true"},
 }
 OF_TARGET = {f"draft.{name}": "0" for name in ("attention_heads", "key_value_heads", "head_dim")}
 # The plain reference: KL over all positions that the mask of the answer marks, everything random, torch's own start,
@@ -65,12 +71,16 @@ SETS: dict[str, dict[str, dict[str, str]]] = {
         "default": {},
         "lr 5e-5": {"train.lr": "5e-5"},
         "lr 2e-4": {"train.lr": "2e-4"},
+        "lr 3e-4": {"train.lr": "3e-4"},
+        "lr 2e-4, TTT 3": {"train.lr": "2e-4", "loss.ttt_length": "3"},
+        "lr 3e-4, TTT 3": {"train.lr": "3e-4", "loss.ttt_length": "3"},
         "lr 5e-4": {"train.lr": "5e-4"},
         "beta2 0.99": {"train.beta2": "0.99"},
         "beta2 0.999": {"train.beta2": "0.999"},
         "weight decay 0.1": {"train.weight_decay": "0.1"},
         "warm-up 10%": {"train.warmup": "0.1"},
-        "1 row an update, lr 7e-5": {"train.batch_size": "1", "train.lr": "7e-5"},
+        "1 row an update": {"train.batch_size": "1"},
+        "1 row an update, lr 2e-4": {"train.batch_size": "1", "train.lr": "2e-4"},
         "4 rows an update": {"train.batch_size": "4"},
         "8 rows an update": {"train.batch_size": "8"},
         "Muon": {"patch": "muon"},

@@ -48,13 +48,13 @@ from eagle3_xla.train.loop import train
 
 FOLDER = Path(__file__).parent / "recipes"
 RECIPE, HELDOUT = "smollm2-cpu", "package:heldout.jsonl"
-PROMPTS, TOKENS, SAMPLED_TOKENS = 40, 128, 64  # of an evaluation, and new tokens of an answer
+PROMPTS, TOKENS, SAMPLED_TOKENS = 40, 128, 64  # of an evaluation, and new tokens of an answer (greedy, sampled)
 PACKAGES = ("torch", "transformers")
 
 
 class Where(NamedTuple):
     """What all runs of a call share. train: a file of chats in place of the shipped ones; tokens: of the chats; code:
-    `code_key` at its start."""
+    `code_key` at its start; sampled_tokens: new tokens of an answer at temperature 1, 0: none is made."""
 
     device: str
     target: Path
@@ -62,12 +62,13 @@ class Where(NamedTuple):
     train: str
     tokens: int
     code: str
+    sampled_tokens: int = SAMPLED_TOKENS
 
 
 def overrides(settings: dict[str, str], seed: int, where: Where) -> list[str]:
     """--section.key=value of a run, but for its folder."""
     values = COMMON | {"data.max_tokens": str(where.tokens)} | DEVICE[where.device] | settings
-    values |= {"train.seed": str(seed), "xla.device": where.device}
+    values |= {"train.seed": str(seed)}
     if where.train:
         values["data.train"] = f"[{where.train}]"
     values.pop("patch", None)
@@ -98,7 +99,7 @@ def run_key(settings: dict[str, str], seed: int, where: Where) -> str:
     recipe.target.path = recipe.data.prepared = ""
     for source in (*recipe.data.train, *recipe.data.heldout):
         source.path = ""
-    evaluation = [PROMPTS, TOKENS, SAMPLED_TOKENS]
+    evaluation = [PROMPTS, TOKENS, where.sampled_tokens]
     what = [dataclasses.asdict(recipe), contents, settings.get("patch"), evaluation, where.code]
     return hashlib.sha256(json.dumps(what, sort_keys=True).encode()).hexdigest()[:16]
 
@@ -133,15 +134,17 @@ def _run(name: str, settings: dict[str, str], seed: int, where: Where, key: str)
             write_averages(out / "head" / "model.safetensors")
         options = EvalOptions(limit=PROMPTS, max_new_tokens=TOKENS, batch_size=PROMPTS, baseline=False)
         options.device = "cuda" if where.device == "cuda" else "cpu"
-        sampled = dataclasses.replace(options, max_new_tokens=SAMPLED_TOKENS, temperature=1.0, seed=seed)
-        greedy, at_1 = (evaluate(target, str(out / "head"), HELDOUT, how) for how in (options, sampled))
+        tau = evaluate(target, str(out / "head"), HELDOUT, options)["tau"]
+        if where.sampled_tokens:
+            options = dataclasses.replace(options, max_new_tokens=where.sampled_tokens, temperature=1.0, seed=seed)
+            at_1 = evaluate(target, str(out / "head"), HELDOUT, options)["tau"]
     result = {
         "recipe": name,
         "seed": seed,
         "key": key,
         "settings": settings,
-        "tau": round(greedy["tau"], 4),
-        "tau_at_temperature_1": round(at_1["tau"], 4),
+        "tau": round(tau, 4),
+        "tau_at_temperature_1": round(at_1, 4) if where.sampled_tokens else None,
         "heldout_tau": round(training["tau"], 4),
         "micro_steps": training["micro_steps"],
     }
@@ -151,33 +154,32 @@ def _run(name: str, settings: dict[str, str], seed: int, where: Where, key: str)
     return result
 
 
-def summary(results: list[dict]) -> list[dict]:
-    """Of each recipe: means and standard deviations over its seeds."""
-    rows: list[dict] = []
-    for name in dict.fromkeys(result["recipe"] for result in results):
-        of_it = [result for result in results if result["recipe"] == name]
-        row = {"recipe": name, "seeds": len(of_it)}
-        for key in ("tau", "tau_at_temperature_1", "heldout_tau"):
-            values = [result[key] for result in of_it]
-            row[key], row[f"{key}_spread"] = mean(values), stdev(values) if len(values) > 1 else 0.0
-        rows.append(row)
-    return rows
+FIGURES = {"tau": "tau, greedy", "tau_at_temperature_1": "tau, temperature 1", "heldout_tau": "held-out rows"}
 
 
 def table(results: list[dict]) -> str:
-    lines = [
-        "| recipe | seeds | tau, greedy | against the first | tau, temperature 1 | against the first | held-out rows |",
-        "|---" * 7 + "|",
-    ]
-    rows = summary(results)
-    for row in rows:
-        cells = [row["recipe"], str(row["seeds"])]
-        for key in ("tau", "tau_at_temperature_1"):
-            cells.append(f"{row[key]:.3f} ± {row[f'{key}_spread']:.3f}")
-            cells.append(f"{row[key] / rows[0][key] - 1:+.1%}" if row is not rows[0] else "")
-        cells.append(f"{row['heldout_tau']:.3f} ± {row['heldout_tau_spread']:.3f}")
+    """Of each recipe: mean and standard deviation over its seeds, and the mean of what it has more than the set's first
+    recipe with the same seed."""
+    figures = {key: head for key, head in FIGURES.items() if all(result[key] is not None for result in results)}
+    heads = [f"{head} | against the first" for head in figures.values()]
+    lines = [f"| recipe | seeds | {' | '.join(heads)} |", "|---" * (2 + 2 * len(figures)) + "|"]
+    by_name: dict[str, dict[int, dict]] = {}
+    for result in results:
+        by_name.setdefault(result["recipe"], {})[result["seed"]] = result
+    first = next(iter(by_name.values()))
+    for of_it in by_name.values():
+        cells = [next(iter(of_it.values()))["recipe"], str(len(of_it))]
+        for key in figures:
+            cells.append(_spread([result[key] for result in of_it.values()], ".3f"))
+            gains = [100 * (of_it[seed][key] / first[seed][key] - 1) for seed in of_it if seed in first]
+            cells.append(f"{_spread(gains, '+.1f')} %" if gains and of_it is not first else "")
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
+
+
+def _spread(values: list[float], form: str) -> str:
+    spread = f" ± {stdev(values):{form.replace('+', '')}}" if len(values) > 1 else ""
+    return f"{mean(values):{form}}{spread}"
 
 
 def plot(results: list[dict], file: Path) -> None:
@@ -189,8 +191,10 @@ def plot(results: list[dict], file: Path) -> None:
     names = [*dict.fromkeys(result["recipe"] for result in results)][::-1]
     figure, axes = pyplot.subplots(figsize=(7, 0.9 + 0.33 * len(names)), layout="constrained")
     for key, marker, label in (("tau", "o", "greedy"), ("tau_at_temperature_1", "x", "temperature 1")):
-        places = [names.index(result["recipe"]) for result in results]
-        axes.plot([result[key] for result in results], places, marker, label=label, alpha=0.8)
+        with_it = [result for result in results if result[key] is not None]
+        places = [names.index(result["recipe"]) for result in with_it]
+        if with_it:
+            axes.plot([result[key] for result in with_it], places, marker, label=label, alpha=0.8)
     axes.set_yticks(range(len(names)), names)
     axes.set_xlabel(f"acceptance length tau, {PROMPTS} held-out prompts, chain of 5")
     axes.grid(axis="x", alpha=0.3)
@@ -209,6 +213,7 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=0, help="to train on, of the chats (default: all)")
     parser.add_argument("--device", default="cpu", choices=[*DEVICE])
     parser.add_argument("--jobs", type=int, default=1, help="runs at once")
+    parser.add_argument("--sampled-tokens", type=int, default=SAMPLED_TOKENS, help="0: no evaluation at temperature 1")
     parser.add_argument("--seeds", default="0,1,2")
     parser.add_argument("--only", default="", help="recipes of the set, separated by ;")
     arguments = parser.parse_args()
@@ -223,7 +228,8 @@ def main() -> None:
         for name, settings in SETS[of].items()
         if not only or name in only
     ]
-    where = Where(arguments.device, arguments.target, arguments.work, arguments.train, arguments.tokens, code_key())
+    of_chats = arguments.train, arguments.tokens
+    where = Where(arguments.device, arguments.target, arguments.work, *of_chats, code_key(), arguments.sampled_tokens)
     results = {
         of: kept_runs(arguments.out / f"{of}.json", of, {(run[1], run[3]) for run in wanted if run[0] == of}, where)
         for of in arguments.sets
@@ -292,12 +298,15 @@ def write(arguments: argparse.Namespace, of: str, results: list[dict]) -> None:
     names = [*dict.fromkeys(result["recipe"] for result in results)]
     command += f" --only {shlex.quote(';'.join(names))}" if names != [*SETS[of]] else ""
     command += f" --tokens {arguments.tokens}" if arguments.tokens else ""
+    sampled = arguments.sampled_tokens
+    command += f" --sampled-tokens {sampled}" if sampled != SAMPLED_TOKENS else ""
     command += f" --train {Path(arguments.train).name}" if arguments.train else ""
     about = {
         "command": command,
         "device": f"{device}, {os.cpu_count()} cores",
         "versions": versions(),
-        "evaluation": f"first {PROMPTS} of {HELDOUT}, chain of 5, {TOKENS} new tokens ({SAMPLED_TOKENS} sampled)",
+        "evaluation": f"first {PROMPTS} of {HELDOUT}, chain of 5, {TOKENS} new tokens"
+        + (f" ({sampled} sampled)" if sampled else ""),
         "common": COMMON | DEVICE[arguments.device],
     }
     file = arguments.out / f"{of}.json"

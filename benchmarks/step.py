@@ -9,8 +9,8 @@ that its peak memory is its own, and they step in turns, so that a slow minute o
 is packed before, so that `datasets` is in none of them. GFLOP per token is counted from the matmuls (2 per
 multiply-add, backward twice the forward; attention left out).
 
---specjax: a checkout of github.com/tails-mpt/SpecJAX (written for commit d047ed4, jax 0.7.1 and optax 0.2.8, which is
-not among this project's packages), the JAX trainer for TPUs, in turn with the others.
+--specjax: a checkout of github.com/tails-mpt/SpecJAX (measured: commit d047ed4, jax 0.7.1 and optax 0.2.8, which is not
+among this project's packages), the JAX trainer for TPUs, in turn with the others.
 """
 
 import argparse

@@ -51,7 +51,7 @@ def test_the_key_of_a_run_is_of_all_that_shapes_it(recipes, where, chat_file, tm
 
 
 def test_a_further_call_keeps_the_other_runs(recipes, where, tmp_path, capsys):
-    arguments = Namespace(device="cpu", tokens=0, train="", out=tmp_path)
+    arguments = Namespace(device="cpu", tokens=0, train="", out=tmp_path, sampled_tokens=0)
     file, reference = tmp_path / "default.json", recipes.SETS["default"]["reference"]
     of_reference = {"recipe": "reference", "seed": 0, "key": recipes.run_key(reference, 0, where)}
     of_default = {"recipe": "default", "seed": 1, "key": recipes.run_key({}, 1, where)}
@@ -60,12 +60,23 @@ def test_a_further_call_keeps_the_other_runs(recipes, where, tmp_path, capsys):
     recipes.write(arguments, "default", [*kept, of_default])
     written = json.loads(file.read_text())
     assert written["runs"] == [of_reference, of_default]
-    assert written["command"].endswith("--set default --device cpu --seeds 0,1 --only 'reference;default'")
+    assert written["command"].endswith("--set default --device cpu --seeds 0,1 --only 'reference;default' --sampled-tokens 0")
 
     today = where._replace(code="changed")
     with pytest.raises(SystemExit, match="'reference', seed 0, is of another recipe, target, code or other chats"):
         recipes.kept_runs(file, "default", {("default", 1)}, today)
     assert not recipes.kept_runs(file, "default", {("reference", 0), ("default", 1)}, today)
+
+
+def test_a_recipe_is_compared_with_the_first_of_the_same_seed(recipes):
+    def run(recipe, seed, tau):
+        return {"recipe": recipe, "seed": seed, "tau": tau, "tau_at_temperature_1": None, "heldout_tau": 1.5}
+
+    runs = [run("first", 0, 1.0), run("first", 1, 2.0), run("second", 1, 2.2), run("second", 2, 5.0)]
+    assert recipes.table(runs).splitlines()[2:] == [
+        "| first | 2 | 1.500 ± 0.707 |  | 1.500 ± 0.000 |  |",
+        "| second | 2 | 3.600 ± 1.980 | +10.0 % | 1.500 ± 0.000 | +0.0 % |",
+    ]
 
 
 def test_variants_take_what_they_replace_takes(recipes):
