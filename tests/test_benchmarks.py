@@ -60,7 +60,8 @@ def test_a_further_call_keeps_the_other_runs(recipes, where, tmp_path, capsys):
     recipes.write(arguments, "default", [*kept, of_default])
     written = json.loads(file.read_text())
     assert written["runs"] == [of_reference, of_default]
-    assert written["command"].endswith("--set default --device cpu --seeds 0,1 --only 'reference;default' --sampled-tokens 0")
+    what = "--set default --device cpu --seeds 0,1 --only 'reference;default' --sampled-tokens 0"
+    assert written["command"].endswith(what)
 
     today = where._replace(code="changed")
     with pytest.raises(SystemExit, match="'reference', seed 0, is of another recipe, target, code or other chats"):
