@@ -1,6 +1,6 @@
 """Tokens per second of the whole training step, against eager torch and against a plain matmul on this machine.
 
-    python benchmarks/step.py --target quickstart/target [--specjax FOLDER]
+    python benchmarks/step.py --target quickstart/target [--specjax FOLDER | --traced]
 
 The step is `train`'s own: frozen target, teacher, TTT unroll, backward, AdamW, at the sizes of the embedded target
 (B=4, T=512, TTT 7, draft vocabulary 8,192), one device. The reference is a straightforward eager step of the same maths
@@ -11,6 +11,7 @@ multiply-add, backward twice the forward; attention left out).
 
 --specjax: a checkout of github.com/tails-mpt/SpecJAX (measured: commit d047ed4, jax 0.7.1 and optax 0.2.8, which is not
 among this project's packages), the JAX trainer for TPUs, in turn with the others.
+--traced: instead of all of them the compiled step as it is, run by its graph's hash, and the same traced at every call.
 """
 
 import argparse
@@ -30,12 +31,13 @@ from safetensors.torch import load_file, save_file
 
 BATCH, LENGTH, TTT, DRAFT_VOCABULARY = 4, 512, 7, 8192
 TOKENS = BATCH * LENGTH
-EAGER, SPECJAX = "eager reference", "SpecJAX"
+EAGER, SPECJAX, TRACED = "eager reference", "SpecJAX", "ours, XLA, traced at every call"
 OURS = {
     "ours, plain torch": ["xla.device=cpu"],
     "ours, plain torch in bfloat16": ["xla.device=cpu", "xla.autocast=true", "target.dtype=bfloat16"],
     "ours, XLA": ["xla.device=xla"],
     "ours, XLA, xla.remat": ["xla.device=xla", "xla.remat=true"],
+    TRACED: ["xla.device=xla"],
 }
 
 
@@ -75,7 +77,7 @@ def write_batch(path: str, everywhere: bool, file: str) -> None:
     save_file(batch, file)
 
 
-def our_step(path: str, batch: dict[str, torch.Tensor], settings: list[str]):
+def our_step(path: str, batch: dict[str, torch.Tensor], kind: str):
     from eagle3_xla.config import load_recipe
     from eagle3_xla.data.vocab import d2t_t2d
     from eagle3_xla.draft.model import Eagle3Head, draft_config
@@ -84,8 +86,12 @@ def our_step(path: str, batch: dict[str, torch.Tensor], settings: list[str]):
     from eagle3_xla.train.step import TrainStep
     from eagle3_xla.xla.backend import make_backend
 
-    recipe = load_recipe("smollm2-cpu", [f"loss.ttt_length={TTT}", *settings])
+    recipe = load_recipe("smollm2-cpu", [f"loss.ttt_length={TTT}", *OURS[kind]])
     backend = make_backend(recipe.xla)
+    if kind == TRACED:
+        import torch_xla
+
+        backend.compile = lambda function, state=(): torch_xla.compile(function, full_graph=True)
     draft_ids = torch.arange(DRAFT_VOCABULARY)
     target = backend.place_target(open_target(path, getattr(torch, recipe.target.dtype), draft_ids))
     config = target.model.config
@@ -213,7 +219,7 @@ def serve(kind: str, path: str, batch_file: str, specjax: str | None) -> None:
     elif kind == SPECJAX:
         step = specjax_step(specjax, path, batch)
     else:
-        step = our_step(path, batch, OURS[kind])
+        step = our_step(path, batch, kind)
     while True:
         started, before = time.perf_counter(), resource.getrusage(resource.RUSAGE_SELF)
         step()
@@ -241,6 +247,7 @@ def main():
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--everywhere", action="store_true", help="let every position count, the user's too")
     parser.add_argument("--specjax", metavar="FOLDER", help="a checkout of SpecJAX, to be measured too")
+    parser.add_argument("--traced", action="store_true", help="the compiled step, by its hash and traced, alone")
     parser.add_argument("--serve", nargs=2, help=argparse.SUPPRESS)  # one of the kinds, and the batch's file
     options = parser.parse_args()
     if options.serve:
@@ -248,6 +255,8 @@ def main():
         return serve(kind, options.target, file, options.specjax)
     from transformers import AutoConfig
 
+    kinds = (EAGER, *[kind for kind in OURS if kind != TRACED], *[SPECJAX] * bool(options.specjax))
+    kinds = ("ours, XLA", TRACED) if options.traced else kinds
     parts = gflop_per_token(AutoConfig.from_pretrained(options.target))
     total = sum(parts.values())
     for name, gflop in parts.items():
@@ -256,7 +265,7 @@ def main():
         batch_file = f"{folder}/batch.safetensors"
         write_batch(options.target, options.everywhere, batch_file)
         processes, first, steps, matmuls = {}, {}, {}, []
-        for kind in (EAGER, *OURS, *[SPECJAX] * bool(options.specjax)):
+        for kind in kinds:
             command = [sys.executable, __file__, "--target", options.target, "--serve", kind, batch_file]
             command += ["--specjax", options.specjax] if options.specjax else []
             processes[kind] = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
@@ -274,9 +283,9 @@ def main():
     print(f"plain matmul: {peak:.0f} GFLOP/s")
     for kind, measured in steps.items():
         speed = TOKENS / median(step["seconds"] for step in measured)
-        ratio = median(eager["seconds"] / ours["seconds"] for eager, ours in zip(steps[EAGER], measured))
+        ratio = median(its_first["seconds"] / its["seconds"] for its_first, its in zip(steps[kinds[0]], measured))
         print(
-            f"{kind:>29}: {speed:6.1f} tokens/s, {ratio:.2f}x the eager reference, {speed * total:5.1f} GFLOP/s = "
+            f"{kind:>31}: {speed:6.1f} tokens/s, {ratio:.2f}x the first, {speed * total:5.1f} GFLOP/s = "
             f"{speed * total / peak:.0%} of the matmul's, first step {first[kind]['seconds']:.0f} s, "
             f"peak {measured[-1]['peak_gb']:.2f} GB; a step: {middle(measured, 'cpu'):.1f} CPU s, "
             f"{middle(measured, 'system'):.2f} of them the system's, {middle(measured, 'faults'):,.0f} page faults"
