@@ -92,8 +92,8 @@ SETS: dict[str, dict[str, dict[str, str]]] = {
         "default": {},
         "draft vocabulary 4,096": {"data.draft_vocab_size": "4096"},
         "draft vocabulary 16,384": {"data.draft_vocab_size": "16384"},
-        "260,000 tokens, 2 passes": {"data.max_tokens": "260000", "train.epochs": "2"},  # against all, once
-        "130,000 tokens, 4 passes": {"data.max_tokens": "130000", "train.epochs": "4"},
+        "30,000 tokens, 2 passes": {"data.max_tokens": "30000", "train.epochs": "2"},  # against --tokens 60000, once
+        "15,000 tokens, 4 passes": {"data.max_tokens": "15000", "train.epochs": "4"},
         "system prompts varied": {"data.vary_system": "0.5"},
         "rows of 512": {"data.row_length": "512", "train.batch_size": "1"},
     },

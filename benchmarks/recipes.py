@@ -32,7 +32,7 @@ from typing import NamedTuple
 import torch
 import variants
 from recipe_sets import COMMON, DEVICE, SETS
-from variants import KEPT_IN_MEMORY, PATCHES, write_averages
+from variants import KEPT_IN_MEMORY, PATCHES, shared_starts, write_averages
 
 import eagle3_xla
 from eagle3_xla.config import load_recipe
@@ -125,7 +125,11 @@ def _run(name: str, settings: dict[str, str], seed: int, where: Where, key: str)
     recipe = load_recipe(RECIPE, [*overrides(settings, seed, where), f"train.out={out / 'train'}"])
     if settings.get("patch") in KEPT_IN_MEMORY:
         shutil.rmtree(out / "train", ignore_errors=True)
-    with _quiet(out / "log.txt"), PATCHES[settings["patch"]]() if "patch" in settings else contextlib.nullcontext():
+    with contextlib.ExitStack() as until_end:
+        until_end.enter_context(_quiet(out / "log.txt"))
+        until_end.enter_context(shared_starts(where.work / "starts", where.code))
+        if "patch" in settings:
+            until_end.enter_context(PATCHES[settings["patch"]]())
         training = train(recipe)
         if training["ended"] != "done":
             raise KeyboardInterrupt  # the next start goes on from its checkpoint

@@ -1,5 +1,9 @@
 """Variants of the training that are not in the product: each replaces something of it for one run (recipes.py)."""
 
+import contextlib
+import dataclasses
+import hashlib
+import json
 from pathlib import Path
 from unittest.mock import patch
 
@@ -103,6 +107,39 @@ def _noise(aux):
 
 def _dropout(aux):
     return torch.nn.functional.dropout(aux, 0.1)
+
+
+OF_START = {  # the settings that the weights before the first step depend on, of sections that have others too
+    "train": ("init", "init_rows", "batch_size", "seed"),
+    "loss": ("rows",),
+    "xla": ("device", "autocast"),
+}
+
+
+@contextlib.contextmanager
+def shared_starts(folder: Path, code: str):
+    """Runs whose heads begin alike solve their start once; `folder` keeps it. code: fingerprint of what solves it."""
+    solve = setup._initialise
+
+    def initialise(recipe, backend, data, target, head, *given):
+        settings = dataclasses.asdict(recipe)
+        of_start = {section: {name: settings[section][name] for name in names} for section, names in OF_START.items()}
+        of_start |= {section: settings[section] for section in ("target", "data", "draft")}
+        what = json.dumps([of_start, code], sort_keys=True)
+        file = folder / f"{hashlib.sha256(what.encode()).hexdigest()[:16]}.pt"
+        if file.exists():
+            weights, lr_scale = torch.load(file)
+            head.load_state_dict(weights)
+            return lr_scale
+        lr_scale = solve(recipe, backend, data, target, head, *given)
+        folder.mkdir(parents=True, exist_ok=True)
+        partial = file.with_suffix(f".{recipe.train.out.replace('/', '-')}")  # another run may solve the same
+        torch.save((head.state_dict(), lr_scale), partial)
+        partial.replace(file)
+        return lr_scale
+
+    with patch.object(setup, "_initialise", initialise):
+        yield
 
 
 PATCHES = {
