@@ -248,6 +248,21 @@ def test_held_out_equal_to_trained_on(small_target, tmp_path):
     assert warning.startswith(f"{file} is both trained on and held out")
 
 
+def test_held_out_of_the_same_set_is_no_warning(small_target, tmp_path):
+    folder = tmp_path / "set"
+    folder.mkdir()
+    write(folder / "train.jsonl", chats(20))
+    write(folder / "test.jsonl", [{"prompt": f"What is {n} squared?", "completion": f"{n * n}"} for n in range(9)])
+    of_set = f"[{{path: {folder}, split: train}}]", f"[{{path: {folder}, split: test}}]"
+    given = recipe(small_target, tmp_path / "data", folder, f"data.train={of_set[0]}", f"data.heldout={of_set[1]}")
+    assert not prepare(given)["warnings"]
+    same = recipe(
+        small_target, tmp_path / "data", folder, *(f"data.{split}={of_set[1]}" for split in ("train", "heldout"))
+    )
+    same.data.deduplicate = "none"
+    assert prepare(same)["warnings"][0].startswith(f"{folder} is both trained on and held out")
+
+
 def test_many_conversations_longer_than_a_row_are_told_of(small_target, tmp_path):
     long = [{"prompt": f"How far is {n}?", "completion": "very " * 80 + f"far, {n} times."} for n in range(3)]
     for rows, said in ([*chats(60), *long], []), ([*chats(20), *long], ["3 of 23 training conversations"]):

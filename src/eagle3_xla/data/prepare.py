@@ -253,11 +253,11 @@ def _warnings(
     data: DataConfig, prints: dict, reports: list[dict], reasoning_shown: bool, train: Documents, tokenised: int
 ) -> list[str]:
     """reports: of the sources; tokenised: conversations before data.max_tokens."""
-    both = set(prints["train"]) & set(prints["heldout"])
+    chats = {split: list(map(_chats_of, getattr(data, split), prints[split])) for split in SPLITS}
     warnings = [
         f"{source.path} is both trained on and held out: its held-out figures are of chats that the head has seen"
-        for source, fingerprint in zip(data.heldout, prints["heldout"], strict=True)
-        if fingerprint in both
+        for source, of_it in zip(data.heldout, chats["heldout"], strict=True)
+        if of_it in chats["train"]
     ]
     for report in reports:
         if report.get("with_reasoning") and not reasoning_shown:
@@ -281,6 +281,12 @@ def _warnings(
             f"{data.row_length}: what lies past it is left out"
         )
     return warnings
+
+
+def _chats_of(source: Source, fingerprint: str) -> tuple[str, ...]:
+    """Which chats a source has; a set has others in each split."""
+    source = sources.resolve(source)
+    return (fingerprint,) if sources.is_file(source) else (fingerprint, source.file or source.split)
 
 
 def _source_reports(reports: dict, prints: dict, train: Documents, heldout: Documents) -> list[dict]:
