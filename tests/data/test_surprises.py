@@ -189,10 +189,12 @@ def test_more_sources_than_a_byte_counts(small_target, tmp_path):
 
 
 def edited(folder: Path, **files) -> None:
-    """Change fields of JSON files in a folder; None removes one, a string replaces the file's content."""
+    """Change fields of JSON files in a folder; None removes a field or a file, a string is a file's new content."""
     for name, change in files.items():
         file = folder / f"{name}.json"
-        if isinstance(change, str):
+        if change is None:
+            file.unlink()
+        elif isinstance(change, str):
             file.write_text(change)
         else:
             fields = json.loads(file.read_text()) if file.exists() else {}
@@ -212,6 +214,7 @@ TARGETS = [
     ({"generation_config": "{"}, "target .*generation_config.json|not a valid JSON file"),
     ({"tokenizer": "{"}, "no tokenizer at "),
     ({"tokenizer": "[]"}, "no tokenizer at "),
+    ({"tokenizer": None}, "no tokenizer at .*there is no tokenizer.json"),
     ({"tokenizer_config": "[1]"}, "no tokenizer at "),
     ({"config": {"vocab_size": 60}}, r"vocab_size 60|end-of-turn token's id is|the target has 60 tokens"),
     ({"config": {"vocab_size": 300}}, r"gives token id \d+, but config.json there says vocab_size 300: they don't"),

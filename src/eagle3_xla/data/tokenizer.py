@@ -95,7 +95,9 @@ def load_tokenizer(path: str) -> Any:
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False, clean_up_tokenization_spaces=False)
     except Exception as error:  # the Rust tokenizers raise plain Exceptions for a file that they can't read
-        raise UserError(f"no tokenizer at {path!r}: {first_line(error)}") from None
+        has_one = os.path.exists(os.path.join(folder, "tokenizer.json"))  # else transformers talks of others
+        why = first_line(error) if has_one else "there is no tokenizer.json"
+        raise UserError(f"no tokenizer at {path!r}: {why}") from None
     if not tokenizer.chat_template:
         raise UserError(f"the tokenizer at {path!r} has no chat template")
     if tokenizer.pad_token_id is None:
