@@ -39,11 +39,16 @@ from eagle3_xla.config import load_recipe
 from eagle3_xla.data import prompts, sources
 from eagle3_xla.data.config import Source
 from eagle3_xla.data.prepare import prepare
+from eagle3_xla.data.tokenizer import load_tokenizer, stop_token_ids
+from eagle3_xla.evaluate.decode import Decoder
 from eagle3_xla.evaluate.fingerprint import target_fingerprint
+from eagle3_xla.evaluate.forced import teacher_forced
 from eagle3_xla.evaluate.options import EvalOptions
-from eagle3_xla.evaluate.run import evaluate
+from eagle3_xla.evaluate.run import decode_prompts, evaluate, load_pair, prompt_ids
 from eagle3_xla.export import export
+from eagle3_xla.loss.metrics import add_up, expected_tau, rates
 from eagle3_xla.target.embedded import write_embedded_target
+from eagle3_xla.target.model import Target, load_target
 from eagle3_xla.train.loop import train
 
 FOLDER = Path(__file__).parent / "recipes"
@@ -54,7 +59,8 @@ PACKAGES = ("torch", "transformers")
 
 class Where(NamedTuple):
     """What all runs of a call share. train: a file of chats in place of the shipped ones; tokens: of the chats; code:
-    `code_key` at its start; sampled_tokens: new tokens of an answer at temperature 1, 0: none is made."""
+    `code_key` at its start; sampled_tokens: new tokens of an answer at temperature 1, 0: none is made; expected: see
+    `--expected`."""
 
     device: str
     target: Path
@@ -63,6 +69,7 @@ class Where(NamedTuple):
     tokens: int
     code: str
     sampled_tokens: int = SAMPLED_TOKENS
+    expected: bool = False
 
 
 def overrides(settings: dict[str, str], seed: int, where: Where) -> list[str]:
@@ -99,7 +106,7 @@ def run_key(settings: dict[str, str], seed: int, where: Where) -> str:
     recipe.target.path = recipe.data.prepared = ""
     for source in (*recipe.data.train, *recipe.data.heldout):
         source.path = ""
-    evaluation = [PROMPTS, TOKENS, where.sampled_tokens]
+    evaluation = [PROMPTS, TOKENS, where.sampled_tokens, where.expected]
     what = [dataclasses.asdict(recipe), contents, settings.get("patch"), evaluation, where.code]
     return hashlib.sha256(json.dumps(what, sort_keys=True).encode()).hexdigest()[:16]
 
@@ -136,9 +143,11 @@ def _run(name: str, settings: dict[str, str], seed: int, where: Where, key: str)
         export(out / "train", out / "head")
         if settings.get("patch") == "ema":
             write_averages(out / "head" / "model.safetensors")
-        options = EvalOptions(limit=PROMPTS, max_new_tokens=TOKENS, batch_size=PROMPTS, baseline=False)
-        options.device = "cuda" if where.device == "cuda" else "cpu"
-        tau = evaluate(target, str(out / "head"), HELDOUT, options)["tau"]
+        options = _options(where)
+        if where.expected:
+            tau = _expected(str(out / "head"), where)
+        else:
+            tau = evaluate(target, str(out / "head"), HELDOUT, options)["tau"]
         if where.sampled_tokens:
             options = dataclasses.replace(options, max_new_tokens=where.sampled_tokens, temperature=1.0, seed=seed)
             at_1 = evaluate(target, str(out / "head"), HELDOUT, options)["tau"]
@@ -156,6 +165,41 @@ def _run(name: str, settings: dict[str, str], seed: int, where: Where, key: str)
     partial.write_text(json.dumps(result, indent=1) + "\n")
     partial.replace(file)
     return result
+
+
+def _options(where: Where) -> EvalOptions:
+    limit = 0 if where.expected else PROMPTS
+    options = EvalOptions(limit=limit, max_new_tokens=TOKENS, batch_size=PROMPTS, baseline=False)
+    options.device = "cuda" if where.device == "cuda" else "cpu"
+    return options
+
+
+def _answers_of(where: Where) -> Path:
+    return where.work / f"answers-{target_fingerprint(str(where.target))[:12]}.json"
+
+
+def _write_answers(where: Where) -> None:
+    """The target's own greedy answers to all held-out prompts, [prompt ids, answer ids] each, unless they are there."""
+    file = _answers_of(where)
+    if not file.exists():
+        options, tokenizer = _options(where), load_tokenizer(str(where.target))
+        model = load_target(str(where.target), torch.float32)
+        ids = prompt_ids(tokenizer, HELDOUT, options, model.config.max_position_embeddings)
+        decoder = Decoder(Target(model, torch.arange(1)).to(options.device), PROMPTS)
+        answers = decode_prompts(decoder, ids, stop_token_ids(str(where.target), tokenizer), options)
+        partial = file.with_suffix(".partial")
+        partial.write_text(json.dumps([[asked, answer.tokens] for asked, answer in zip(ids, answers)]))
+        partial.replace(file)
+
+
+def _expected(draft: str, where: Where) -> float:
+    """Expected tau of a chain of 5 on the target's own greedy answers, which decoding with any head gives too."""
+    options = _options(where)
+    pair = load_pair(str(where.target), draft, options)
+    target, head = pair.on(options)
+    given = json.loads(_answers_of(where).read_text())
+    sums = [teacher_forced(target, head, pair.d2t, *each, options.steps)[1] for each in given]
+    return expected_tau(rates(add_up(sums))["acceptance"])
 
 
 FIGURES = {"tau": "tau, greedy", "tau_at_temperature_1": "tau, temperature 1", "heldout_tau": "held-out rows"}
@@ -200,7 +244,7 @@ def plot(results: list[dict], file: Path) -> None:
         if with_it:
             axes.plot([result[key] for result in with_it], places, marker, label=label, alpha=0.8)
     axes.set_yticks(range(len(names)), names)
-    axes.set_xlabel(f"acceptance length tau, {PROMPTS} held-out prompts, chain of 5")
+    axes.set_xlabel("acceptance length tau, held-out prompts, chain of 5")
     axes.grid(axis="x", alpha=0.3)
     axes.legend(loc="best")
     figure.savefig(file)
@@ -218,6 +262,12 @@ def main() -> None:
     parser.add_argument("--device", default="cpu", choices=[*DEVICE])
     parser.add_argument("--jobs", type=int, default=1, help="runs at once")
     parser.add_argument("--sampled-tokens", type=int, default=SAMPLED_TOKENS, help="0: no evaluation at temperature 1")
+    parser.add_argument(
+        "--expected",
+        action="store_true",
+        help="tau by one pass over the target's greedy answers to all held-out prompts, not by decoding with the head: "
+        "docs/concepts.md; none at temperature 1",
+    )
     parser.add_argument("--seeds", default="0,1,2")
     parser.add_argument("--only", default="", help="recipes of the set, separated by ;")
     arguments = parser.parse_args()
@@ -233,7 +283,10 @@ def main() -> None:
         if not only or name in only
     ]
     of_chats = arguments.train, arguments.tokens
-    where = Where(arguments.device, arguments.target, arguments.work, *of_chats, code_key(), arguments.sampled_tokens)
+    if arguments.expected:
+        arguments.sampled_tokens = 0
+    evaluation = arguments.sampled_tokens, arguments.expected
+    where = Where(arguments.device, arguments.target, arguments.work, *of_chats, code_key(), *evaluation)
     results = {
         of: kept_runs(arguments.out / f"{of}.json", of, {(run[1], run[3]) for run in wanted if run[0] == of}, where)
         for of in arguments.sets
@@ -247,6 +300,8 @@ def main() -> None:
             pool.map(_prepare, datasets.values(), [arguments.work / f"{i}.log" for i in range(len(datasets))])
         ):
             print(f"data {number + 1} of {len(datasets)}", file=sys.stderr)
+        if where.expected:
+            pool.submit(_write_answers, where).result()
         # A recipe that several sets have runs once for each seed.
         runs: dict[str, list[tuple]] = {}
         for run in wanted:
@@ -302,14 +357,16 @@ def write(arguments: argparse.Namespace, of: str, results: list[dict]) -> None:
     names = [*dict.fromkeys(result["recipe"] for result in results)]
     command += f" --only {shlex.quote(';'.join(names))}" if names != [*SETS[of]] else ""
     command += f" --tokens {arguments.tokens}" if arguments.tokens else ""
-    sampled = arguments.sampled_tokens
-    command += f" --sampled-tokens {sampled}" if sampled != SAMPLED_TOKENS else ""
+    sampled, expected = arguments.sampled_tokens, arguments.expected
+    command += " --expected" if expected else ""
+    command += f" --sampled-tokens {sampled}" if sampled != SAMPLED_TOKENS and not expected else ""
     command += f" --train {Path(arguments.train).name}" if arguments.train else ""
     about = {
         "command": command,
         "device": f"{device}, {os.cpu_count()} cores",
         "versions": versions(),
-        "evaluation": f"first {PROMPTS} of {HELDOUT}, chain of 5, {TOKENS} new tokens"
+        "evaluation": f"{'all' if expected else f'first {PROMPTS}'} of {HELDOUT}, chain of 5, {TOKENS} new tokens"
+        + (", expected from the target's own answers" if expected else "")
         + (f" ({sampled} sampled)" if sampled else ""),
         "common": COMMON | DEVICE[arguments.device],
     }

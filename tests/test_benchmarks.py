@@ -51,7 +51,7 @@ def test_the_key_of_a_run_is_of_all_that_shapes_it(recipes, where, chat_file, tm
 
 
 def test_a_further_call_keeps_the_other_runs(recipes, where, tmp_path, capsys):
-    arguments = Namespace(device="cpu", tokens=0, train="", out=tmp_path, sampled_tokens=0)
+    arguments = Namespace(device="cpu", tokens=0, train="", out=tmp_path, sampled_tokens=0, expected=False)
     file, reference = tmp_path / "default.json", recipes.SETS["default"]["reference"]
     of_reference = {"recipe": "reference", "seed": 0, "key": recipes.run_key(reference, 0, where)}
     of_default = {"recipe": "default", "seed": 1, "key": recipes.run_key({}, 1, where)}
