@@ -47,6 +47,7 @@ from eagle3_xla.evaluate.options import EvalOptions
 from eagle3_xla.evaluate.run import decode_prompts, evaluate, load_pair, prompt_ids
 from eagle3_xla.export import export
 from eagle3_xla.loss.metrics import add_up, expected_tau, rates
+from eagle3_xla.processes import end_with_parent
 from eagle3_xla.target.embedded import write_embedded_target
 from eagle3_xla.target.model import Target, load_target
 from eagle3_xla.train.loop import train
@@ -291,7 +292,7 @@ def main() -> None:
         of: kept_runs(arguments.out / f"{of}.json", of, {(run[1], run[3]) for run in wanted if run[0] == of}, where)
         for of in arguments.sets
     }
-    processes = ProcessPoolExecutor(arguments.jobs, multiprocessing.get_context("spawn"))
+    processes = ProcessPoolExecutor(arguments.jobs, multiprocessing.get_context("spawn"), end_with_parent)
     with processes as pool:
         # The data first: runs share it.
         given = [overrides(settings, 0, where) for _, _, settings, _ in wanted]

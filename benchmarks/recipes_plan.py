@@ -21,6 +21,7 @@ from pathlib import Path
 from eagle3_xla.config import load_recipe, recipe_names
 from eagle3_xla.plan.search import COMPILER
 from eagle3_xla.plan.verdict import compile_verdict
+from eagle3_xla.processes import end_with_parent
 from eagle3_xla.target.known import plan_config
 
 FOLDER, README = Path(__file__).parent / "plans", Path(__file__).parent / "README.md"
@@ -44,6 +45,7 @@ HEADS = (
 
 def plan_one(name: str, overrides: list[str], file: Path) -> None:
     """Write the recipe's verdict, unless the file has it. In a process of its own: it has the slice's devices."""
+    end_with_parent()
     recipe = load_recipe(name, [f"plan.layers={FEW}", *overrides])
     os.environ.update(PJRT_DEVICE="CPU", CPU_NUM_DEVICES=str(recipe.xla.dp * recipe.xla.tp))
     from eagle3_xla.plan.compiled import lowered_steps

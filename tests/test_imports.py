@@ -12,6 +12,7 @@ ORDER = [
     "storage",
     "local_copies",
     "errors",
+    "processes",
     "settings",
     "config",
     "checks",

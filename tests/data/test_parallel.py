@@ -1,6 +1,11 @@
 """Chunks through processes: every one, in order."""
 
+import os
+import signal
+import subprocess
 import sys
+import time
+from pathlib import Path
 
 import pytest
 
@@ -39,3 +44,27 @@ def make_imported():
 def test_its_processes_begin_with_what_they_need_and_without_torch_xla():
     names = ["eagle3_xla.data.documents", "transformers.models.auto.tokenization_auto", "torch_xla"]
     assert list(ordered_map(make_imported, (), names, 2)) == [True, True, False]
+
+
+def make_busy(folder):
+    Path(folder, str(os.getpid())).touch()
+    return time.sleep
+
+
+@pytest.mark.parametrize("how", [signal.SIGTERM, signal.SIGKILL])
+def test_its_processes_end_when_it_is_killed(how, tmp_path):
+    code = "from tests.data.test_parallel import *; list(ordered_map(make_busy, sys.argv[1:], [600] * 9, 2))"
+    process = subprocess.Popen([sys.executable, "-c", code, tmp_path], cwd=Path(__file__).parents[2])
+    try:
+        _wait_until(lambda: len([*tmp_path.iterdir()]) == 2)
+    finally:
+        process.send_signal(how)
+        process.wait()
+    _wait_until(lambda: not any(Path("/proc", worker.name).exists() for worker in tmp_path.iterdir()))
+
+
+def _wait_until(is_so):
+    deadline = time.monotonic() + 60
+    while not is_so():
+        assert time.monotonic() < deadline
+        time.sleep(0.05)

@@ -9,6 +9,8 @@ from concurrent.futures.process import BrokenProcessPool
 from itertools import islice
 from typing import Any
 
+from eagle3_xla.processes import end_with_parent
+
 _function: Callable | None = None
 _failure: Exception | None = None
 
@@ -52,6 +54,7 @@ def batched(items: Iterable, size: int) -> Iterator[list]:
 
 def _initialise(make: Callable, arguments: tuple) -> None:
     global _function, _failure
+    end_with_parent()
     try:
         _function = make(*arguments)
     except Exception as error:  # raised here it would arrive as a BrokenProcessPool

@@ -19,6 +19,7 @@ from eagle3_xla.config import Recipe
 from eagle3_xla.data.manifest import prepared_manifest
 from eagle3_xla.errors import UserError
 from eagle3_xla.plan.verdict import plan
+from eagle3_xla.processes import end_with_parent
 from eagle3_xla.target.known import plan_config
 from eagle3_xla.xla.tpu import GIB, find_topology, not_installed
 
@@ -70,7 +71,7 @@ def search(recipe: Recipe) -> dict:
     rows, bar = [], tqdm(total=sum(map(len, meshes)), desc=f"plans for {topology.name}", unit="plan")
     forks = multiprocessing.get_context("forkserver")  # of a process that has imported everything, once
     forks.set_forkserver_preload(["eagle3_xla.plan.compiled"])
-    with ProcessPoolExecutor(1, forks, max_tasks_per_child=1) as compilers:
+    with ProcessPoolExecutor(1, forks, initializer=end_with_parent, max_tasks_per_child=1) as compilers:
         for mesh in meshes:
             rows += _verdicts_of(mesh, compilers, bar)
     bar.close()
