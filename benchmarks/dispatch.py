@@ -20,7 +20,7 @@ from eagle3_xla.config import load_recipe
 from eagle3_xla.data.vocab import d2t_t2d
 from eagle3_xla.draft.model import Eagle3Head, draft_config
 from eagle3_xla.target.model import Target
-from eagle3_xla.train.optimizer import AdamW
+from eagle3_xla.train.optimizer import Optimizer
 from eagle3_xla.train.step import TrainStep
 from eagle3_xla.xla.backend import make_backend
 
@@ -36,7 +36,7 @@ def make_step(recipe, backend, layers: int) -> TrainStep:
     draft_ids = torch.arange(DRAFT_VOCABULARY)
     target = backend.place_target(Target(model.eval().requires_grad_(False), draft_ids))
     head = backend.place_head(Eagle3Head(draft_config(model.config, DRAFT_VOCABULARY)))
-    optimizer = AdamW(dict(head.named_parameters()), recipe.train, 1000, backend, {})
+    optimizer = Optimizer(dict(head.named_parameters()), recipe.train, 1000, backend, {})
     return TrainStep(recipe, backend, target, head, *d2t_t2d(draft_ids, VOCABULARY), optimizer)
 
 

@@ -13,7 +13,7 @@ from safetensors.torch import save_file
 
 from eagle3_xla.draft.model import Eagle3Head
 from eagle3_xla.train import setup
-from eagle3_xla.train.optimizer import AdamW
+from eagle3_xla.train.optimizer import Optimizer
 
 
 def _plain_start(recipe, backend, data, target, head, warm_head, lm_head_rows, states_of):
@@ -25,52 +25,13 @@ def _plain_start(recipe, backend, data, target, head, warm_head, lm_head_rows, s
     return {}
 
 
-class _FrozenLmHead(AdamW):
+class _FrozenLmHead(Optimizer):
     def step(self) -> torch.Tensor:
         self.parameters["lm_head.weight"].grad.zero_()
         return super().step()
 
 
-class _Muon(AdamW):
-    """Muon (Jordan et al., 2024) on the 2-D weights of fc and the layer, AdamW on lm_head and the norms."""
-
-    def __init__(self, parameters, config, total_steps, backend, lr_scale, state=None):
-        super().__init__(parameters, config, total_steps, backend, lr_scale, state)
-        inner = {name: p for name, p in parameters.items() if p.ndim == 2 and name != "lm_head.weight"}
-        self.momentum = {name: backend.like(torch.zeros(p.shape), p) for name, p in inner.items()}
-
-    def changing(self):
-        return [*super().changing(), *self.momentum.values()]
-
-    @torch.no_grad()
-    def step(self) -> torch.Tensor:
-        before = {name: self.parameters[name].clone() for name in self.momentum}
-        gradients = {name: self.parameters[name].grad.clone() for name in self.momentum}
-        norm = super().step()
-        lr = self.lr(self.step_count)
-        for name, moment in self.momentum.items():
-            moment.mul_(0.95).add_(gradients[name])
-            update = _orthogonal(gradients[name] + 0.95 * moment)
-            scale = 0.2 * max(update.shape) ** 0.5  # the RMS of an update is AdamW's (Moonlight)
-            rate = lr * self.lr_scale[name] / self.lr_scale[name].mean() if name in self.lr_scale else lr
-            self.parameters[name].copy_(before[name] - rate * scale * update)
-        return norm
-
-
-def _orthogonal(x: torch.Tensor) -> torch.Tensor:
-    """Newton-Schulz iteration towards the nearest orthogonal matrix."""
-    a, b, c = 3.4445, -4.7750, 2.0315
-    tall = x.shape[0] > x.shape[1]
-    x = x.T if tall else x
-    x = x.bfloat16() if x.is_cuda else x
-    x = x / (x.norm() + 1e-7)
-    for _ in range(5):
-        gram = x @ x.T
-        x = a * x + (b * gram + c * gram @ gram) @ x
-    return (x.T if tall else x).float()
-
-
-class _Ema(AdamW):
+class _Ema(Optimizer):
     """Weights averaged over about the last 100 steps; `write_averages` exports them."""
 
     averages: dict[str, torch.Tensor] = {}  # of the newest run
@@ -144,13 +105,12 @@ def shared_starts(folder: Path, code: str):
 
 PATCHES = {
     "plain_start": lambda: patch.object(setup, "_initialise", _plain_start),
-    "frozen_lm_head": lambda: patch.object(setup, "AdamW", _FrozenLmHead),
-    "muon": lambda: patch.object(setup, "AdamW", _Muon),
-    "ema": lambda: patch.object(setup, "AdamW", _Ema),
+    "frozen_lm_head": lambda: patch.object(setup, "Optimizer", _FrozenLmHead),
+    "ema": lambda: patch.object(setup, "Optimizer", _Ema),
     "noise": lambda: _on_aux(_noise),
     "dropout": lambda: _on_aux(_dropout),
 }
-KEPT_IN_MEMORY = ("muon", "ema")  # what these patches keep is in no checkpoint
+KEPT_IN_MEMORY = ("ema",)  # what these patches keep is in no checkpoint
 
 
 def write_averages(file: Path) -> None:

@@ -1,6 +1,6 @@
 """Everything a run is, on disk: weights, moments, step, vocabulary maps, recipe. Nothing half-written is ever read.
 
-    checkpoints/step-00000120/state.safetensors   head weights, AdamW moments and step, d2t, t2d
+    checkpoints/step-00000120/state.safetensors   head weights, the optimizer's moments and step, d2t, t2d
                              /meta.json           micro-step, held-out taus, recipe
                              /SHA256SUMS          of the two above; `sha256sum -c` reads it
                /.partial-*                        being written or deleted; one that a kill left goes with the next save

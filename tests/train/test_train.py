@@ -38,13 +38,15 @@ def recipe_of(small_run, *more):
 
 
 @pytest.mark.parametrize(
-    "reuse, accumulation, warmup",
-    [(False, 2, 0.5), (True, 1, 0)],
-    ids=["target in the step, growing TTT length", "states reused"],
+    "reuse, accumulation, warmup, optimizer",
+    [(False, 2, 0.5, "adamw"), (True, 1, 0, "muon")],
+    ids=["target in the step, growing TTT length", "states reused, Muon"],
 )
-def test_a_seed_gives_the_same_weights_twice_and_resumes_to_them(small_run, tmp_path, reuse, accumulation, warmup):
+def test_a_seed_gives_the_same_weights_twice_and_resumes_to_them(
+    small_run, tmp_path, reuse, accumulation, warmup, optimizer
+):
     more = [f"train.reuse_states={reuse}", f"train.gradient_accumulation={accumulation}", "train.init=least_squares"]
-    more += [f"loss.ttt_warmup={warmup}", "train.epochs=1"]
+    more += [f"loss.ttt_warmup={warmup}", f"train.optimizer={optimizer}", "train.epochs=1"]
     whole = recipe_of(small_run, *more)
     summary = train(whole)
     assert summary["micro_steps"] == summary["of"] >= 8

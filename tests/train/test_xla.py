@@ -25,18 +25,18 @@ def losses(out: Path) -> list[dict]:
 @pytest.mark.parametrize(
     "dp, tp, accumulation, reuse, settings",
     [
-        (2, 2, 1, False, ["xla.remat=true", "loss.ttt_length=2"]),
+        (2, 2, 1, False, ["xla.remat=true", "loss.ttt_length=2", "train.optimizer=muon"]),
         (2, 2, 1, False, ["xla.draft_data_parallel=true", "loss.ttt_length=2"]),
         (1, 1, 2, False, ["loss.ttt_length=1"]),
-        (2, 1, 1, True, ["loss.ttt_length=1"]),
+        (2, 1, 1, True, ["loss.ttt_length=1", "train.optimizer=muon"]),
         (2, 2, 1, False, ["xla.autocast=true", "target.dtype=bfloat16", "loss.ttt_length=2"]),
         (1, 4, 1, False, ["loss.anchors=0.3", "loss.ttt_length=3"]),
     ],
-    ids=["2x2, remat", "2x2, draft dp 4", "accumulation", "states reused, dp 2", "bfloat16", "anchors"],
+    ids=["2x2, remat, Muon", "2x2, draft dp 4", "accumulation", "states reused, dp 2, Muon", "bfloat16", "anchors"],
 )
 def test_spmd_equals_plain_torch(forks, small_run, tmp_path, dp, tp, accumulation, reuse, settings):
     shape = [f"train.gradient_accumulation={accumulation}", f"train.reuse_states={reuse}", "train.epochs=20"]
-    shape += [setting for setting in settings if setting.startswith("loss.")]
+    shape += [setting for setting in settings if setting.startswith(("loss.", "train."))]
     plain = load_recipe(None, [*small_run, *shape, "train.batch_size=4"])
     prepare(plain)
     train(plain, max_steps=STEPS)

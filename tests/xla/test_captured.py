@@ -8,7 +8,7 @@ from eagle3_xla.data.batches import drafted_positions, list_rows
 from eagle3_xla.data.vocab import d2t_t2d
 from eagle3_xla.draft.model import Eagle3Head, draft_config
 from eagle3_xla.target.model import Target, load_target
-from eagle3_xla.train.optimizer import AdamW
+from eagle3_xla.train.optimizer import Optimizer
 from eagle3_xla.train.step import TrainStep
 from eagle3_xla.xla.plain import PlainBackend
 
@@ -40,7 +40,7 @@ def run(model, recipe, captured: bool) -> tuple[list[float], dict]:
     target = backend.place_target(Target(model, draft_ids))
     torch.manual_seed(0)
     head = backend.place_head(Eagle3Head(draft_config(model.config, DRAFT_VOCABULARY)))
-    optimizer = AdamW(dict(head.named_parameters()), recipe.train, 100, backend, {})
+    optimizer = Optimizer(dict(head.named_parameters()), recipe.train, 100, backend, {})
     step = TrainStep(recipe, backend, target, head, *d2t_t2d(draft_ids, model.config.vocab_size), optimizer)
     every = [backend.put(batch) for batch in batches(model.config.vocab_size)]
     losses = [float(step.run(i, every[i % len(every)])[0][0]) for i in range(18)]

@@ -9,6 +9,7 @@ from eagle3_xla import storage
 from eagle3_xla.config import Recipe
 from eagle3_xla.draft.model import Eagle3Head, draft_config
 from eagle3_xla.plan.depth import layer_period, with_layers
+from eagle3_xla.train.optimizer import inner_matrices
 
 # Of a prepared row's position: id int32, mask one bit, document int16, position int32 (data/rows.py).
 POSITION = 4 + 1 / 8 + 2 + 4
@@ -64,8 +65,11 @@ def _stored_bytes(config: Any) -> float:
 
 
 def _training_state_bytes(recipe: Recipe, target: Any) -> int:
-    """A checkpoint: the head and its two moments in float32, the draft vocabulary's maps."""
+    """A checkpoint: the head and its two moments (Muon: one) in float32, the draft vocabulary's maps."""
     draft_vocabulary = recipe.data.draft_vocab_size
     with torch.device("meta"):
         head = Eagle3Head(draft_config(target, draft_vocabulary, recipe.draft))
-    return 3 * 4 * sum(p.numel() for p in head.parameters()) + 8 * draft_vocabulary + target.vocab_size
+    parameters = dict(head.named_parameters())
+    by_muon = inner_matrices(parameters) if recipe.train.optimizer == "muon" else {}
+    values = sum((2 if name in by_muon else 3) * p.numel() for name, p in parameters.items())
+    return 4 * values + 8 * draft_vocabulary + target.vocab_size

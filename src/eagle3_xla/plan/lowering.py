@@ -11,7 +11,7 @@ from eagle3_xla.data.prepare import load_prepared
 from eagle3_xla.draft.model import Eagle3Head, draft_config
 from eagle3_xla.target.model import Target
 from eagle3_xla.train.loader import training_batches
-from eagle3_xla.train.optimizer import AdamW
+from eagle3_xla.train.optimizer import Optimizer
 from eagle3_xla.train.step import TrainStep
 from eagle3_xla.xla.aot import AotBackend, LoweredStep
 
@@ -33,7 +33,7 @@ def lower_step(recipe: Recipe, target_config: Any, coordinates: list | None = No
         head = backend.place_head(Eagle3Head(draft_config(target_config, draft_vocabulary, recipe.draft)))
         parameters = dict(head.named_parameters())
         lr_scale = {"fc.weight": torch.zeros(head.fc.in_features)}
-        optimizer = AdamW(parameters, recipe.train, TOTAL_STEPS, backend, lr_scale)
+        optimizer = Optimizer(parameters, recipe.train, TOTAL_STEPS, backend, lr_scale)
         d2t, t2d = torch.zeros(draft_vocabulary, dtype=torch.int64), torch.zeros(vocabulary, dtype=torch.bool)
         step = TrainStep(recipe, backend, target, head, d2t, t2d, optimizer)
         batch = _rows(recipe, backend)

@@ -102,13 +102,14 @@ def _rows(recipe: Recipe, step: int, manifest: dict) -> list[tuple[str, object]]
     there = report.get("rows") if isinstance(report, dict) else None
     passes = f"{step * in_a_step / there:.1f} of " if isinstance(there, int) and there > 0 else ""
     drawn = "" if loss.anchors == 1 else f", after the first at {loss.anchors:.0%} of the rows"
+    inner = "Muon for fc and the layer's matrices, else " if train.optimizer == "muon" else ""
     return [
         ("framework", "eagle3-xla, PyTorch/XLA" if xla.device == "xla" else f"eagle3-xla, PyTorch on {xla.device}"),
         ("mesh", f"dp={xla.dp} x tp={xla.tp}"),
         ("epochs", f"{passes}at most {train.epochs}"),
         ("micro-steps", f"{step}, {train.gradient_accumulation} for each step of the optimizer"),
         ("batch", f"{batch} rows of {recipe.data.row_length} tokens"),
-        ("optimizer", f"AdamW, betas {train.beta1:g} and {train.beta2:g}, weight decay {train.weight_decay:g}"),
+        ("optimizer", f"{inner}AdamW, betas {train.beta1:g} and {train.beta2:g}, weight decay {train.weight_decay:g}"),
         ("lr", f"{train.lr:g}, warm-up over {train.warmup:.0%} of the steps, cosine decay"),
         ("gradients", f"at most of norm {train.max_grad_norm:g}"),
         ("TTT", f"{loss.ttt_length} steps{drawn}, step k weighs {loss.decay:g}^k, loss {loss.objective}"),

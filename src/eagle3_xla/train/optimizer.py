@@ -1,4 +1,4 @@
-"""AdamW with warm-up and cosine decay, all of it on the device.
+"""AdamW, or Muon for the matrices inside the head, with warm-up and cosine decay, all of it on the device.
 
 Step and learning rate are device tensors and the moments exist before step 1: a Python number that changes, or a
 moment that appears later, would compile the step again.
@@ -12,10 +12,21 @@ from eagle3_xla.train.config import TrainConfig
 from eagle3_xla.xla.backend import Backend
 
 EPSILON = 1e-8
+MOMENTUM = 0.95  # Muon's
+NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)  # of five steps that bring singular values near 1 (Jordan et al., 2024)
 
 
-class AdamW:
-    """Decoupled weight decay (Loshchilov & Hutter, 2019), gradient clipping by global norm.
+def inner_matrices(parameters: dict[str, torch.Tensor]) -> set[str]:
+    """Names of those that Muon is for."""
+    return {name for name, p in parameters.items() if p.ndim > 1 and not name.startswith("lm_head.")}
+
+
+class Optimizer:
+    """AdamW, decoupled weight decay (Loshchilov & Hutter, 2019), gradient clipping by global norm.
+
+    With `train.optimizer=muon` fc and the layer's matrices are changed by Muon instead (Jordan et al., 2024): the
+    nearest orthogonal matrix to their gradients' Nesterov momentum, of the size that AdamW's update has (Liu et al.,
+    2025, section 2.2), so that one learning rate serves both; AdamW has lm_head, as it chooses among tokens, and norms.
 
     parameters: name -> parameter (float32 master weights); total_steps: optimizer steps of the whole run.
     lr_scale: name -> tensor that broadcasts against the parameter and multiplies its learning rate. Adam's update does
@@ -35,14 +46,20 @@ class AdamW:
     ):
         self.parameters = parameters
         self.config = config
+        self.backend = backend
         self.total_steps = total_steps
         self.warmup_steps = max(1, round(config.warmup * total_steps))
         state = state or {"step_count": torch.zeros(())}
         lr_scale = lr_scale or {n[len("lr_scale.") :]: t for n, t in state.items() if n.startswith("lr_scale.")}
         self.step_count = backend.replicate(state["step_count"])
         self.lr_scale = {name: backend.replicate(scale) for name, scale in lr_scale.items()}
+        self.by_muon = inner_matrices(parameters) if config.optimizer == "muon" else set()
         self.first, self.second = (
-            {n: backend.like(state.get(f"{moment}.{n}", torch.zeros(p.shape)), p) for n, p in parameters.items()}
+            {
+                name: backend.like(state.get(f"{moment}.{name}", torch.zeros(p.shape)), p)
+                for name, p in parameters.items()
+                if moment == "first" or name not in self.by_muon
+            }
             for moment in ("first", "second")
         )
 
@@ -72,19 +89,39 @@ class AdamW:
         # the moments likewise, the second before the first. XLA lets the n-th output of a size take the buffer of the
         # n-th argument of that size, and copies what it takes too early.
         for name, parameter in reversed(self.parameters.items()):
-            gradient = gradients[name].mul_(clip)
-            first = self.first[name].mul(config.beta1).add_(gradient, alpha=1 - config.beta1)
-            second = self.second[name].mul(config.beta2).addcmul_(gradient, gradient, value=1 - config.beta2)
-            # In place: each new tensor would be written to memory once more, and that is what a CPU waits for here.
-            update = first.div_(bias1).div_(second.div_(bias2).sqrt_().add_(EPSILON))
-            rate = lr * self.lr_scale[name] if name in self.lr_scale else lr
+            gradient, rate = gradients[name].mul_(clip), lr
+            if name in self.by_muon:
+                update = self._orthogonal(gradient.lerp(gradient.lerp(self.first[name], MOMENTUM), MOMENTUM))
+                if name in self.lr_scale:  # by column, their mean is 1: what is orthogonal has no scale of its own
+                    rate = lr * self.lr_scale[name] / self.lr_scale[name].mean()
+            else:
+                first = self.first[name].mul(config.beta1).add_(gradient, alpha=1 - config.beta1)
+                second = self.second[name].mul(config.beta2).addcmul_(gradient, gradient, value=1 - config.beta2)
+                # In place: each new tensor would be written to memory once more, and that is what a CPU waits for here.
+                update = first.div_(bias1).div_(second.div_(bias2).sqrt_().add_(EPSILON))
+                if name in self.lr_scale:
+                    rate = lr * self.lr_scale[name]
             if parameter.ndim > 1:  # norms are not decayed
                 parameter.mul_(1 - lr * config.weight_decay)
             parameter.sub_(rate * update)
         for name, gradient in reversed(gradients.items()):
-            self.second[name].mul_(config.beta2).addcmul_(gradient, gradient, value=1 - config.beta2)
-            self.first[name].mul_(config.beta1).add_(gradient, alpha=1 - config.beta1)
+            beta1 = MOMENTUM if name in self.by_muon else config.beta1
+            if name in self.second:
+                self.second[name].mul_(config.beta2).addcmul_(gradient, gradient, value=1 - config.beta2)
+            self.first[name].mul_(beta1).add_(gradient, alpha=1 - beta1)
         return norm
+
+    def _orthogonal(self, matrix: torch.Tensor) -> torch.Tensor:
+        """Near the nearest orthogonal matrix to `matrix` [m, n], its root mean square 0.2 where it has full rank."""
+        a, b, c = NEWTON_SCHULZ
+        x = matrix.T if matrix.shape[0] > matrix.shape[1] else matrix
+        x = x / (x.norm() + 1e-7)
+        with self.backend.autocast():
+            for _ in range(5):
+                gram = x @ x.T
+                x = a * x + (b * gram + c * (gram @ gram)) @ x
+        x = 0.2 * max(matrix.shape) ** 0.5 * x.float()
+        return x.T if matrix.shape[0] > matrix.shape[1] else x
 
     def changing(self) -> list[torch.Tensor]:
         """The tensors that a step changes besides the parameters."""

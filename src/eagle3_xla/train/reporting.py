@@ -16,7 +16,7 @@ from eagle3_xla import local_copies, storage
 from eagle3_xla.errors import UserError
 from eagle3_xla.loss.metrics import add_up, rates
 from eagle3_xla.train.config import TrainConfig
-from eagle3_xla.train.optimizer import AdamW
+from eagle3_xla.train.optimizer import Optimizer
 from eagle3_xla.train.step import unpack_metrics
 from eagle3_xla.xla.backend import Backend
 
@@ -101,7 +101,7 @@ class Reporter:
         step: int,
         window: list[tuple[torch.Tensor, torch.Tensor | None]],
         counted: tuple[int, float],
-        optimizer: AdamW,
+        optimizer: Optimizer,
         compilations: int,
     ) -> None:
         """window: what train/step.py returned for the steps since the last log; reading it waits for these.

@@ -25,7 +25,7 @@ from eagle3_xla.target.model import Target, TargetStates, open_target
 from eagle3_xla.target.states import StatesOf, StatesStore
 from eagle3_xla.train.heldout import HeldOut
 from eagle3_xla.train.loader import Loader, buckets_of, training_batches
-from eagle3_xla.train.optimizer import AdamW
+from eagle3_xla.train.optimizer import Optimizer
 from eagle3_xla.train.step import TrainStep
 from eagle3_xla.train.warm_start import read_warm_head
 from eagle3_xla.xla.backend import Backend, make_backend
@@ -67,7 +67,7 @@ class Run:
     data: Data
     target_config: Any
     head: Eagle3Head
-    optimizer: AdamW
+    optimizer: Optimizer
     step: TrainStep
     d2t: torch.Tensor
     t2d: torch.Tensor
@@ -146,7 +146,7 @@ def set_up(recipe: Recipe, stopping: list[str], hosts: Hosts, until_end: context
     head = backend.place_head(head)
     updates = data.total_steps // settings.gradient_accumulation
     state = saved.optimizer if saved else None
-    optimizer = AdamW(dict(head.named_parameters()), settings, updates, backend, lr_scale, state)
+    optimizer = Optimizer(dict(head.named_parameters()), settings, updates, backend, lr_scale, state)
     step = TrainStep(recipe, backend, target, head, d2t, t2d, optimizer)
     backend.settle()
     return Run(recipe, backend, data, target_config, head, optimizer, step, d2t, t2d, data_key, saved)
@@ -261,7 +261,7 @@ def _initialise(
     states_of: StatesOf,
 ) -> dict[str, torch.Tensor]:
     """Give `head` its first weights, those of `warm_head` or draft/initialise.py's; returns the learning rates' scales
-    (AdamW).
+    (Optimizer).
     """
     settings, sample = recipe.train, []
     if warm_head is not None:

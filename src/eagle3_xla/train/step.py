@@ -1,4 +1,4 @@
-"""One micro-step: target, teacher, TTT unroll, backward, and every `gradient_accumulation` of them AdamW."""
+"""One micro-step: target, teacher, TTT unroll, backward, and every `gradient_accumulation` of them an update."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -14,7 +14,7 @@ from eagle3_xla.loss.metrics import AcceptanceSums
 from eagle3_xla.loss.unroll import UnrollResult, teacher_positions, unroll
 from eagle3_xla.target.model import Target
 from eagle3_xla.target.order import recomputed
-from eagle3_xla.train.optimizer import AdamW
+from eagle3_xla.train.optimizer import Optimizer
 from eagle3_xla.xla.backend import Backend
 
 
@@ -44,7 +44,7 @@ class TrainStep:
     """Compiled micro-steps over one head.
 
     target: the frozen Target on the backend's devices; head: float32 master weights there; d2t [D], t2d [V]: the
-    draft vocabulary's maps; optimizer: train.optimizer.AdamW over the head's parameters.
+    draft vocabulary's maps; optimizer: train.optimizer.Optimizer over the head's parameters.
     """
 
     def __init__(
@@ -55,7 +55,7 @@ class TrainStep:
         head: Eagle3Head,
         d2t: torch.Tensor,
         t2d: torch.Tensor,
-        optimizer: AdamW,
+        optimizer: Optimizer,
     ):
         self.recipe, self.backend, self.target, self.head = recipe, backend, target, head
         self.d2t, self.t2d = backend.replicate(d2t), backend.replicate(t2d)
