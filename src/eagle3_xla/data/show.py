@@ -25,7 +25,10 @@ def show_rows(recipe: Recipe, count: int) -> str:
         row = {name: np.asarray(values) for name, values in train[number].items()}
         documents, tokens = int(row["document_ids"].max()), int((row["document_ids"] != PADDING).sum())
         trained = int(row["loss_mask"].sum())
-        parts.append(f"row {number} of {len(train)}: {documents} conversations, {tokens} tokens, {trained} trained on")
+        parts.append(
+            f"row {number} of {len(train)}: {documents} conversation{'s' * (documents > 1)}, "
+            f"{tokens} tokens, {trained} trained on"
+        )
         for document in range(1, documents + 1):
             mine = row["document_ids"] == document
             parts.append(f"  conversation {document}")
