@@ -90,14 +90,10 @@ SETS: dict[str, dict[str, dict[str, str]]] = {
     "muon": {
         "default": {},
         "Muon": {"train.optimizer": "muon"},
+        "Muon, lr 5e-5": {"train.optimizer": "muon", "train.lr": "5e-5"},
         "Muon, lr 2e-4": {"train.optimizer": "muon", "train.lr": "2e-4"},
-        "Muon, lr 4e-4": {"train.optimizer": "muon", "train.lr": "4e-4"},
-        "Muon, lr 2e-4, TTT 3": {"train.optimizer": "muon", "train.lr": "2e-4", "loss.ttt_length": "3"},
-        "Muon, lr 2e-4, 4 rows an update": {
-            "train.optimizer": "muon",
-            "train.lr": "2e-4",
-            "train.batch_size": "4",
-        },
+        "Muon, TTT 3": {"train.optimizer": "muon", "loss.ttt_length": "3"},
+        "Muon, 4 rows an update": {"train.optimizer": "muon", "train.batch_size": "4"},
     },
     "data": {
         "default": {},
