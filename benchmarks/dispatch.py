@@ -36,7 +36,7 @@ def make_step(recipe, backend, layers: int) -> TrainStep:
     draft_ids = torch.arange(DRAFT_VOCABULARY)
     target = backend.place_target(Target(model.eval().requires_grad_(False), draft_ids))
     head = backend.place_head(Eagle3Head(draft_config(model.config, DRAFT_VOCABULARY)))
-    optimizer = Optimizer(dict(head.named_parameters()), recipe.train, 1000, backend, {})
+    optimizer = Optimizer(head, recipe.train, 1000, backend, {})
     return TrainStep(recipe, backend, target, head, *d2t_t2d(draft_ids, VOCABULARY), optimizer)
 
 

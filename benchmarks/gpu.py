@@ -61,7 +61,7 @@ def our_step(model, recipe, batch, draft_ids, captured: bool):
         backend.compile = lambda function, state=(): function
     target = backend.place_target(Target(model, draft_ids))
     head = backend.place_head(Eagle3Head(draft_config(model.config, len(draft_ids))))
-    optimizer = Optimizer(dict(head.named_parameters()), recipe.train, 1000, backend, {})
+    optimizer = Optimizer(head, recipe.train, 1000, backend, {})
     step = TrainStep(recipe, backend, target, head, *d2t_t2d(draft_ids, model.config.vocab_size), optimizer)
     placed = backend.put(batch)
     return lambda: step.run(0, placed)

@@ -96,7 +96,7 @@ def our_step(path: str, batch: dict[str, torch.Tensor], kind: str):
     target = backend.place_target(open_target(path, getattr(torch, recipe.target.dtype), draft_ids))
     config = target.model.config
     head = backend.place_head(Eagle3Head(draft_config(config, DRAFT_VOCABULARY)))
-    optimizer = Optimizer(dict(head.named_parameters()), recipe.train, 1000, backend, {})
+    optimizer = Optimizer(head, recipe.train, 1000, backend, {})
     step = TrainStep(recipe, backend, target, head, *d2t_t2d(draft_ids, config.vocab_size), optimizer)
     backend.settle()
     return lambda: float(step.run(0, backend.put(batch))[0][0])

@@ -58,7 +58,7 @@ def run(folder: Path, dp: int, tp: int) -> None:
         return
     recipe = load_recipe(None, ["loss.ttt_length=1", "xla.device=xla", f"xla.dp={dp}", f"xla.tp={tp}"])
     head = backend.place_head(Eagle3Head(draft_config(model.config, len(draft_ids))))
-    optimizer = Optimizer(dict(head.named_parameters()), recipe.train, 10, backend, {})
+    optimizer = Optimizer(head, recipe.train, 10, backend, {})
     d2t_and_t2d = d2t_t2d(draft_ids, model.config.vocab_size)
     step = TrainStep(recipe, backend, target, head, *d2t_and_t2d, optimizer)
     backend.settle()

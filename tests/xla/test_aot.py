@@ -31,7 +31,7 @@ target = Target(load_target(recipe.target.path, torch.float32), torch.arange(D))
 head = backend.place_head(Eagle3Head(draft_config(target.model.config, D)))
 target = backend.place_target(target)
 scale = {"fc.weight": torch.ones(head.fc.in_features)}
-optimizer = Optimizer(dict(head.named_parameters()), recipe.train, TOTAL_STEPS, backend, scale)
+optimizer = Optimizer(head, recipe.train, TOTAL_STEPS, backend, scale)
 t2d = torch.zeros(target.model.config.vocab_size, dtype=torch.bool)
 step = TrainStep(recipe, backend, target, head, torch.zeros(D, dtype=torch.int64), t2d, optimizer)
 rows = recipe.train.batch_size * recipe.xla.dp

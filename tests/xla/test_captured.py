@@ -40,7 +40,7 @@ def run(model, recipe, captured: bool) -> tuple[list[float], dict]:
     target = backend.place_target(Target(model, draft_ids))
     torch.manual_seed(0)
     head = backend.place_head(Eagle3Head(draft_config(model.config, DRAFT_VOCABULARY)))
-    optimizer = Optimizer(dict(head.named_parameters()), recipe.train, 100, backend, {})
+    optimizer = Optimizer(head, recipe.train, 100, backend, {})
     step = TrainStep(recipe, backend, target, head, *d2t_t2d(draft_ids, model.config.vocab_size), optimizer)
     every = [backend.put(batch) for batch in batches(model.config.vocab_size)]
     losses = [float(step.run(i, every[i % len(every)])[0][0]) for i in range(18)]

@@ -33,7 +33,7 @@ def lower_step(recipe: Recipe, target_config: Any, coordinates: list | None = No
         head = backend.place_head(Eagle3Head(draft_config(target_config, draft_vocabulary, recipe.draft)))
         parameters = dict(head.named_parameters())
         lr_scale = {"fc.weight": torch.zeros(head.fc.in_features)}
-        optimizer = Optimizer(parameters, recipe.train, TOTAL_STEPS, backend, lr_scale)
+        optimizer = Optimizer(head, recipe.train, TOTAL_STEPS, backend, lr_scale)
         d2t, t2d = torch.zeros(draft_vocabulary, dtype=torch.int64), torch.zeros(vocabulary, dtype=torch.bool)
         step = TrainStep(recipe, backend, target, head, d2t, t2d, optimizer)
         batch = _rows(recipe, backend)

@@ -8,6 +8,7 @@ import math
 
 import torch
 
+from eagle3_xla.draft.model import Eagle3Head
 from eagle3_xla.train.config import TrainConfig
 from eagle3_xla.xla.backend import Backend
 
@@ -27,8 +28,10 @@ class Optimizer:
     With `train.optimizer=muon` fc and the layer's matrices are changed by Muon instead (Jordan et al., 2024): the
     nearest orthogonal matrix to their gradients' Nesterov momentum, of the size that AdamW's update has (Liu et al.,
     2025, section 2.2), so that one learning rate serves both; AdamW has lm_head, as it chooses among tokens, and norms.
+    The share of each attention head is a matrix of its own: it costs less, and with tensor parallelism it is whole on
+    one device.
 
-    parameters: name -> parameter (float32 master weights); total_steps: optimizer steps of the whole run.
+    head: float32 master weights; total_steps: optimizer steps of the whole run.
     lr_scale: name -> tensor that broadcasts against the parameter and multiplies its learning rate. Adam's update does
     not know the scale of a layer's inputs; dividing the rate of an input column by the input's RMS is the same as
     training on normalised inputs, and the exported weights stay plain.
@@ -37,14 +40,15 @@ class Optimizer:
 
     def __init__(
         self,
-        parameters: dict[str, torch.Tensor],
+        head: Eagle3Head,
         config: TrainConfig,
         total_steps: int,
         backend: Backend,
         lr_scale: dict[str, torch.Tensor],
         state: dict[str, torch.Tensor] | None = None,
     ):
-        self.parameters = parameters
+        self.parameters: dict[str, torch.Tensor] = dict(head.named_parameters())
+        self.head_dim = head.config.head_dim
         self.config = config
         self.backend = backend
         self.total_steps = total_steps
@@ -53,11 +57,11 @@ class Optimizer:
         lr_scale = lr_scale or {n[len("lr_scale.") :]: t for n, t in state.items() if n.startswith("lr_scale.")}
         self.step_count = backend.replicate(state["step_count"])
         self.lr_scale = {name: backend.replicate(scale) for name, scale in lr_scale.items()}
-        self.by_muon = inner_matrices(parameters) if config.optimizer == "muon" else set()
+        self.by_muon = inner_matrices(self.parameters) if config.optimizer == "muon" else set()
         self.first, self.second = (
             {
                 name: backend.like(state.get(f"{moment}.{name}", torch.zeros(p.shape)), p)
-                for name, p in parameters.items()
+                for name, p in self.parameters.items()
                 if moment == "first" or name not in self.by_muon
             }
             for moment in ("first", "second")
@@ -91,7 +95,8 @@ class Optimizer:
         for name, parameter in reversed(self.parameters.items()):
             gradient, rate = gradients[name].mul_(clip), lr
             if name in self.by_muon:
-                update = self._orthogonal(gradient.lerp(gradient.lerp(self.first[name], MOMENTUM), MOMENTUM))
+                momentum = gradient.lerp(gradient.lerp(self.first[name], MOMENTUM), MOMENTUM)
+                update = self._orthogonal(name.split(".")[-2], momentum)
                 if name in self.lr_scale:  # by column, their mean is 1: what is orthogonal has no scale of its own
                     rate = lr * self.lr_scale[name] / self.lr_scale[name].mean()
             else:
@@ -111,17 +116,26 @@ class Optimizer:
             self.first[name].mul_(beta1).add_(gradient, alpha=1 - beta1)
         return norm
 
-    def _orthogonal(self, matrix: torch.Tensor) -> torch.Tensor:
-        """Near the nearest orthogonal matrix to `matrix` [m, n], its root mean square 0.2 where it has full rank."""
-        a, b, c = NEWTON_SCHULZ
-        x = matrix.T if matrix.shape[0] > matrix.shape[1] else matrix
-        x = x / (x.norm() + 1e-7)
+    def _orthogonal(self, module: str, matrix: torch.Tensor) -> torch.Tensor:
+        """Near the nearest orthogonal matrix to `matrix` [m, n], or that of each attention head's share of it; its root
+        mean square is 0.2 where it has full rank. module: whose weight it is."""
+        if module in ("q_proj", "k_proj", "v_proj"):
+            return self._newton_schulz(matrix.unflatten(0, (-1, self.head_dim))).flatten(0, 1)
+        if module == "o_proj":
+            return self._newton_schulz(matrix.T.unflatten(0, (-1, self.head_dim))).flatten(0, 1).T
+        return self._newton_schulz(matrix)
+
+    def _newton_schulz(self, x: torch.Tensor) -> torch.Tensor:
+        """`_orthogonal` of x [.., m, n]."""
+        (a, b, c), (rows, columns) = NEWTON_SCHULZ, x.shape[-2:]
+        x = x.mT if rows > columns else x  # the smaller products
+        x = x / (x.norm(dim=(-2, -1), keepdim=True) + 1e-7)
         with self.backend.autocast():
             for _ in range(5):
-                gram = x @ x.T
+                gram = x @ x.mT
                 x = a * x + (b * gram + c * (gram @ gram)) @ x
-        x = 0.2 * max(matrix.shape) ** 0.5 * x.float()
-        return x.T if matrix.shape[0] > matrix.shape[1] else x
+        x = 0.2 * max(rows, columns) ** 0.5 * x.float()
+        return x.mT if rows > columns else x
 
     def changing(self) -> list[torch.Tensor]:
         """The tensors that a step changes besides the parameters."""

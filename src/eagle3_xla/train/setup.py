@@ -146,7 +146,7 @@ def set_up(recipe: Recipe, stopping: list[str], hosts: Hosts, until_end: context
     head = backend.place_head(head)
     updates = data.total_steps // settings.gradient_accumulation
     state = saved.optimizer if saved else None
-    optimizer = Optimizer(dict(head.named_parameters()), settings, updates, backend, lr_scale, state)
+    optimizer = Optimizer(head, settings, updates, backend, lr_scale, state)
     step = TrainStep(recipe, backend, target, head, d2t, t2d, optimizer)
     backend.settle()
     return Run(recipe, backend, data, target_config, head, optimizer, step, d2t, t2d, data_key, saved)
