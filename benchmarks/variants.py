@@ -36,9 +36,9 @@ class _Ema(Optimizer):
 
     averages: dict[str, torch.Tensor] = {}  # of the newest run
 
-    def __init__(self, parameters, config, total_steps, backend, lr_scale, state=None):
-        super().__init__(parameters, config, total_steps, backend, lr_scale, state)
-        _Ema.averages = {name: backend.like(p.detach().clone(), p) for name, p in parameters.items()}
+    def __init__(self, head, config, total_steps, backend, lr_scale, state=None):
+        super().__init__(head, config, total_steps, backend, lr_scale, state)
+        _Ema.averages = {name: backend.like(p.detach().clone(), p) for name, p in self.parameters.items()}
 
     def changing(self):
         return [*super().changing(), *_Ema.averages.values()]
