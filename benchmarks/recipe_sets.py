@@ -4,6 +4,7 @@
 COMMON = {
     "data.workers": "1",  # runs stand beside each other
     "train.epochs": "1",
+    "train.batch_size": "2",
     "train.init_rows": "400",
     "train.heldout_rows": "64",
     "train.save_every": "1000000",
@@ -27,14 +28,11 @@ OF_TARGET = {f"draft.{name}": "0" for name in ("attention_heads", "key_value_hea
 REFERENCE = OF_TARGET | {
     "loss.ttt_length": "7",
     "train.init": "random",
-    "train.optimizer": "adamw",
-    "train.batch_size": "2",
     "train.lr": "8e-4",
     "loss.rows": "specforge",
     "train.beta2": "0.999",
     "patch": "plain_start",
 }
-ADAMW = {"train.optimizer": "adamw", "train.batch_size": "2"}  # the recipe before it took Muon
 SETS: dict[str, dict[str, dict[str, str]]] = {
     "default": {
         "reference": REFERENCE,
@@ -71,34 +69,31 @@ SETS: dict[str, dict[str, dict[str, str]]] = {
     },
     "optimizer": {
         "default": {},
-        "AdamW": {"train.optimizer": "adamw"},
-        "AdamW, 2 rows an update": ADAMW,
-        "2 rows an update": {"train.batch_size": "2"},
-        "8 rows an update": {"train.batch_size": "8"},
         "lr 5e-5": {"train.lr": "5e-5"},
         "lr 2e-4": {"train.lr": "2e-4"},
-        "TTT 3": {"loss.ttt_length": "3"},
+        "lr 3e-4": {"train.lr": "3e-4"},
+        "lr 2e-4, TTT 3": {"train.lr": "2e-4", "loss.ttt_length": "3"},
+        "lr 3e-4, TTT 3": {"train.lr": "3e-4", "loss.ttt_length": "3"},
+        "lr 5e-4": {"train.lr": "5e-4"},
         "beta2 0.99": {"train.beta2": "0.99"},
         "beta2 0.999": {"train.beta2": "0.999"},
         "weight decay 0.1": {"train.weight_decay": "0.1"},
         "warm-up 10%": {"train.warmup": "0.1"},
+        "1 row an update": {"train.batch_size": "1"},
+        "1 row an update, lr 2e-4": {"train.batch_size": "1", "train.lr": "2e-4"},
+        "4 rows an update": {"train.batch_size": "4"},
+        "8 rows an update": {"train.batch_size": "8"},
         "EMA 0.99": {"patch": "ema"},
         "noise on aux states": {"patch": "noise"},
         "dropout on aux states": {"patch": "dropout"},
     },
-    "adamw": {  # the same with AdamW, which takes other rates
-        "AdamW, 2 rows an update": ADAMW,
-        "lr 5e-5": ADAMW | {"train.lr": "5e-5"},
-        "lr 2e-4": ADAMW | {"train.lr": "2e-4"},
-        "lr 3e-4": ADAMW | {"train.lr": "3e-4"},
-        "lr 2e-4, TTT 3": ADAMW | {"train.lr": "2e-4", "loss.ttt_length": "3"},
-        "lr 3e-4, TTT 3": ADAMW | {"train.lr": "3e-4", "loss.ttt_length": "3"},
-        "beta2 0.999": ADAMW | {"train.beta2": "0.999"},
-        "weight decay 0.1": ADAMW | {"train.weight_decay": "0.1"},
-        "warm-up 10%": ADAMW | {"train.warmup": "0.1"},
-        "1 row an update": ADAMW | {"train.batch_size": "1"},
-        "1 row an update, lr 2e-4": ADAMW | {"train.batch_size": "1", "train.lr": "2e-4"},
-        "EMA 0.99": ADAMW | {"patch": "ema"},
+    "muon": {
+        "default": {},
+        "Muon": {"train.optimizer": "muon"},
+        "Muon, lr 5e-5": {"train.optimizer": "muon", "train.lr": "5e-5"},
+        "Muon, lr 2e-4": {"train.optimizer": "muon", "train.lr": "2e-4"},
+        "Muon, TTT 3": {"train.optimizer": "muon", "loss.ttt_length": "3"},
+        "Muon, 4 rows an update": {"train.optimizer": "muon", "train.batch_size": "4"},
     },
     "data": {
         "default": {},
@@ -107,7 +102,7 @@ SETS: dict[str, dict[str, dict[str, str]]] = {
         "30,000 tokens, 2 passes": {"data.max_tokens": "30000", "train.epochs": "2"},  # against --tokens 60000, once
         "15,000 tokens, 4 passes": {"data.max_tokens": "15000", "train.epochs": "4"},
         "system prompts varied": {"data.vary_system": "0.5"},
-        "rows of 512": {"data.row_length": "512", "train.batch_size": "2"},
+        "rows of 512": {"data.row_length": "512", "train.batch_size": "1"},
     },
     # With --train: more chats than are shipped (`eagle3-xla regenerate` with another seed).
     "tokens": {
@@ -118,5 +113,10 @@ SETS: dict[str, dict[str, dict[str, str]]] = {
         "2,000,000 tokens": {"data.max_tokens": "2000000"},
         "all": {},
         "all, 3 passes": {"train.epochs": "3"},
+        "all, 3 passes, 8 rows an update, lr 4e-4": {
+            "train.epochs": "3",
+            "train.batch_size": "8",
+            "train.lr": "4e-4",
+        },
     },
 }

@@ -11,7 +11,7 @@ class TrainConfig:
     epochs: int = setting(3, within="[1, 1000000]")  # passes over the prepared rows
     batch_size: int = setting(4, within="[1, 65536]")  # rows per data-parallel replica in a micro-step
     gradient_accumulation: int = setting(1, within="[1, 65536]")  # micro-steps of an optimizer step
-    # muon: for fc and the layer's matrices, AdamW for the rest
+    # muon: for fc and the layer's matrices, AdamW for the rest (benchmarks/README.md)
     optimizer: str = setting("adamw", among=("adamw", "muon"))
     lr: float = setting(8e-4, within="(0, 1000]")  # at its highest; cosine decay to 0
     warmup: float = setting(0.03, within="[0, 1)")  # share of the optimizer steps
