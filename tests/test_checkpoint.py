@@ -88,6 +88,11 @@ def test_what_a_continued_run_may_change():
         with pytest.raises(UserError, match=f"changed: {changed}. Give the old settings back"):
             checkpoints.refuse_changed_run(begun, load_recipe(None, [f"{name}={now}"]), "key")
 
+    del begun.recipe["train"]["optimizer"]  # a run that is older than the setting
+    checkpoints.refuse_changed_run(begun, load_recipe(None, []), "key")
+    with pytest.raises(UserError, match="changed: train.optimizer: 'adamw' -> 'muon'"):
+        checkpoints.refuse_changed_run(begun, load_recipe(None, ["train.optimizer=muon"]), "key")
+
 
 @pytest.fixture
 def bucket(gcs) -> str:

@@ -126,12 +126,15 @@ def load(path: Location) -> Checkpoint:
 
 def refuse_changed_run(saved: Checkpoint, recipe: Recipe, data_key: str) -> None:
     """Raises UserError listing every setting that differs and would change the weights of the continued run."""
-    now = {section.name: binding(getattr(recipe, section.name)) for section in dataclasses.fields(recipe)}
+    sections = [section.name for section in dataclasses.fields(recipe)]
+    now, defaults = ({name: binding(getattr(of, name)) for name in sections} for of in (recipe, Recipe()))
+    # A setting that is newer than the run is as if it had its default.
+    before = {name: defaults[name] | saved.recipe.get(name, {}) for name in sections}
     changes = [
-        f"{section}.{key}: {saved.recipe.get(section, {}).get(key)!r} -> {value!r}"
+        f"{section}.{key}: {before[section][key]!r} -> {value!r}"
         for section, settings in now.items()
         for key, value in settings.items()
-        if saved.recipe.get(section, {}).get(key) != value
+        if before[section][key] != value
     ]
     if not changes and saved.data_key != data_key:
         changes = [f"the content of data.prepared ({recipe.data.prepared}) or of the target"]

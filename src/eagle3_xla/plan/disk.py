@@ -9,7 +9,7 @@ from eagle3_xla import storage
 from eagle3_xla.config import Recipe
 from eagle3_xla.draft.model import Eagle3Head, draft_config
 from eagle3_xla.plan.depth import layer_period, with_layers
-from eagle3_xla.train.optimizer import inner_matrices
+from eagle3_xla.train.optimizer import by_muon
 
 # Of a prepared row's position: id int32, mask one bit, document int16, position int32 (data/rows.py).
 POSITION = 4 + 1 / 8 + 2 + 4
@@ -70,6 +70,6 @@ def _training_state_bytes(recipe: Recipe, target: Any) -> int:
     with torch.device("meta"):
         head = Eagle3Head(draft_config(target, draft_vocabulary, recipe.draft))
     parameters = dict(head.named_parameters())
-    by_muon = inner_matrices(parameters) if recipe.train.optimizer == "muon" else {}
-    values = sum((2 if name in by_muon else 3) * p.numel() for name, p in parameters.items())
+    one_moment = by_muon(parameters, recipe.train)
+    values = sum((2 if name in one_moment else 3) * p.numel() for name, p in parameters.items())
     return 4 * values + 8 * draft_vocabulary + target.vocab_size

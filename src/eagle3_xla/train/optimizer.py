@@ -17,8 +17,10 @@ MOMENTUM = 0.95  # Muon's
 NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)  # of five steps that bring singular values near 1 (Jordan et al., 2024)
 
 
-def inner_matrices(parameters: dict[str, torch.Tensor]) -> set[str]:
-    """Names of those that Muon is for."""
+def by_muon(parameters: dict[str, torch.Tensor], config: TrainConfig) -> set[str]:
+    """Names of those that Muon changes."""
+    if config.optimizer != "muon":
+        return set()
     return {name for name, p in parameters.items() if p.ndim > 1 and not name.startswith("lm_head.")}
 
 
@@ -57,7 +59,7 @@ class Optimizer:
         lr_scale = lr_scale or {n[len("lr_scale.") :]: t for n, t in state.items() if n.startswith("lr_scale.")}
         self.step_count = backend.replicate(state["step_count"])
         self.lr_scale = {name: backend.replicate(scale) for name, scale in lr_scale.items()}
-        self.by_muon = inner_matrices(self.parameters) if config.optimizer == "muon" else set()
+        self.by_muon = by_muon(self.parameters, config)
         self.first, self.second = (
             {
                 name: backend.like(state.get(f"{moment}.{name}", torch.zeros(p.shape)), p)
